@@ -1,0 +1,118 @@
+# `make demo` and `make test` work on a clean clone: they need Python 3.11 or later with pip and venv, and PyPI.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two goals may want the same environment
+.DEFAULT_GOAL := help
+
+# The first of these that runs and is new enough; `make PYTHON=/path/to/python3.12 test` overrules.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# torch comes only through the constraints: without them pip takes the newest, with several GB of CUDA.
+INSTALL := install --progress-bar off -c constraints.txt
+WORKERS ?= 2
+
+BUNDLE := build/stickers
+PICTURE := build/stickers.png
+
+.PHONY: help
+help: ## Lists the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environments: one stamp file for each set of extras ---------------------------------------------------------------
+
+.PHONY: setup
+setup: $(VENV)/.dev ## Creates .venv with everything that developing takes
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'no Python 3.11 or later found; name one: make PYTHON=/path/to/python ...' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.all: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip $(INSTALL) -e '.[all]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip $(INSTALL) -e '.[all,dev]'
+	touch $(VENV)/.all $@
+
+# A local version such as torch's +cpu is left out: any build of that version will do.
+FREEZE = $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//'
+
+.PHONY: constraints
+constraints: $(VENV)/.dev ## Freezes .venv into constraints.txt (its header says when)
+	{ sed -n '/^#/p' constraints.txt; $(FREEZE); } > constraints.new
+	mv constraints.new constraints.txt
+
+# --- use ---------------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: bundle ## Builds the built-in generator for ONNX Runtime and draws a grid of pictures with it
+	$(BIN)/fewstep generate $(BUNDLE) --grid -o $(PICTURE)
+	@printf '\npictures  %s\nreport    %s\n' '$(CURDIR)/$(PICTURE)' '$(CURDIR)/$(BUNDLE)/report/index.html'
+
+.PHONY: bundle
+bundle: $(VENV)/.all ## Builds build/stickers, the bundle of the built-in generator
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe fp32 -o $(BUNDLE)
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: $(VENV)/.dev ## Style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: test
+test: lint ## Lint, then every test that takes seconds
+	$(BIN)/pytest -n $(WORKERS) -m 'not slow'
+
+.PHONY: test-all
+test-all: lint ## Lint, then every test
+	$(BIN)/pytest -n $(WORKERS)
+
+# The other world of versions: Optimum and transformers 4, in an environment of its own.
+INTEROP := .venv-interop
+
+.PHONY: interop
+interop: bundle $(INTEROP)/.installed ## Opens the bundle with Optimum's ONNX Runtime pipeline
+	FEWSTEP_BUNDLE=$(BUNDLE) $(INTEROP)/bin/pytest tests/interop -W default
+
+$(INTEROP)/bin/python:
+	$(PYTHON) -m venv $(INTEROP)
+
+$(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/python
+	$(INTEROP)/bin/python -m pip install --progress-bar off -c constraints-interop.txt \
+		-e '.[onnxruntime,test]' diffusers optimum-onnx torch
+	touch $@
+
+# --- the built-in generator --------------------------------------------------------------------------------------------
+
+AUTOENCODER_STEPS ?= 1800
+TEACHER_STEPS ?= 9000
+TRAIN := $(BIN)/python -m fewstep.stickers
+
+.PHONY: stickers-train
+stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on two cores; goes on where it was interrupted)
+	$(TRAIN).autoencoder --iterations $(AUTOENCODER_STEPS)
+	$(TRAIN).teacher --iterations $(TEACHER_STEPS)
+	$(TRAIN).distill
+	$(TRAIN).autoencoder --decoder-only
+	$(TRAIN).package
+	$(TRAIN).evaluate
+
+# --- distribution ------------------------------------------------------------------------------------------------------
+
+.PHONY: wheel
+wheel: $(VENV)/.dev ## Builds dist/*.tar.gz, and dist/*.whl from it
+	$(BIN)/python -m build --outdir dist .
+
+.PHONY: clean
+clean: ## Removes environments, caches and distributions; keeps build/, where training states and bundles are
+	rm -rf $(VENV) $(INTEROP) dist src/*.egg-info build/lib build/bdist.*
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -path ./build -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,7 @@
+"""Runs the reference generator on its own few-step trajectory and keeps every network call."""
+
+from __future__ import annotations
+
+from fewstep.calibration.record import SampleRequest, record_samples
+
+__all__ = ["SampleRequest", "record_samples"]

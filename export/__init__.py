@@ -1,0 +1,10 @@
+"""Loads a generator, reads its contract off a run of its own pipeline, and traces its components."""
+
+from __future__ import annotations
+
+from fewstep.export.describe import Description, describe, diffusers_files, write_tokenizer
+from fewstep.export.generator import Generator
+from fewstep.export.load import load
+from fewstep.export.trace import trace
+
+__all__ = ["Description", "Generator", "describe", "diffusers_files", "load", "trace", "write_tokenizer"]

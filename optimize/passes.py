@@ -1,0 +1,40 @@
+"""What a pass is, and which passes a recipe asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fewstep.export.generator import Generator
+from fewstep.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PassNote:
+    """What a pass changed; ``modified`` is False where it found nothing to do."""
+
+    name: str
+    modified: bool
+    detail: str
+
+
+class Pass(Protocol):
+    """One optimization. It never edits the generator that it is given."""
+
+    def __call__(self, generator: Generator) -> tuple[Generator, PassNote]:
+        """Returns the optimized generator and a note."""
+        ...
+
+
+def optimize(generator: Generator, recipe: Recipe) -> tuple[Generator, list[PassNote]]:
+    """Returns the generator after every pass of the recipe, with their notes in order."""
+    from fewstep.optimize.round_weights import RoundWeights
+
+    passes: list[Pass] = []
+    if recipe.weights == "fp16":
+        passes.append(RoundWeights())
+    notes = []
+    for apply in passes:
+        generator, note = apply(generator)
+        notes.append(note)
+    return generator, notes

@@ -1,0 +1,43 @@
+"""Rounds weights to fp16 values, still held and computed with in fp32."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from fewstep.errors import ExportError
+from fewstep.export.generator import Generator
+from fewstep.optimize.passes import PassNote
+
+
+class RoundWeights:
+    """Rounds every fp32 parameter and buffer to the nearest fp16 value.
+
+    The rounded network is the reference for lowering, which may then store its weights as halves without loss. A
+    weight beyond fp16's range is refused, not clipped.
+    """
+
+    def __call__(self, generator: Generator) -> tuple[Generator, PassNote]:
+        """Returns a generator with rounded copies of its modules, and how many tensors changed.
+
+        Raises:
+            ExportError: a weight does not fit in fp16.
+        """
+        modules = {name: copy.deepcopy(generator.module(name)) for name in generator.parts}
+        changed = total = 0
+        for component, module in modules.items():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if tensor.dtype != torch.float32:
+                    continue
+                rounded = tensor.detach().half().float()
+                if not torch.isfinite(rounded).all() and torch.isfinite(tensor).all():
+                    raise ExportError(
+                        f"{component}: {name} has values up to {tensor.abs().max():.4g}, beyond fp16's 65504",
+                        hint="use weights = 'fp32' for this generator",
+                    )
+                total += 1
+                changed += not torch.equal(rounded, tensor)
+                tensor.data.copy_(rounded)
+        note = PassNote("round weights to fp16", changed > 0, f"{changed} of {total} tensors changed")
+        return generator.with_modules(modules), note

@@ -1,0 +1,23 @@
+"""Runs bundles and compares what they compute: one adapter for each backend, one sampler, one parity harness."""
+
+from __future__ import annotations
+
+from fewstep.errors import RuntimeMissingError
+from fewstep.runtimes import ort
+from fewstep.runtimes.base import Runtime
+
+RUNTIMES: dict[str, Runtime] = {ort.NAME: ort.RUNTIME}
+
+
+def get_runtime(name: str) -> Runtime:
+    """Returns a runtime by name.
+
+    Raises:
+        RuntimeMissingError: no such runtime.
+    """
+    try:
+        return RUNTIMES[name]
+    except KeyError:
+        raise RuntimeMissingError(
+            f"unknown runtime {name!r}, expected one of {', '.join(RUNTIMES)}", hint="see `fewstep runtimes`"
+        ) from None

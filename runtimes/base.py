@@ -1,0 +1,90 @@
+"""What every runtime is: two verbs, compile and open, and a session that takes and gives named arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from fewstep.errors import ContractError
+from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.program import Program
+
+Array = npt.NDArray[Any]
+
+
+class Session(Protocol):
+    """One component, ready to run. A context manager: leaving it frees its memory."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the outputs by name, for inputs by name."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the session holds; closing twice is fine."""
+        ...
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a runtime can compile and run on this machine, why not, and what would change that."""
+
+    runtime: str
+    compiles: bool
+    runs: bool
+    version: str | None
+    detail: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A backend: one line in the table of `fewstep.runtimes`."""
+
+    name: str
+    availability: Callable[[], Availability]
+    compile: Callable[[Program, Path, str], Artifact]
+    """(program, runtime folder, weights) -> artifact, its path relative to the runtime folder."""
+    open: Callable[[Path, ComponentSpec, int | None], CheckedSession]
+    """(artifact path, spec, threads) -> session."""
+
+
+class CheckedSession:
+    """A session whose inputs are checked against the manifest, here and nowhere else."""
+
+    def __init__(self, component: str, spec: ComponentSpec, session: Session) -> None:
+        self.component = component
+        self.spec = spec
+        self._session = session
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the outputs by name.
+
+        Raises:
+            ContractError: an input is missing, unknown, or of another dtype or shape than the manifest says.
+        """
+        expected = {spec.name for spec in self.spec.inputs}
+        if feeds.keys() != expected:
+            missing, unknown = sorted(expected - feeds.keys()), sorted(feeds.keys() - expected)
+            raise ContractError(f"{self.component}: inputs missing {missing}, unknown {unknown}")
+        for spec in self.spec.inputs:
+            array = feeds[spec.name]
+            spec.check(array.shape, str(array.dtype), self.component)
+        return self._session.run({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+
+    def close(self) -> None:
+        """Frees what the session holds."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        """Returns the session."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Frees what the session holds."""
+        self.close()

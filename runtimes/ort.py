@@ -1,0 +1,95 @@
+"""ONNX Runtime: opens the bundle's ONNX models on the CPU provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import ContractError, RuntimeMissingError
+from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
+from fewstep.program import Program
+from fewstep.runtimes.base import Array, Availability, CheckedSession, Runtime
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NAME = "onnxruntime"
+_COMPILER_PACKAGES = ("torch", "onnx", "onnxscript")
+_NUMPY_NAMES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+
+
+def availability() -> Availability:
+    """Returns whether ONNX Runtime models can be made and run here."""
+    missing = [name for name in _COMPILER_PACKAGES if util.find_spec(name) is None]
+    installed = util.find_spec("onnxruntime") is not None
+    remedies = ([] if installed else ["pip install 'fewstep[onnxruntime]'"]) + (["pip install 'fewstep[compile]'"] if missing else [])
+    detail = "CPU provider" if installed else "onnxruntime is not installed"
+    if missing:
+        detail += f"; cannot compile without {', '.join(missing)}"
+    version = metadata.version("onnxruntime") if installed else None
+    return Availability(NAME, installed and not missing, installed, version, detail, " and ".join(remedies) or None)
+
+
+def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+    """Returns a session on an ONNX file, whose inputs and outputs must be those of the manifest.
+
+    Args:
+        path: the ``model.onnx``.
+        spec: what the manifest says of the component.
+        threads: threads inside an op; None leaves the choice to ONNX Runtime.
+
+    Raises:
+        RuntimeMissingError: onnxruntime is not installed.
+        ContractError: the model cannot be loaded, or its inputs or outputs are not those of the manifest.
+    """
+    if util.find_spec("onnxruntime") is None:
+        raise RuntimeMissingError("onnxruntime is not installed", hint="pip install 'fewstep[onnxruntime]'")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exception classes are private and many
+        raise ContractError(f"{path}: ONNX Runtime cannot load it: {error}", hint="build the bundle again") from error
+    for given, expected in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
+        _check_contract(path, given, expected)
+    return CheckedSession(path.parent.name, spec, _OrtSession(session))
+
+
+class _OrtSession:
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session: onnxruntime.InferenceSession | None = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the outputs by name."""
+        if self._session is None:
+            raise ContractError("the session is closed")
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+
+    def close(self) -> None:
+        """Drops the session and with it the model's memory."""
+        self._session = None
+
+
+def _check_contract(path: Path, given: list[Any], expected: tuple[TensorSpec, ...]) -> None:
+    names, wanted = [g.name for g in given], [e.name for e in expected]
+    if names != wanted:
+        raise ContractError(f"{path}: model has {names}, the manifest has {wanted}", hint="build the bundle again")
+    for value, spec in zip(given, expected, strict=True):
+        dtype = _NUMPY_NAMES.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
+        spec.check(tuple(value.shape), dtype, str(path))
+
+
+def _compile(program: Program, folder: Path, weights: str) -> Artifact:
+    from fewstep.runtimes import ort_lower  # needs torch, which running a bundle does not
+
+    return ort_lower.lower(program, folder, weights)
+
+
+RUNTIME = Runtime(NAME, availability, _compile, open_session)

@@ -1,0 +1,117 @@
+"""Names the first tensor of an ONNX model that departs from PyTorch, as module path and as node.
+
+torch.onnx keeps the names of the traced graph's values, so both sides can be compared value by value on one feed.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from fewstep.errors import ExportError
+from fewstep.metrics import sqnr_db
+from fewstep.program import Program
+from fewstep.runtimes.base import Array
+
+_SHARDS = 64
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where an ONNX model first departs: the value, its module in PyTorch, and the node that computes it."""
+
+    tensor: str
+    module_path: str
+    node: str
+    op_type: str
+    sqnr_db: float
+    compared: int
+
+
+def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float) -> Departure | None:
+    """Returns the first value, in the order of computation, whose SQNR is below the limit; None if all keep it.
+
+    Raises:
+        ExportError: no intermediate value could be compared, so nothing can be said.
+    """
+    reference = _torch_values(program, feeds)
+    model = ir.load(path)
+    producers = {str(value.name): node for node in model.graph for value in node.outputs}
+    shared = [name for name in producers if name in reference]
+    if not shared:
+        raise ExportError(f"{path}: no value of the model has the name of a traced value, nothing to bisect")
+    values = _onnx_values(model, path, shared, feeds)
+    compared = 0
+    for name in shared:
+        ours, theirs = reference[name], values[name]
+        if ours.shape != theirs.shape or ours.size == 0 or ours.dtype.kind != "f" or not ours.any():
+            continue
+        compared += 1
+        value = sqnr_db(ours, theirs)
+        if not value >= limit_db:
+            node = producers[name]
+            return Departure(name, _module_path(node), str(node.name), node.op_type, value, compared)
+    if compared == 0:
+        raise ExportError(f"{path}: no floating-point value could be compared, nothing to bisect")
+    return None
+
+
+class _Recorder(torch.fx.Interpreter):
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Array] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """Runs a node and keeps its result."""
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.values[n.name] = result.detach().numpy().copy()
+        elif isinstance(result, (tuple, list)):
+            tensors = {f"{n.name}.{i}": r for i, r in enumerate(result) if isinstance(r, torch.Tensor)}
+            self.values.update({name: t.detach().numpy().copy() for name, t in tensors.items()})
+        return result
+
+
+@torch.no_grad()
+def _torch_values(program: Program, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    module = program.exported.run_decompositions().module()
+    assert isinstance(module, torch.fx.GraphModule)
+    recorder = _Recorder(module)
+    recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
+    return recorder.values
+
+
+def _onnx_values(model: ir.Model, path: Path, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Runs the model once with every named value as an output, unoptimized, so that each is really computed."""
+    have = {str(output.name) for output in model.graph.outputs}
+    by_name = {str(value.name): value for node in model.graph for value in node.outputs}
+    for name in names:
+        value = by_name[name]
+        if name not in have and (value.dtype is None or value.dtype in _FLOATS):
+            model.graph.outputs.append(value)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path.name
+        ir.save(model, target, external_data=f"{path.name}.data")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
+        outputs = [output.name for output in session.get_outputs()]
+        return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
+
+
+def _module_path(node: ir.Node) -> str:
+    """Returns the dotted module path that torch.onnx wrote beside a node, '' if it wrote none."""
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+    modules = [scope for scope in scopes if scope]
+    return modules[-2].removeprefix("module.") if len(modules) > 1 else "".join(modules)

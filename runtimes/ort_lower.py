@@ -1,0 +1,102 @@
+"""Lowers a traced component to an ONNX file for ONNX Runtime."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from fewstep.errors import ExportError
+from fewstep.manifest import Artifact
+from fewstep.program import Program
+
+MODEL = "model.onnx"
+# protobuf refuses files over 2 GiB; below a quarter of that, one file is easier to handle than two.
+_ONE_FILE_BYTES = 512 << 20
+# A tensor this small does not pay for the Cast that widens it again.
+_SMALLEST_HALF_TENSOR = 256
+
+
+def lower(program: Program, folder: Path, weights: str) -> Artifact:
+    """Returns the artifact of a component, written as ``<folder>/<component folder>/model.onnx``.
+
+    Args:
+        program: the traced component.
+        folder: the bundle's ``onnxruntime`` folder.
+        weights: ``fp32``, or ``fp16`` to store as halves every weight whose values are halves already (a lossless
+            step: rounding them is an optimization's decision, taken in the torch graph). Arithmetic stays in fp32:
+            ONNX Runtime's CPU provider has no fp16 kernels.
+
+    Raises:
+        ExportError: the component has an op that cannot be lowered.
+    """
+    model = _translate(program)
+    if weights == "fp16":
+        _store_halves(model)
+    path = folder / program.folder / MODEL
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{MODEL}.data" if size > _ONE_FILE_BYTES else None)
+    total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
+    return Artifact("onnxruntime", program.component, f"{program.folder}/{MODEL}", weights, "fp32", total)
+
+
+def _translate(program: Program) -> ir.Model:
+    names_in = [spec.name for spec in program.spec.inputs]
+    names_out = [spec.name for spec in program.spec.outputs]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # the exporter warns about its own internals
+            stack.enter_context(redirect_stdout(StringIO()))  # and prints; stdout is for results
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            result = torch.onnx.export(
+                program.exported, dynamo=True, input_names=names_in, output_names=names_out, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(
+            f"{program.component} cannot be lowered to ONNX: {str(error).strip().splitlines()[0]}",
+            hint="the op that stops it is named above; rewrite it in the module, or report it",
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    assert result is not None
+    return result.model
+
+
+def _store_halves(model: ir.Model) -> None:
+    """Replaces fp32 initializers whose values are exact in fp16 by halves and a Cast back, in place."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < _SMALLEST_HALF_TENSOR:
+            continue
+        array = tensor.numpy()
+        with np.errstate(over="ignore"):
+            halves = array.astype(np.float16)
+        if not np.array_equal(halves.astype(np.float32), array):
+            continue
+        stored = ir.Value(
+            name=f"{value.name}.fp16",
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            shape=value.shape,
+            const_value=ir.tensor(halves, name=f"{value.name}.fp16"),
+        )
+        widen = ir.node("Cast", [stored], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{value.name}.widen")
+        name = str(value.name)
+        graph.initializers.pop(name)
+        widen.outputs[0].name = name
+        widen.outputs[0].type, widen.outputs[0].shape = value.type, value.shape
+        value.replace_all_uses_with(widen.outputs[0])
+        graph.initializers[str(stored.name)] = stored
+        graph.insert_before(graph[0], widen)

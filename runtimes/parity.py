@@ -1,0 +1,151 @@
+"""The one harness that compares results: three levels, two errors, and nothing compared is a failure.
+
+*Compression* is the optimized PyTorch network against the original; *lowering* is the artifact against the optimized
+PyTorch network that it was compiled from. They are never mixed in one number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewstep.feeds import Sample
+from fewstep.metrics import psnr_db, sqnr_db, ssim
+from fewstep.recipe import Limits
+from fewstep.runtimes.base import CheckedSession
+
+Array = npt.NDArray[Any]
+
+LOWERING = "lowering"
+COMPRESSION = "compression"
+# Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
+_FLAT = 0.5 / 255
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison. ``passed`` needs ``value >= limit``; NaN never passes, and no limit means it only informs."""
+
+    error: str
+    level: str
+    component: str
+    step: int | None
+    sample: str | None
+    tensor: str | None
+    metric: str
+    value: float
+    limit: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps its limit."""
+        return not math.isnan(self.value) and (self.limit is None or self.value >= self.limit)
+
+    @property
+    def where(self) -> str:
+        """Where the comparison was made, for people."""
+        parts = [self.component]
+        parts += [f"step {self.step}"] if self.step is not None else []
+        parts += [str(part) for part in (self.tensor, self.sample) if part]
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the check as JSON-ready values; infinities and NaN as text."""
+        value: float | str = self.value if math.isfinite(self.value) else str(self.value)
+        return {**self.__dict__, "value": value, "passed": self.passed}
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All checks of one verification. True only if at least one gating check ran and all passed."""
+
+    checks: tuple[Check, ...]
+    reference: str
+    executor: str
+
+    def __bool__(self) -> bool:
+        """Whether the artifact is verified."""
+        return any(check.limit is not None for check in self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def worst(self, error: str, level: str) -> Check | None:
+        """Returns the gating check with the least margin at a level, None if none ran."""
+        gating = [c for c in self.checks if (c.error, c.level) == (error, level) and c.limit is not None]
+        return min(gating, key=lambda c: -math.inf if math.isnan(c.value) else c.value - (c.limit or 0), default=None)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the verdict and the worst value of every level, JSON-ready."""
+        levels = sorted({(c.error, c.level) for c in self.checks if c.limit is not None})
+        worst = {f"{error}.{level}": check.to_json() for error, level in levels if (check := self.worst(error, level))}
+        return {
+            "passed": bool(self),
+            "checks": len(self.checks),
+            "failed": len(self.failures),
+            "reference": self.reference,
+            "executor": self.executor,
+            "worst": worst,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the summary and every check."""
+        return {**self.summary(), "all": [check.to_json() for check in self.checks]}
+
+
+def compare_components(
+    samples: Iterable[Sample], session: Callable[[str], CheckedSession], limits: Limits
+) -> list[Check]:
+    """Returns the SQNR of every output of every recorded network call, each fed with the reference's own inputs."""
+    checks = []
+    for sample in samples:
+        for feed in sample.feeds:
+            outputs = session(feed.component).run(feed.inputs)
+            for name, reference in feed.outputs.items():
+                value = sqnr_db(reference, outputs[name]) if name in outputs else float("nan")
+                checks.append(
+                    Check(
+                        LOWERING,
+                        "component",
+                        feed.component,
+                        feed.step,
+                        f"{sample.label}, {sample.steps} steps",
+                        name if feed.branch == "cond" else f"{name} ({feed.branch})",
+                        "SQNR dB",
+                        value,
+                        limits.component_sqnr_db,
+                    )
+                )
+    return checks
+
+
+def compare_samples(
+    references: Sequence[Sample], results: Sequence[Sample], limits: Limits, *, error: str = LOWERING
+) -> list[Check]:
+    """Returns the checks of free-running samples: the latent after each step, the picture, and that it is a picture."""
+    checks = []
+    for reference, result in zip(references, results, strict=True):
+        label = f"{reference.label}, {reference.steps} steps"
+        # A latent is a picture's worth of one decoder call away from the picture, so it shares the picture's limit.
+        limit = limits.picture_psnr_db if error == LOWERING else limits.compression_psnr_db
+        if error == LOWERING:
+            for k, (x_reference, x) in enumerate(zip(reference.latents, result.latents, strict=True)):
+                value = sqnr_db(x_reference, x)
+                checks.append(Check(error, "trajectory", "denoiser", k, label, "latent", "SQNR dB", value, limit))
+        pictures = reference.picture_HWC, result.picture_HWC
+        checks.append(Check(error, "picture", "picture", None, label, None, "PSNR dB", psnr_db(*pictures), limit))
+        checks.append(Check(error, "picture", "picture", None, label, None, "SSIM", ssim(*pictures), None))
+        checks.append(_not_flat(error, label, result.picture_HWC))
+    return checks
+
+
+def _not_flat(error: str, label: str, picture_HWC: Array) -> Check:
+    """Two black pictures agree perfectly; this check is what refuses them."""
+    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), _FLAT)

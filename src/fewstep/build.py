@@ -1,0 +1,255 @@
+"""The whole pipeline on one page: a generator in, a verified bundle out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewstep.bundle import Bundle, check_writable, write_manifest, writing
+from fewstep.cache import StageCache
+from fewstep.errors import ParityError, RuntimeMissingError
+from fewstep.feeds import Sample, load_samples, save_samples
+from fewstep.manifest import Artifact, Manifest
+from fewstep.progress import Progress, Silent, stage
+from fewstep.recipe import Recipe, check_steps, load_recipe
+
+if TYPE_CHECKING:
+    from fewstep.export import Description, Generator
+
+PROMPTS, SEEDS = 8, 2
+# How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
+GOLDEN_WITH_FEEDS, GOLDEN_BYTES = 2, 32 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a build needs to know beside the recipe."""
+
+    prompts: int = PROMPTS
+    seeds: int = SEEDS
+    profile: bool = True
+    cache_root: Path | None = None
+
+
+def build(
+    source: str,
+    recipe: str | Recipe = "fp32",
+    targets: Sequence[str] = ("onnxruntime",),
+    out: str | Path = "bundle",
+    *,
+    steps: Sequence[int] | None = None,
+    guidance: float | None = None,
+    options: Options | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Returns the bundle of a generator, compiled for every target and verified against PyTorch.
+
+    Args:
+        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``.
+        recipe: a preset's name, a TOML file, or a `Recipe`.
+        targets: runtimes to compile for.
+        out: where the bundle goes. It appears when everything is done, or not at all.
+        steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
+        guidance: guidance scale; None takes the recipe's, then the generator's.
+        options: how much to verify, and where to cache.
+        progress: told where the build is.
+
+    Raises:
+        FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
+    """
+    # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
+    from fewstep.export import describe, diffusers_files, load, write_tokenizer
+    from fewstep.optimize import optimize
+    from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes.profile import profile
+    from fewstep.verify import verify_against
+
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    options, progress, out = options or Options(), progress or Silent(), Path(out)
+    check_writable(out)
+    check_targets(targets)
+    cache = StageCache(options.cache_root)
+
+    with stage(progress, f"load {source}"):
+        original = load(source, guidance=recipe.guidance if guidance is None else guidance)
+        optimized, notes = optimize(original, recipe)
+        counts = check_steps(steps or recipe.steps or original.steps, "steps")
+        optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
+        described = describe(optimized, counts)
+
+    with writing(out) as folder:
+        write_tokenizer(optimized, folder / described.tokenizer.folder)
+        artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress)
+        if "onnxruntime" in targets:
+            _write_layout(diffusers_files(optimized), folder)
+        requests = _requests(optimized, described, options)
+        lowered_from = _record(optimized, requests, recipe, cache, progress)
+        uncompressed = _record(original, requests, Recipe("original"), cache, progress) if notes else None
+        _write_golden(lowered_from, folder / "golden")
+        manifest = Manifest(
+            name=optimized.name,
+            source=optimized.source,
+            pipeline=type(optimized.pipeline).__name__,
+            contract=described.contract,
+            components=described.components,
+            tokenizers={"tokenizer": described.tokenizer},
+            schedules=described.schedules,
+            default_steps=optimized.default_steps,
+            artifacts=tuple(artifacts),
+            recipe={**recipe.to_json(), "notes": [asdict(note) for note in notes]},
+            prompts=optimized.prompts,
+            licences=optimized.licences,
+            versions=versions(),
+        )
+        manifest = write_manifest(folder, manifest)
+        verified = verify_against(Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, progress=progress)
+        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
+        manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
+        write_bundle_report(folder / "report", manifest, verified, profiles)
+        manifest = write_manifest(folder, manifest)
+        if not verified.report:
+            raise _refused(out, folder, verified.report.failures[0].where)
+    return Bundle(out, manifest)
+
+
+def compile_targets(
+    generator: Generator,
+    described: Description,
+    recipe: Recipe,
+    targets: Sequence[str],
+    folder: Path,
+    cache: StageCache,
+    progress: Progress,
+) -> list[Artifact]:
+    """Returns every component compiled for every target, under ``folder/<target>``; finished ones come from the cache."""
+    from fewstep.export import trace
+    from fewstep.runtimes import get_runtime
+
+    artifacts = []
+    advance = progress.task("compile", len(targets) * len(described.components))
+    for target in targets:
+        for component, spec in described.components.items():
+            key = {
+                "source": generator.source.sha256,
+                "component": component,
+                "spec": asdict(spec),
+                "weights": recipe.weights,
+                "runtime": target,
+                "versions": versions(),
+            }
+
+            def make(entry: Path, target: str = target, component: str = component) -> None:
+                program = trace(generator, component, described.calls[component], described.components[component])
+                artifact = get_runtime(target).compile(program, entry / "files", recipe.weights)
+                (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
+
+            entry, _ = cache.get_or_make("compile", key, make)
+            artifact = Artifact(**json.loads((entry / "artifact.json").read_text()))
+            shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
+            artifacts.append(replace(artifact, path=f"{target}/{artifact.path}"))
+            advance()
+    return artifacts
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Raises RuntimeMissingError unless every target can be compiled for and run here."""
+    from fewstep.runtimes import get_runtime
+
+    for target in targets:
+        state = get_runtime(target).availability()
+        if not (state.compiles and state.runs):
+            raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of everything that shapes a bundle, and the machine that built it."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in ("fewstep", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _default_steps(wanted: int, counts: Sequence[int]) -> int:
+    return wanted if wanted in counts else min(counts, key=lambda n: (abs(n - wanted), n))
+
+
+def _requests(generator: Generator, described: Description, options: Options) -> list[tuple[str, int, int, float]]:
+    """Every prompt with every seed at the default step count, then one sample at each other count."""
+    prompts = generator.prompts[: options.prompts]
+    default = generator.default_steps
+    main = [(prompt, seed, default, generator.guidance) for prompt in prompts for seed in range(options.seeds)]
+    others = [(prompts[0], 0, n, generator.guidance) for n in sorted(described.schedules) if n != default]
+    return main + others
+
+
+def _record(
+    generator: Generator,
+    requests: Sequence[tuple[str, int, int, float]],
+    recipe: Recipe,
+    cache: StageCache,
+    progress: Progress,
+) -> list[Sample]:
+    from fewstep.calibration import SampleRequest, record_samples
+
+    key = {
+        "source": generator.source.sha256,
+        "requests": [list(request) for request in requests],
+        "weights": recipe.weights,
+        "original": recipe.name == "original",
+        "versions": versions(),
+    }
+
+    def make(entry: Path) -> None:
+        advance = progress.task("record the reference", len(requests))
+
+        def samples() -> list[Sample]:
+            done = []
+            for sample in record_samples(generator, [SampleRequest(*request) for request in requests]):
+                done.append(sample)
+                advance()
+            return done
+
+        save_samples(samples(), entry, with_feeds=len(requests))
+
+    entry, _ = cache.get_or_make("reference", key, make)
+    return load_samples(entry)
+
+
+def _write_golden(samples: Sequence[Sample], folder: Path) -> None:
+    """Writes the golden pack: the first samples with every call, others with latents and picture while they fit."""
+    kept, size = [], 0
+    for i, sample in enumerate(samples):
+        size += sample.picture_HWC.nbytes + sum(x.nbytes for x in sample.latents)
+        if i >= GOLDEN_WITH_FEEDS and size > GOLDEN_BYTES:
+            break
+        kept.append(sample)
+    save_samples(kept, folder, with_feeds=GOLDEN_WITH_FEEDS)
+
+
+def _write_layout(files: dict[str, str], folder: Path) -> None:
+    """Adds to ``onnxruntime/`` what ONNX Runtime users of diffusers models expect beside the networks."""
+    for relative, text in files.items():
+        path = folder / "onnxruntime" / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    shutil.copytree(folder / "tokenizer", folder / "onnxruntime" / "tokenizer")
+
+
+def _refused(out: Path, folder: Path, where: str) -> ParityError:
+    """Keeps the evidence of a failed build beside ``out`` and returns the error that says so."""
+    failed = out.with_name(f"{out.name}.failed")
+    shutil.rmtree(failed, ignore_errors=True)
+    shutil.copytree(folder, failed)
+    return ParityError(
+        f"{out.name} is not what PyTorch computes: {where} is below its limit; no bundle was written",
+        hint=f"open {failed / 'report' / 'index.html'}; `fewstep verify {failed} --bisect` names the first tensor that departs",
+    )

@@ -1,0 +1,159 @@
+"""A bundle on disk: written whole or not at all, hashes checked when it is opened, no path leaves it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from fewstep.errors import BundleError
+from fewstep.hashing import file_sha256
+from fewstep.manifest import FileEntry, Manifest
+
+if TYPE_CHECKING:
+    from fewstep.runtimes.sampler import Sample
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Returns the bundle at a folder, after checking the hash of every file.
+
+        Raises:
+            BundleError: no bundle there, a file missing, altered or outside the folder, or a manifest that is not valid.
+        """
+        folder = Path(path)
+        manifest_path = folder / MANIFEST
+        try:
+            values = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BundleError(
+                f"{folder} is not a bundle: cannot read {MANIFEST} ({error.strerror})",
+                hint="give the folder that `fewstep build -o` wrote",
+            ) from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise BundleError(f"{manifest_path} is not JSON: {error}", hint="build the bundle again") from error
+        manifest = Manifest.from_json(values, where=str(manifest_path))
+        _verify_files(folder, manifest)
+        return cls(folder, manifest)
+
+    def file(self, relative: str) -> Path:
+        """Returns the path of a file that the manifest lists."""
+        if relative not in self.manifest.files:
+            raise BundleError(f"{self.path}: {relative} is not listed in the manifest", hint="build the bundle again")
+        return resolve_inside(self.path, relative)
+
+    def generate(
+        self, prompt: str, seed: int = 0, *, steps: int | None = None, guidance: float | None = None
+    ) -> Sample:
+        """Returns the picture of a prompt; see `fewstep.runtimes.sampler.generate`."""
+        from fewstep.runtimes.sampler import generate  # a convenience that looks up the layers: the one place it does
+
+        return generate(self, prompt, seed, steps=steps, guidance=guidance)
+
+
+def resolve_inside(folder: Path, relative: str) -> Path:
+    """Returns ``folder / relative``, refusing absolute paths, ``..`` and links that leave the folder."""
+    parts = PurePosixPath(relative)
+    path = folder / parts
+    outside = parts.is_absolute() or ".." in parts.parts or "\\" in relative or ":" in relative
+    if outside or not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(
+            f"{folder}: path {relative!r} leaves the bundle, expected a relative path inside it",
+            hint="do not use this bundle: it was not written by fewstep",
+        )
+    return path
+
+
+def _verify_files(folder: Path, manifest: Manifest) -> None:
+    for relative, entry in manifest.files.items():
+        path = resolve_inside(folder, relative)
+        if not path.is_file():
+            raise BundleError(f"{folder}: {relative} is missing", hint="copy the whole folder, or build it again")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{folder}: {relative} has {size} bytes, expected {entry.bytes}",
+                hint="the file is truncated or altered: copy it again or build the bundle again",
+            )
+        digest = file_sha256(path)
+        if digest != entry.sha256:
+            raise BundleError(
+                f"{folder}: {relative} has sha256 {digest[:16]}..., expected {entry.sha256[:16]}...",
+                hint="the file was altered: copy it again or build the bundle again",
+            )
+    for artifact in manifest.artifacts:
+        if artifact.path not in manifest.files:
+            raise BundleError(
+                f"{folder}: artifact {artifact.path} is not listed in the manifest's files", hint="build the bundle again"
+            )
+    for tokenizer in manifest.tokenizers.values():
+        resolve_inside(folder, tokenizer.folder)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside ``target`` that takes its place when the block ends without an error.
+
+    A killed or failed build leaves ``target`` as it was. An existing bundle is replaced; any other existing folder
+    with something in it is refused.
+    """
+    target = target.resolve()
+    check_writable(target)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+            target.replace(old / "bundle")
+            partial.replace(target)
+            shutil.rmtree(old)
+        else:
+            partial.replace(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_writable(target: Path) -> None:
+    """Raises BundleError unless a bundle can be written at ``target``; creates its parent folders."""
+    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise BundleError(
+            f"{target} exists and is not a bundle, expected a new folder or a bundle to replace",
+            hint="choose another -o folder",
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"cannot create {target.parent}: {error.strerror}", hint="choose another -o folder") from error
+    if not os.access(target.parent, os.W_OK):
+        raise BundleError(f"cannot write to {target.parent}: permission denied", hint="choose another -o folder")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Writes ``manifest.json`` with the hash of every file now in the folder, and returns the manifest with them."""
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(file_sha256(path), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
+    }
+    complete = replace(manifest, files=files)
+    values = complete.to_json()
+    Manifest.from_json(values, where="the manifest to be written")
+    (folder / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return complete

@@ -1,0 +1,110 @@
+"""Samples with every network call that made them, as arrays, storable as safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fewstep.errors import BundleError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class StepFeed:
+    """One network call: what went in and what came out.
+
+    ``step`` is the index of the sampling step, None for components that run once; ``timestep`` is the time value that
+    the network saw; ``branch`` is ``cond`` or, in two-pass guidance, ``uncond``.
+    """
+
+    component: str
+    step: int | None
+    timestep: float | None
+    branch: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled picture: its network calls in order, the latent after each step, and the picture.
+
+    ``latents`` are float32 [1, ...]; ``picture_HWC`` is float32 in [0, 1], as the generator's own pipeline returns it
+    before rounding to 8 bits.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+    feeds: tuple[StepFeed, ...]
+    latents: tuple[Array, ...]
+    picture_HWC: Array
+
+    @property
+    def label(self) -> str:
+        """What a report calls this sample."""
+        return f"{self.prompt} #{self.seed}"
+
+
+def save_sample(sample: Sample, path: Path, *, with_feeds: bool = True) -> None:
+    """Writes a sample; without feeds it keeps the latents and the picture alone."""
+    arrays: dict[str, Array] = {"picture": sample.picture_HWC}
+    arrays.update({f"latents/{k}": x for k, x in enumerate(sample.latents)})
+    calls = []
+    for i, feed in enumerate(sample.feeds if with_feeds else ()):
+        arrays.update({f"feeds/{i}/in/{name}": a for name, a in feed.inputs.items()})
+        arrays.update({f"feeds/{i}/out/{name}": a for name, a in feed.outputs.items()})
+        calls.append({"component": feed.component, "step": feed.step, "timestep": feed.timestep, "branch": feed.branch})
+    head = {
+        "prompt": sample.prompt,
+        "seed": sample.seed,
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "calls": calls,
+    }
+    save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, path, metadata={"fewstep": json.dumps(head)})
+
+
+def load_sample(path: Path) -> Sample:
+    """Returns what `save_sample` wrote."""
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            head = json.loads((stream.metadata() or {})["fewstep"])
+            arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} is not a sample: {error}", hint="build the bundle again") from error
+    feeds = tuple(
+        StepFeed(**call, inputs=_under(arrays, f"feeds/{i}/in/"), outputs=_under(arrays, f"feeds/{i}/out/"))
+        for i, call in enumerate(head.pop("calls"))
+    )
+    latents = tuple(arrays[f"latents/{k}"] for k in range(head["steps"]) if f"latents/{k}" in arrays)
+    return Sample(**head, feeds=feeds, latents=latents, picture_HWC=arrays["picture"])
+
+
+def save_samples(samples: Iterable[Sample], folder: Path, *, with_feeds: int) -> list[Path]:
+    """Writes one shard for each sample, the first ``with_feeds`` of them with every network call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, sample in enumerate(samples):
+        paths.append(folder / f"{i:03d}.safetensors")
+        save_sample(sample, paths[-1], with_feeds=i < with_feeds)
+    return paths
+
+
+def load_samples(folder: Path) -> list[Sample]:
+    """Returns the samples of a folder, in order."""
+    return [load_sample(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def _under(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}

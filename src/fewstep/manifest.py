@@ -1,0 +1,241 @@
+"""The manifest of a bundle as values: what each component takes and gives, and how a picture is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from typing import Any
+
+import jsonschema
+
+from fewstep.errors import BundleError, ContractError
+from fewstep.schedule import Schedule
+
+SCHEMA_VERSION = 1
+DENOISER = "denoiser"
+DECODER = "decoder"
+
+# Where the value of a component's input comes from. "<component>.<output>" names another component's output.
+TOKENS = "tokens:"
+LATENT = "latent"
+TIMESTEP = "timestep"
+GUIDANCE = "guidance_embedding"
+SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype and static shape of one input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def check(self, shape: tuple[int, ...], dtype: str, where: str) -> None:
+        """Raises ContractError unless an array of this shape and dtype fits."""
+        if tuple(shape) != self.shape or dtype != self.dtype:
+            raise ContractError(
+                f"{where}: {self.name} is {dtype} {list(shape)}, expected {self.dtype} {list(self.shape)}",
+                hint="the manifest's component section lists what each component takes",
+            )
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One network call: its inputs in order, its outputs, and where each input comes from."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    bindings: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the guidance scale w reaches the network.
+
+    ``none``: not at all. ``embedded``: an input of the network, [sin(a_0) ... sin(a_n) cos(a_0) ... cos(a_n)] with
+    a_i = ``factor`` (w - 1) ``frequencies[i]`` in float32. ``two_pass``: F = F_u + w (F_c - F_u), with the empty prompt
+    for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the last bit of
+    an ``exp`` moves a sine by 1e-4.
+    """
+
+    kind: str
+    scale: float
+    frequencies: tuple[float, ...] = ()
+    factor: float = 1000.0
+
+
+@dataclass(frozen=True)
+class Contract:
+    """All that a device must know to sample, besides the schedule's numbers.
+
+    The decoder gets ``x / latent_scale + latent_shift``; its output in [-1, 1] becomes a picture in [0, 1].
+    """
+
+    latent_shape: tuple[int, ...]
+    latent_scale: float
+    latent_shift: float
+    prediction_type: str
+    guidance: Guidance
+    noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer folder (``tokenizer.json`` beside the transformers files), padded to ``length`` with ``pad_id``."""
+
+    folder: str
+    length: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one runtime runs for one component."""
+
+    runtime: str
+    component: str
+    path: str
+    weights: str
+    compute: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Content hash and size of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """Where a generator came from; ``uri`` is what ``fewstep build`` was given."""
+
+    uri: str
+    kind: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of ``manifest.json``."""
+
+    name: str
+    source: SourceInfo
+    pipeline: str
+    contract: Contract
+    components: Mapping[str, ComponentSpec]
+    tokenizers: Mapping[str, TokenizerSpec]
+    schedules: Mapping[int, Schedule]
+    default_steps: int
+    artifacts: tuple[Artifact, ...]
+    recipe: Mapping[str, Any]
+    prompts: tuple[str, ...]
+    licences: Mapping[str, str]
+    versions: Mapping[str, str]
+    parity: Mapping[str, Any] | None = None
+    caveats: tuple[str, ...] = ()
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The runtimes that this bundle has artifacts for, in order."""
+        return tuple(dict.fromkeys(artifact.runtime for artifact in self.artifacts))
+
+    def artifact(self, runtime: str, component: str) -> Artifact:
+        """Returns the artifact of a component for a runtime."""
+        for artifact in self.artifacts:
+            if (artifact.runtime, artifact.component) == (runtime, component):
+                return artifact
+        have = ", ".join(self.runtimes) or "none"
+        raise BundleError(
+            f"bundle has no {component} for runtime {runtime!r}, it has runtimes: {have}",
+            hint=f"build it with `fewstep build SOURCE --target {runtime}`",
+        )
+
+    def schedule(self, steps: int) -> Schedule:
+        """Returns the table for a number of steps."""
+        try:
+            return self.schedules[steps]
+        except KeyError:
+            have = ", ".join(str(n) for n in sorted(self.schedules))
+            raise ContractError(
+                f"bundle has no schedule for {steps} steps, it has {have}", hint=f"choose one of {have}"
+            ) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as JSON-ready values."""
+        values = asdict(self)
+        values["schema_version"] = SCHEMA_VERSION
+        values["schedules"] = {str(n): schedule.to_json() for n, schedule in sorted(self.schedules.items())}
+        return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(values))}
+
+    @classmethod
+    def from_json(cls, values: Any, *, where: str) -> Manifest:
+        """Returns the manifest that ``to_json`` wrote.
+
+        Raises:
+            BundleError: another schema version, or a value that the JSON schema refuses.
+        """
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{where} has schema version {version!r}, expected {SCHEMA_VERSION}",
+                hint="build the bundle again with this fewstep, or open it with the one that built it",
+            )
+        _validate(values, where)
+        return cls(
+            name=values["name"],
+            source=SourceInfo(**values["source"]),
+            pipeline=values["pipeline"],
+            contract=_contract(values["contract"]),
+            components={name: _component(value) for name, value in values["components"].items()},
+            tokenizers={name: TokenizerSpec(**value) for name, value in values["tokenizers"].items()},
+            schedules={int(n): Schedule.from_json(value) for n, value in values["schedules"].items()},
+            default_steps=values["default_steps"],
+            artifacts=tuple(Artifact(**value) for value in values["artifacts"]),
+            recipe=values["recipe"],
+            prompts=tuple(values["prompts"]),
+            licences=values["licences"],
+            versions=values["versions"],
+            parity=values["parity"],
+            caveats=tuple(values["caveats"]),
+            files={path: FileEntry(**value) for path, value in values["files"].items()},
+        )
+
+
+def load_schema() -> dict[str, Any]:
+    """Returns the JSON schema of ``manifest.json``."""
+    text = resources.files("fewstep").joinpath("manifest.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def _validate(values: Any, where: str) -> None:
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(load_schema()).iter_errors(values))
+    if error is not None:
+        path = "/".join(str(part) for part in error.absolute_path) or "(top)"
+        raise BundleError(f"{where}: {path}: {error.message}", hint="build the bundle again; manifests are not edited")
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(v["name"], v["dtype"], tuple(v["shape"])) for v in values)
+
+
+def _component(values: Any) -> ComponentSpec:
+    return ComponentSpec(_specs(values["inputs"]), _specs(values["outputs"]), values["bindings"])
+
+
+def _contract(values: Any) -> Contract:
+    return Contract(
+        latent_shape=tuple(values["latent_shape"]),
+        latent_scale=values["latent_scale"],
+        latent_shift=values["latent_shift"],
+        prediction_type=values["prediction_type"],
+        guidance=Guidance(**{**values["guidance"], "frequencies": tuple(values["guidance"]["frequencies"])}),
+        noise=values["noise"],
+    )

@@ -1,0 +1,22 @@
+"""One traced component: what `fewstep.export` makes and what every runtime compiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fewstep.manifest import ComponentSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Program:
+    """A component as ``torch.export`` sees it. Inputs and outputs are flat and in the order of ``spec``."""
+
+    component: str
+    folder: str
+    """Folder name that ONNX Runtime users of diffusers models expect (``unet``, ``vae_decoder``, ...)."""
+    exported: torch.export.ExportedProgram
+    spec: ComponentSpec

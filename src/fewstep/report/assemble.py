@@ -1,0 +1,180 @@
+"""Turns a verified bundle into the values of its report page, and writes the report folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from fewstep.feeds import Sample
+from fewstep.manifest import Manifest
+from fewstep.report import images
+from fewstep.report.charts import CurveChart, CurveSeries
+from fewstep.report.page import (
+    CheckRow,
+    LatencyRow,
+    PictureRow,
+    ReportData,
+    ScheduleTable,
+    Section,
+    SizeRow,
+    write_report,
+)
+from fewstep.runtimes.parity import Check
+from fewstep.runtimes.profile import Latency, Profile
+from fewstep.schedule import Schedule
+from fewstep.verify import Verification
+
+_UNITS = {
+    "SQNR dB": ("SQNR", "dB"),
+    "PSNR dB": ("PSNR", "dB"),
+    "SSIM": ("SSIM", ""),
+    "spread (std)": ("spread (std)", ""),
+}
+_SHOWN_PICTURES = 16
+
+
+def write_bundle_report(
+    folder: Path, manifest: Manifest, verified: Verification, profiles: Sequence[Profile] = ()
+) -> Path:
+    """Writes ``index.html``, ``parity.json``, ``profile.json`` and ``grid.png``, and returns the page's path."""
+    page = write_report(report_data(manifest, verified, profiles), folder)
+    (folder / "parity.json").write_text(json.dumps(verified.report.to_json(), indent=1))
+    (folder / "profile.json").write_text(json.dumps([profile.to_json() for profile in profiles], indent=1))
+    (folder / "grid.png").write_bytes(images.png_bytes(picture_grid(verified)))
+    return page
+
+
+def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[Profile]) -> ReportData:
+    """Returns what the page shows."""
+    main = [
+        (a, b) for a, b in zip(verified.references, verified.results, strict=True) if a.steps == manifest.default_steps
+    ]
+    psnr = {c.sample: c.value for c in verified.report.checks if (c.error, c.metric) == ("lowering", "PSNR dB")}
+    profile = profiles[0] if profiles else None
+    counts = ", ".join(str(n) for n in sorted(manifest.schedules))
+    return ReportData(
+        title=manifest.name,
+        subtitle=f"{manifest.pipeline}, {counts} steps (default {manifest.default_steps}), {verified.report.executor}",
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        checks=[_check_row(check) for check in verified.report.checks if check.limit is not None],
+        caveats=verified.caveats,
+        pictures=[
+            PictureRow(f"{a.label}, {a.steps} steps", _signed(a), _signed(b), psnr[f"{a.label}, {a.steps} steps"])
+            for a, b in main[:_SHOWN_PICTURES]
+        ],
+        curves=_curves(verified, manifest.default_steps),
+        sizes=[SizeRow(f"{a.component} ({a.runtime})", f"{a.weights} weights", a.bytes) for a in manifest.artifacts],
+        latencies=[_latency_row(latency) for latency in profile.latencies] if profile else (),
+        whole_latency=_latency_row(profile.picture) if profile else None,
+        latency_note=_latency_note(profile) if profile else "",
+        peak_memory_bytes=profile.peak_memory_bytes if profile else None,
+        precision_notes=[_precision_note(manifest, runtime) for runtime in manifest.runtimes],
+        contract=_contract(manifest),
+        schedules=[_table(n, schedule) for n, schedule in sorted(manifest.schedules.items())],
+        environment=[
+            *(Section(name, version) for name, version in manifest.versions.items()),
+            Section("source", f"{manifest.source.uri}\nsha256 {manifest.source.sha256}"),
+            Section("reference", verified.report.reference),
+            Section("recipe", json.dumps(manifest.recipe)),
+        ],
+        licences=[Section(name, text) for name, text in manifest.licences.items()],
+    )
+
+
+def picture_grid(verified: Verification, *, most: int = 8) -> images.Pixels:
+    """Returns one picture: a row for each sample with the reference, the bundle's picture and their difference."""
+    rows, labels = [], []
+    for a, b in list(zip(verified.references, verified.results, strict=True))[: 2 * most : 2]:
+        difference, factor = images.difference(_signed(a), _signed(b))
+        rows.append([images.to_uint8(_signed(a)), images.to_uint8(_signed(b)), difference])
+        labels.append(f"{a.label}: PyTorch, bundle, difference x{factor}")
+    return images.grid(rows, labels)
+
+
+def _signed(sample: Sample) -> images.FloatPicture:
+    """The page takes pictures in [-1, 1] with three channels."""
+    picture_HWC = sample.picture_HWC if sample.picture_HWC.shape[-1] == 3 else np.repeat(sample.picture_HWC, 3, -1)
+    return picture_HWC * 2.0 - 1.0
+
+
+def _check_row(check: Check) -> CheckRow:
+    metric, unit = _UNITS[check.metric]
+    assert check.limit is not None
+    component = check.component if check.tensor is None else f"{check.component}: {check.tensor}"
+    return CheckRow(
+        check.error,
+        check.level,
+        component,
+        check.step,
+        check.sample,
+        metric,
+        check.value,
+        check.limit,
+        check.passed,
+        unit,
+    )
+
+
+def _curves(verified: Verification, steps: int) -> list[CurveChart]:
+    series: dict[str, list[float]] = {}
+    limits = set()
+    for check in verified.report.checks:
+        if check.level == "trajectory" and check.sample is not None and check.sample.endswith(f", {steps} steps"):
+            series.setdefault(check.sample, []).append(check.value)
+            limits.add(check.limit)
+    if not series:
+        return []
+    lines = tuple(CurveSeries(label, tuple(values)) for label, values in series.items())
+    return [CurveChart("Latent after each step, lowering error", lines, next(iter(limits)))]
+
+
+def _latency_row(latency: Latency) -> LatencyRow:
+    return LatencyRow(latency.component, latency.calls, latency.median_ms, latency.low_ms, latency.high_ms)
+
+
+def _latency_note(profile: Profile) -> str:
+    threads = "the runtime's own number of threads" if profile.threads is None else f"{profile.threads} threads"
+    runs = profile.picture.runs
+    return f"{profile.runtime} on the machine that built the bundle, {threads}, after warm-up; {runs} runs, spread is the middle 80 %"
+
+
+def _precision_note(manifest: Manifest, runtime: str) -> str:
+    first = next(a for a in manifest.artifacts if a.runtime == runtime)
+    note = f"{runtime}: {first.weights} weights, {first.compute} compute"
+    return note if first.weights == first.compute else f"{note}; the CPU provider has no {first.weights} kernels"
+
+
+def _contract(manifest: Manifest) -> list[Section]:
+    contract, guidance = manifest.contract, manifest.contract.guidance
+    sections = [
+        Section("latent", f"float32 {[1, *contract.latent_shape]}"),
+        Section("decoder input", f"latent / {contract.latent_scale:g} + {contract.latent_shift:g}"),
+        Section("prediction type", contract.prediction_type),
+        Section("guidance", f"{guidance.kind}, w = {guidance.scale:g}"),
+        Section("noise", contract.noise),
+    ]
+    for component, spec in manifest.components.items():
+        lines = [f"{s.name}: {s.dtype} {list(s.shape)} <- {spec.bindings[s.name]}" for s in spec.inputs]
+        lines += [f"{s.name}: {s.dtype} {list(s.shape)} ->" for s in spec.outputs]
+        sections.append(Section(component, "\n".join(lines)))
+    return sections
+
+
+def _table(steps: int, schedule: Schedule) -> ScheduleTable:
+    columns = ("k", "t", "s", "p", "q", "a", "b", "c")
+    rows = []
+    for k in range(schedule.steps):
+        values = (getattr(schedule, name)[k] for name in "spqabc")
+        rows.append((k, schedule.timesteps[k], *(_rounded(v) for v in values)))
+    history = any(any(row) for row in schedule.h)
+    title = f"{steps} steps, {schedule.source}, initial noise x {schedule.init_scale:.6g}"
+    return ScheduleTable(title + (", with history (see the manifest)" if history else ""), columns, tuple(rows))
+
+
+def _rounded(value: float) -> float:
+    return value if value == 0 or not math.isfinite(value) else float(f"{value:.6g}")

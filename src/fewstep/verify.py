@@ -1,0 +1,193 @@
+"""Parity of a bundle, on this machine: against the live generator where it can be had, else against the golden pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fewstep.bundle import Bundle
+from fewstep.errors import BundleError, ContractError
+from fewstep.feeds import Sample, load_samples
+from fewstep.progress import Progress, Silent, stage
+from fewstep.recipe import Limits, Recipe
+from fewstep.runtimes.parity import COMPRESSION, ParityReport, compare_components, compare_samples
+from fewstep.runtimes.sampler import open_sampler
+
+if TYPE_CHECKING:
+    from fewstep.runtimes.ort_bisect import Departure
+
+PYTORCH = "PyTorch, the generator's own pipeline, run now"
+GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A parity report with the samples behind it, reference first, and what it does not prove."""
+
+    report: ParityReport
+    references: tuple[Sample, ...]
+    results: tuple[Sample, ...]
+    caveats: tuple[str, ...]
+    departures: dict[str, Departure | None] = field(default_factory=dict)
+
+
+def verify(
+    bundle: Bundle,
+    *,
+    against: str | None = None,
+    runtime: str | None = None,
+    prompts: int = 8,
+    seeds: int = 2,
+    bisect: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
+    """Returns a fresh comparison of a bundle with its reference.
+
+    Args:
+        bundle: the bundle.
+        against: the source to compare with; None takes the one it was built from if it can be loaded and has not
+            changed, else the golden pack, and says which in the report.
+        runtime: which of the bundle's runtimes; None takes the first.
+        prompts: how many of the generator's prompts, with live references.
+        seeds: how many seeds of each.
+        bisect: for every component that fails, name its first departing tensor (needs the source).
+        progress: told where the verification is.
+
+    Raises:
+        SourceError: ``against`` cannot be loaded.
+        ContractError: ``against`` is not the generator that the bundle was built from.
+    """
+    progress = progress or Silent()
+    limits = Limits(**bundle.manifest.recipe["limits"])
+    source, reason = _usable_source(bundle, against)
+    if source is None:
+        golden = load_samples(bundle.path / "golden")
+        if not golden:
+            raise BundleError(f"{bundle.path} has no golden samples to verify against", hint="give --against SOURCE")
+        caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
+        if bisect:
+            caveats.append("not bisected: that needs the source")
+        return verify_against(bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress)
+    lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
+    verified = verify_against(bundle, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
+    if bisect and not verified.report:
+        verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
+    return verified
+
+
+def verify_against(
+    bundle: Bundle,
+    references: Sequence[Sample],
+    uncompressed: Sequence[Sample] | None,
+    limits: Limits,
+    *,
+    runtime: str | None = None,
+    reference: str = PYTORCH,
+    caveats: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Verification:
+    """Returns the comparison of a bundle with recorded references.
+
+    ``references`` are samples of the network that was lowered; ``uncompressed`` the same samples of the original, None
+    where they are the same network.
+    """
+    progress = progress or Silent()
+    manifest = bundle.manifest
+    name = runtime or manifest.runtimes[0]
+    sampler = open_sampler(bundle, runtime=name)
+    try:
+        with stage(progress, "compare components"):
+            checks = compare_components(references, sampler.session, limits)
+        advance = progress.task("compare samples", len(references))
+        results = []
+        for r in references:
+            results.append(sampler(r.prompt, r.seed, manifest.schedule(r.steps), guidance=r.guidance))
+            advance()
+    finally:
+        sampler.close()
+    checks += compare_samples(references, results, limits)
+    if uncompressed is not None:
+        checks += compare_samples(uncompressed, references, limits, error=COMPRESSION)
+    first = manifest.artifact(name, next(iter(manifest.components)))
+    executor = f"{name}, {first.weights} weights, {first.compute} compute"
+    notes = list(caveats)
+    if first.weights != first.compute:
+        notes.append(f"{name} computes in {first.compute}: its CPU provider has no {first.weights} kernels, so this is no {first.weights} baseline")
+    return Verification(ParityReport(tuple(checks), reference, executor), tuple(references), tuple(results), tuple(notes))
+
+
+def _usable_source(bundle: Bundle, against: str | None) -> tuple[str | None, str]:
+    if against is not None:
+        return against, ""
+    uri = bundle.manifest.source.uri
+    for package in ("torch", "diffusers"):
+        if util.find_spec(package) is None:
+            return None, f"{package} is not installed"
+    if bundle.manifest.source.kind == "diffusers" and not Path(uri).is_dir():
+        return None, f"the source {uri} is not on this machine"
+    return uri, ""
+
+
+def _live_references(
+    bundle: Bundle, source: str, prompts: int, seeds: int, progress: Progress
+) -> tuple[list[Sample], list[Sample] | None]:
+    from fewstep.calibration import SampleRequest, record_samples
+    from fewstep.export import load
+    from fewstep.optimize import optimize
+
+    manifest = bundle.manifest
+    with stage(progress, f"load {source}"):
+        original = load(source, guidance=manifest.contract.guidance.scale)
+        _check_same(bundle, original.source.sha256, source)
+        optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
+    w = manifest.contract.guidance.scale
+    requests = SampleRequest.grid(manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
+    requests += [SampleRequest(manifest.prompts[0], 0, n, w) for n in manifest.schedules if n != manifest.default_steps]
+    advance = progress.task("run the reference", len(requests) * (2 if notes else 1))
+
+    def run(generator: object) -> list[Sample]:
+        samples = []
+        for sample in record_samples(generator, requests):  # type: ignore[arg-type]
+            samples.append(sample)
+            advance()
+        return samples
+
+    return run(optimized), run(original) if notes else None
+
+
+def _check_same(bundle: Bundle, sha256: str, source: str) -> None:
+    built_from = bundle.manifest.source
+    if sha256 != built_from.sha256:
+        raise ContractError(
+            f"{source} (sha256 {sha256[:16]}...) is not what this bundle was built from "
+            f"({built_from.uri}, sha256 {built_from.sha256[:16]}...)",
+            hint="verify against the original source, or build the bundle again from this one",
+        )
+
+
+def _bisect(
+    bundle: Bundle, source: str, verified: Verification, runtime: str, limits: Limits
+) -> dict[str, Departure | None]:
+    from fewstep.export import describe, load, trace
+    from fewstep.optimize import optimize
+    from fewstep.runtimes.ort_bisect import bisect
+
+    manifest = bundle.manifest
+    generator, _ = optimize(
+        load(source, guidance=manifest.contract.guidance.scale), Recipe("", weights=manifest.recipe["weights"])
+    )
+    described = describe(generator, sorted(manifest.schedules))
+    failing = {check.component for check in verified.report.failures if check.level == "component"}
+    found: dict[str, Departure | None] = {}
+    for component in sorted(failing):
+        program = trace(generator, component, described.calls[component], described.components[component])
+        feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
+        path = bundle.file(manifest.artifact(runtime, component).path)
+        found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
+    return found
+
+
+

@@ -1,0 +1,29 @@
+"""What every test runs under: two cores, no network, the same random examples each time."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before a test imports torch or a tokenizer. xdist runs one process per core, so each takes one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_COLOR"] = "1"
+
+settings.register_profile("fewstep", deadline=None, derandomize=True)
+settings.load_profile("fewstep")
+
+# Optimum does not install beside transformers 5: `make interop` runs these in an environment of their own.
+collect_ignore = [] if importlib.util.find_spec("optimum") else ["interop"]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Returns the top folder of the repository."""
+    return Path(__file__).parents[1]

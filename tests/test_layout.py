@@ -1,0 +1,94 @@
+"""The stage folders are sub-packages of fewstep, none hides another module, and bundles run without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "src" / "fewstep"
+STAGES = ("export", "calibration", "optimize", "runtimes")
+LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../apps/stickers"}
+COMPILERS = ("torch", "torchao", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "scipy")
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_stage_folder_is_linked_into_the_package(name: str) -> None:
+    link = PACKAGE / name
+    assert link.is_symlink(), (
+        f"src/fewstep/{name} is a text file, expected a link to {LINKS[name]}: git on Windows wrote the links as text.\n"
+        "hint: turn on Developer Mode, then `git config core.symlinks true` and `git checkout -- src/fewstep`"
+    )
+    assert link.readlink().as_posix() == LINKS[name]
+    assert (link / "__init__.py").is_file()
+
+
+def declared_names() -> set[str]:
+    """Returns the import names of all dependencies in pyproject.toml, and of the backends that are not there yet."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.match(r"[\w-]+", text)[0].replace("-", "_") for group in groups for text in group}  # type: ignore[index]
+    return names | {"PIL", "torchao", "tensorrt", "coremltools", "executorch", "optimum", "openvino"}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_module_is_named_like_a_dependency(name: str) -> None:
+    taken = declared_names() | set(sys.stdlib_module_names)
+    modules = {path.stem for path in (PACKAGE / name).resolve().glob("*.py")} - {"__init__", "__main__"}
+    assert not modules & taken, (
+        f"{LINKS[name].removeprefix('../../')} has modules named like a dependency or a module of Python: "
+        f"{sorted(modules & taken)}; a file run from that folder would import them in its place"
+    )
+
+
+def python(code: str, *arguments: str) -> object:
+    """Returns what ``code`` prints as JSON, run in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_root_package_hides_no_stage() -> None:
+    code = "import fewstep, json, sys; print(json.dumps([n for n in sys.argv[1:] if callable(getattr(fewstep, n, None))]))"
+    assert python(code, *STAGES) == [], "a function of this name in fewstep/__init__.py hides the sub-package"
+
+
+@pytest.mark.parametrize("module", ["fewstep", "fewstep.cli", "fewstep.bundle"])
+def test_import_is_light(module: str) -> None:
+    code = "import importlib, json, sys; importlib.import_module(sys.argv[1]); print(json.dumps(sorted(sys.modules)))"
+    loaded = python(code, module)
+    assert isinstance(loaded, list)
+    assert not set(loaded) & set(COMPILERS), f"import {module} loads a compiler or a backend: import it where it is used"
+
+
+def modules_without_torch() -> list[str]:
+    """Returns the base layer, the command line, and every module of runtimes but the PyTorch reference."""
+    root = {f"fewstep.{path.stem}" for path in PACKAGE.glob("*.py")} - {"fewstep.__init__", "fewstep.build"}
+    folders = [PACKAGE / "report", (PACKAGE / "runtimes").resolve()]
+    files = [path.relative_to(folder.parent) for folder in folders for path in folder.rglob("*.py")]
+    nested = {".".join(("fewstep", *path.with_suffix("").parts)).removesuffix(".__init__") for path in files}
+    return sorted((root | nested) - {"fewstep.runtimes.pytorch_reference"})
+
+
+def test_bundles_run_without_torch() -> None:
+    code = """
+import importlib, json, sys
+names, blocked = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+sys.modules.update(dict.fromkeys(blocked))  # None makes import raise ModuleNotFoundError
+failures = {}
+for name in names:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        failures[name] = str(error)
+print(json.dumps(failures))
+"""
+    names = modules_without_torch()
+    assert len(names) > 5
+    assert python(code, json.dumps(names), json.dumps(COMPILERS)) == {}
