@@ -5,6 +5,6 @@ from __future__ import annotations
 from fewstep.export.describe import Description, describe, diffusers_files, write_tokenizer
 from fewstep.export.generator import Generator
 from fewstep.export.load import load
-from fewstep.export.trace import trace
+from fewstep.export.tracing import trace
 
 __all__ = ["Description", "Generator", "describe", "diffusers_files", "load", "trace", "write_tokenizer"]

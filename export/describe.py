@@ -17,7 +17,7 @@ from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.export.probe import probe
 from fewstep.export.reference import Call, Run, run, split_branches
-from fewstep.export.trace import first_calls, read_contract, read_specs
+from fewstep.export.tracing import first_calls, read_contract, read_specs
 from fewstep.manifest import DENOISER, ComponentSpec, Contract, TokenizerSpec
 from fewstep.schedule import Schedule, sample_loop
 
@@ -91,7 +91,11 @@ def diffusers_files(generator: Generator) -> dict[str, str]:
     files = {"model_index.json": json.dumps(entries, indent=2)}
     for part in generator.parts.values():
         config = getattr(pipeline, part.attribute).config
-        text = config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), indent=2, default=str)
+        text = (
+            config.to_json_string()
+            if hasattr(config, "to_json_string")
+            else json.dumps(dict(config), indent=2, default=str)
+        )
         files[f"{part.folder}/config.json"] = text
     files["scheduler/scheduler_config.json"] = pipeline.scheduler.to_json_string()
     return files

@@ -60,11 +60,14 @@ def from_folder(folder: Path, *, uri: str | None = None, guidance: float | None 
         overrides["requires_safety_checker"] = False
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, **overrides
+            str(folder), use_safetensors=True, local_files_only=True, **overrides
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         # diffusers raises any of these for a folder that is not what its model_index.json says.
-        raise SourceError(f"{folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?") from error
+        raise SourceError(
+            f"{folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?"
+        ) from error
+    pipeline.to(torch.float32)  # by itself, transformers keeps the precision of the file
     pipeline.set_progress_bar_config(disable=True)
     files = [p for p in folder.rglob("*") if p.is_file() and p.suffix in _SOURCE_SUFFIXES]
     source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, files))
@@ -126,11 +129,17 @@ def check_safetensors(path: Path) -> None:
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
         header = None
     tensors = header if isinstance(header, dict) else {}
-    expected = 8 + length + max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0) if tensors else None
+    expected = (
+        8 + length + max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
+        if tensors
+        else None
+    )
     if expected is None:
         raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint="download it again")
     if size != expected:
-        raise SourceError(f"{path} has {size} bytes, expected {expected}", hint="the file is truncated: download it again")
+        raise SourceError(
+            f"{path} has {size} bytes, expected {expected}", hint="the file is truncated: download it again"
+        )
 
 
 def _model_index(folder: Path) -> dict[str, Any]:

@@ -166,7 +166,9 @@ def _our_noise(seed: int, step: _StepListener) -> Iterator[None]:
     """Replaces diffusers' ``randn_tensor``, wherever it was imported to, for the length of a block."""
     original = diffusers.utils.torch_utils.randn_tensor
 
-    def ours(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None) -> torch.Tensor:
+    def ours(
+        shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+    ) -> torch.Tensor:
         values = torch.from_numpy(noise.normal(seed, step.index + 1, tuple(shape)))
         return values.to(device=device, dtype=dtype)
 
@@ -192,4 +194,6 @@ def _feeds(run: Run) -> Iterator[StepFeed]:
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Numpy copies; a scalar becomes shape [1], as the traced programs take it."""
-    return {n: t.reshape(1).numpy().copy() if t.ndim == 0 else t.contiguous().numpy().copy() for n, t in tensors.items()}
+    return {
+        n: t.reshape(1).numpy().copy() if t.ndim == 0 else t.contiguous().numpy().copy() for n, t in tensors.items()
+    }

@@ -24,7 +24,9 @@ def availability() -> Availability:
     """Returns whether ONNX Runtime models can be made and run here."""
     missing = [name for name in _COMPILER_PACKAGES if util.find_spec(name) is None]
     installed = util.find_spec("onnxruntime") is not None
-    remedies = ([] if installed else ["pip install 'fewstep[onnxruntime]'"]) + (["pip install 'fewstep[compile]'"] if missing else [])
+    remedies = ([] if installed else ["pip install 'fewstep[onnxruntime]'"]) + (
+        ["pip install 'fewstep[compile]'"] if missing else []
+    )
     detail = "CPU provider" if installed else "onnxruntime is not installed"
     if missing:
         detail += f"; cannot compile without {', '.join(missing)}"

@@ -1,6 +1,7 @@
 """Names the first tensor of an ONNX model that departs from PyTorch, as module path and as node.
 
-torch.onnx keeps the names of the traced graph's values, so both sides can be compared value by value on one feed.
+torch.onnx names the model's values after the values of the program that it decomposed, so both sides can be compared
+value by value on one feed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
+from fewstep.runtimes.ort_lower import translate
 
-_SHARDS = 64
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 
@@ -53,6 +54,8 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
     values = _onnx_values(model, path, shared, feeds)
     compared = 0
     for name in shared:
+        if name not in values:
+            continue
         ours, theirs = reference[name], values[name]
         if ours.shape != theirs.shape or ours.size == 0 or ours.dtype.kind != "f" or not ours.any():
             continue
@@ -84,7 +87,9 @@ class _Recorder(torch.fx.Interpreter):
 
 @torch.no_grad()
 def _torch_values(program: Program, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    module = program.exported.run_decompositions().module()
+    decomposed = translate(program).exported_program
+    assert decomposed is not None
+    module = decomposed.module()
     assert isinstance(module, torch.fx.GraphModule)
     recorder = _Recorder(module)
     recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))

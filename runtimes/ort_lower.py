@@ -36,7 +36,7 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
     Raises:
         ExportError: the component has an op that cannot be lowered.
     """
-    model = _translate(program)
+    model = translate(program).model
     if weights == "fp16":
         _store_halves(model)
     path = folder / program.folder / MODEL
@@ -47,7 +47,8 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
     return Artifact("onnxruntime", program.component, f"{program.folder}/{MODEL}", weights, "fp32", total)
 
 
-def _translate(program: Program) -> ir.Model:
+def translate(program: Program) -> torch.onnx.ONNXProgram:
+    """Returns the ONNX model beside the decomposed program whose values it is named after."""
     names_in = [spec.name for spec in program.spec.inputs]
     names_out = [spec.name for spec in program.spec.outputs]
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
@@ -71,7 +72,7 @@ def _translate(program: Program) -> ir.Model:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     assert result is not None
-    return result.model
+    return result
 
 
 def _store_halves(model: ir.Model) -> None:

@@ -78,9 +78,14 @@ class ParityReport:
         return tuple(check for check in self.checks if not check.passed)
 
     def worst(self, error: str, level: str) -> Check | None:
-        """Returns the gating check with the least margin at a level, None if none ran."""
+        """Returns the gating check that decides a level: a failed one if any, else the one in dB with the least margin."""
         gating = [c for c in self.checks if (c.error, c.level) == (error, level) and c.limit is not None]
-        return min(gating, key=lambda c: -math.inf if math.isnan(c.value) else c.value - (c.limit or 0), default=None)
+
+        def order(check: Check) -> tuple[bool, bool, float]:
+            margin = -math.inf if math.isnan(check.value) else check.value - (check.limit or 0.0)
+            return check.passed, not check.metric.endswith("dB"), margin
+
+        return min(gating, key=order, default=None)
 
     def summary(self) -> dict[str, Any]:
         """Returns the verdict and the worst value of every level, JSON-ready."""

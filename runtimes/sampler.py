@@ -61,7 +61,13 @@ class Sampler:
         self._sessions: dict[str, CheckedSession] = {}
 
     def __call__(
-        self, prompt: str, seed: int, schedule: Schedule, *, guidance: float | None = None, on_step: OnStep | None = None
+        self,
+        prompt: str,
+        seed: int,
+        schedule: Schedule,
+        *,
+        guidance: float | None = None,
+        on_step: OnStep | None = None,
     ) -> Sample:
         """Returns the sample of a prompt and a seed.
 
@@ -73,9 +79,14 @@ class Sampler:
             on_step: called with (steps done, steps) after each.
         """
         w = self._contract.guidance.scale if guidance is None else guidance
-        if guidance is not None and self._contract.guidance.kind == "none" and guidance != self._contract.guidance.scale:
+        if (
+            guidance is not None
+            and self._contract.guidance.kind == "none"
+            and guidance != self._contract.guidance.scale
+        ):
             raise ContractError(
-                f"guidance is {guidance}, but this generator takes none", hint="leave --guidance out, or build it with --guidance"
+                f"guidance is {guidance}, but this generator takes none",
+                hint="leave --guidance out, or build it with --guidance",
             )
         feeds: list[StepFeed] = []
         latents: list[Array] = []
@@ -168,7 +179,11 @@ def open_sampler(
         return backend.open(bundle.file(artifact.path), manifest.components[component], threads)
 
     return Sampler(
-        manifest.contract, manifest.components, open_tokenizers(bundle.path, manifest), open_session, keep_open=keep_open
+        manifest.contract,
+        manifest.components,
+        open_tokenizers(bundle.path, manifest),
+        open_session,
+        keep_open=keep_open,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,14 @@ collect_ignore = [] if importlib.util.find_spec("optimum") else ["interop"]
 def repository() -> Path:
     """Returns the top folder of the repository."""
     return Path(__file__).parents[1]
+
+
+@pytest.fixture
+def copy_bundle(tmp_path: Path) -> Callable[[str], Path]:
+    """Returns a function that copies a tiny bundle, for tests that spoil it."""
+    from tests.bundles import built
+
+    def copy(kind: str) -> Path:
+        return shutil.copytree(built(kind).bundle.path, tmp_path / f"{kind}-copy")
+
+    return copy

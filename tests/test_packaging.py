@@ -90,7 +90,12 @@ def test_installed_wheel_imports(distributions: tuple[Path, Path], tmp_path: Pat
         archive.extractall(tmp_path)
     code = "import fewstep.cli, fewstep.runtimes; print(fewstep.__file__); print(fewstep.runtimes.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", env={"PYTHONPATH": str(tmp_path)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env={"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     installed = tmp_path / "fewstep"

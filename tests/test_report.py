@@ -33,7 +33,7 @@ from fewstep.report import (
     worst_first,
     write_report,
 )
-from fewstep.report.charts import bar, decibels, line_chart, megabytes, milliseconds
+from fewstep.report.charts import bar, decibels, line_chart, megabytes, milliseconds, number
 from fewstep.report.images import (
     LARGEST_AMPLIFICATION,
     NOT_FINITE,
@@ -45,7 +45,7 @@ from fewstep.report.images import (
     reduce_mean,
     to_uint8,
 )
-from fewstep.report.page import check_limit, check_margin, check_value, latency_parts, number
+from fewstep.report.page import check_limit, check_margin, check_value, latency_parts
 
 HOSTILE = "</style></svg><script>alert(1)</script>\"'><img src=http://x.invalid/y onerror=alert(1)>\x00\x1b\ud800\u202e"
 PASSED = CheckRow("lowering", "component", "denoiser", 1, None, "SQNR", 120.0, 100.0, True)
@@ -177,8 +177,9 @@ def test_worst_first_compares_across_units() -> None:
     near_db = dataclasses.replace(PASSED, value=100.5)
     far_ssim = CheckRow("compression", "picture", "decoder", None, None, "SSIM", 0.99, 0.95, True, unit="")
     integers = CheckRow("lowering", "operator", "denoiser", 0, None, "largest difference", 1, 1, True, "levels", False)
-    assert worst_first((PASSED, far_ssim, integers, FAILED, near_db, BROKEN)) == [
-        BROKEN, FAILED, near_db, integers, far_ssim, PASSED,
+    not_flat = CheckRow("lowering", "picture", "picture", None, "x", "spread (std)", 0.2, 0.5 / 255, True, unit="")
+    assert worst_first((PASSED, not_flat, far_ssim, integers, FAILED, near_db, BROKEN)) == [
+        BROKEN, FAILED, near_db, integers, far_ssim, PASSED, not_flat,
     ]  # fmt: skip
 
 
@@ -204,6 +205,17 @@ def test_what_was_not_checked_is_said() -> None:
                      "Peak memory was not measured", "The precision of the computation was not recorded",
                      "The schedule was not recorded", "No licences were recorded"):  # fmt: skip
         assert sentence in text
+
+
+def test_a_value_without_a_limit_informs_but_verifies_nothing() -> None:
+    measured = dataclasses.replace(PASSED, limit=None)
+    html = render(dataclasses.replace(empty_report(), checks=(measured,)))
+    assert 'class="verdict not-verified"' in html
+    assert "No check had a limit to keep, so nothing is known" in Page(html).text
+    assert "120.00 dB none – measured" in Page(html).text
+    assert verdict((measured, PASSED)) == verdict((PASSED,))
+    assert verdict((measured, PASSED, dataclasses.replace(measured, value=math.nan))).state == "failed"
+    assert worst_first((measured, PASSED)) == [PASSED, measured]
 
 
 def test_caveats_are_linked_from_the_verdict() -> None:

@@ -68,7 +68,10 @@ def lcm_folder(folder: Path, *, seed: int = 0) -> Path:
     """Writes an LCM-type checkpoint: guidance embedding, tiny decoder, LCM scheduler."""
     torch.manual_seed(seed)
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
     )
     pipeline = LatentConsistencyModelPipeline(
         vae=vae.eval(),
@@ -101,7 +104,11 @@ def turbo_folder(folder: Path, *, seed: int = 0) -> Path:
         tokenizer=tokenizer(folder / "tokenizer"),
         unet=unet(),
         scheduler=EulerDiscreteScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing"
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            timestep_spacing="trailing",
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,

@@ -1,1 +1,37 @@
 """The built-in generator: 64x64 pictures in the style of emoji, from a prompt, in one to eight steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fewstep.export import Generator
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+PROMPTS = (
+    "red apple",
+    "cat face",
+    "smiling face with sunglasses",
+    "sailboat",
+    "sunflower",
+    "rainbow",
+    "slice of pizza",
+    "red heart",
+)
+LICENCES = {
+    "weights": "Apache-2.0",
+    "training pictures": "Noto Color Emoji, SIL Open Font License 1.1, Copyright Google LLC",
+    "training captions": "Unicode emoji-test.txt and CLDR annotations, Unicode License v3, Copyright Unicode, Inc.",
+}
+
+
+def generator(guidance: float | None = None) -> Generator:
+    """Returns the generator of the committed weights."""
+    from fewstep.export.load import from_folder  # needs torch, which importing fewstep does not
+    from fewstep.manifest import SourceInfo
+
+    loaded = from_folder(WEIGHTS, guidance=3.0 if guidance is None else guidance)
+    source = SourceInfo("stickers", "built-in", loaded.source.sha256)
+    return replace(loaded, name="stickers", source=source, default_steps=4, prompts=PROMPTS, licences=LICENCES)

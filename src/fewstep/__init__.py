@@ -20,7 +20,7 @@ from fewstep.feeds import Sample, StepFeed
 from fewstep.manifest import Artifact, Contract, Manifest
 from fewstep.recipe import Limits, Recipe, load_recipe
 from fewstep.runtimes.parity import Check, ParityReport
-from fewstep.runtimes.profile import Profile, profile
+from fewstep.runtimes.measure import Profile, profile
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification, verify
 

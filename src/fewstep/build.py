@@ -67,7 +67,7 @@ def build(
     from fewstep.export import describe, diffusers_files, load, write_tokenizer
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
-    from fewstep.runtimes.profile import profile
+    from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_against
 
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -108,7 +108,9 @@ def build(
             versions=versions(),
         )
         manifest = write_manifest(folder, manifest)
-        verified = verify_against(Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, progress=progress)
+        verified = verify_against(
+            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, progress=progress
+        )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
         write_bundle_report(folder / "report", manifest, verified, profiles)
@@ -170,7 +172,17 @@ def check_targets(targets: Sequence[str]) -> None:
 def versions() -> dict[str, str]:
     """Returns the versions of everything that shapes a bundle, and the machine that built it."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in ("fewstep", "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "numpy"):
+    for name in (
+        "fewstep",
+        "torch",
+        "diffusers",
+        "transformers",
+        "tokenizers",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "numpy",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -99,7 +99,8 @@ def _verify_files(folder: Path, manifest: Manifest) -> None:
     for artifact in manifest.artifacts:
         if artifact.path not in manifest.files:
             raise BundleError(
-                f"{folder}: artifact {artifact.path} is not listed in the manifest's files", hint="build the bundle again"
+                f"{folder}: artifact {artifact.path} is not listed in the manifest's files",
+                hint="build the bundle again",
             )
     for tokenizer in manifest.tokenizers.values():
         resolve_inside(folder, tokenizer.folder)
@@ -140,7 +141,9 @@ def check_writable(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BundleError(f"cannot create {target.parent}: {error.strerror}", hint="choose another -o folder") from error
+        raise BundleError(
+            f"cannot create {target.parent}: {error.strerror}", hint="choose another -o folder"
+        ) from error
     if not os.access(target.parent, os.W_OK):
         raise BundleError(f"cannot write to {target.parent}: permission denied", hint="choose another -o folder")
 

@@ -54,7 +54,8 @@ class StageCache:
             partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
         except OSError as error:
             raise BundleError(
-                f"cannot write the stage cache {self.root}: {error.strerror}", hint="set FEWSTEP_CACHE to a folder you can write"
+                f"cannot write the stage cache {self.root}: {error.strerror}",
+                hint="set FEWSTEP_CACHE to a folder you can write",
             ) from error
         try:
             make(partial)

@@ -95,11 +95,15 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str) -> Reci
     _refuse_unknown(values, known, where)
     weights = values.get("weights", "fp32")
     if weights not in WEIGHTS:
-        raise RecipeError(f"{where}: weights is {weights!r}, expected one of {', '.join(WEIGHTS)}", hint="edit the recipe")
+        raise RecipeError(
+            f"{where}: weights is {weights!r}, expected one of {', '.join(WEIGHTS)}", hint="edit the recipe"
+        )
     base = PRESETS[str(weights)]
     limits = values.get("limits", {})
     if not isinstance(limits, Mapping):
-        raise RecipeError(f"{where}: limits is {limits!r}, expected a table", hint="write [limits] on a line of its own")
+        raise RecipeError(
+            f"{where}: limits is {limits!r}, expected a table", hint="write [limits] on a line of its own"
+        )
     _refuse_unknown(limits, [f.name for f in dataclasses.fields(Limits)], f"{where}: [limits]")
     numbers = {key: _number(value, f"{where}: limits.{key}") for key, value in limits.items()}
     return Recipe(

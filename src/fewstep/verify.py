@@ -70,7 +70,9 @@ def verify(
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
-        return verify_against(bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress)
+        return verify_against(
+            bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
+        )
     lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
     verified = verify_against(bundle, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
     if bisect and not verified.report:
@@ -115,8 +117,12 @@ def verify_against(
     executor = f"{name}, {first.weights} weights, {first.compute} compute"
     notes = list(caveats)
     if first.weights != first.compute:
-        notes.append(f"{name} computes in {first.compute}: its CPU provider has no {first.weights} kernels, so this is no {first.weights} baseline")
-    return Verification(ParityReport(tuple(checks), reference, executor), tuple(references), tuple(results), tuple(notes))
+        notes.append(
+            f"{name} computes in {first.compute}: its CPU provider has no {first.weights} kernels, so this is no {first.weights} baseline"
+        )
+    return Verification(
+        ParityReport(tuple(checks), reference, executor), tuple(references), tuple(results), tuple(notes)
+    )
 
 
 def _usable_source(bundle: Bundle, against: str | None) -> tuple[str | None, str]:
@@ -188,6 +194,3 @@ def _bisect(
         path = bundle.file(manifest.artifact(runtime, component).path)
         found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
     return found
-
-
-

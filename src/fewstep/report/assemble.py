@@ -25,7 +25,7 @@ from fewstep.report.page import (
     write_report,
 )
 from fewstep.runtimes.parity import Check
-from fewstep.runtimes.profile import Latency, Profile
+from fewstep.runtimes.measure import Latency, Profile
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification
 
@@ -61,7 +61,7 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
         title=manifest.name,
         subtitle=f"{manifest.pipeline}, {counts} steps (default {manifest.default_steps}), {verified.report.executor}",
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        checks=[_check_row(check) for check in verified.report.checks if check.limit is not None],
+        checks=[_check_row(check) for check in verified.report.checks],
         caveats=verified.caveats,
         pictures=[
             PictureRow(f"{a.label}, {a.steps} steps", _signed(a), _signed(b), psnr[f"{a.label}, {a.steps} steps"])
@@ -99,12 +99,11 @@ def picture_grid(verified: Verification, *, most: int = 8) -> images.Pixels:
 def _signed(sample: Sample) -> images.FloatPicture:
     """The page takes pictures in [-1, 1] with three channels."""
     picture_HWC = sample.picture_HWC if sample.picture_HWC.shape[-1] == 3 else np.repeat(sample.picture_HWC, 3, -1)
-    return picture_HWC * 2.0 - 1.0
+    return (picture_HWC * 2.0 - 1.0).astype(np.float32)
 
 
 def _check_row(check: Check) -> CheckRow:
     metric, unit = _UNITS[check.metric]
-    assert check.limit is not None
     component = check.component if check.tensor is None else f"{check.component}: {check.tensor}"
     return CheckRow(
         check.error,

@@ -91,6 +91,16 @@ def milliseconds(time_ms: float) -> str:
     return "NaN" if math.isnan(time_ms) else f"{time_ms:,.{digits}f} ms"
 
 
+def number(value: float | int | str | None) -> str:
+    """Returns a number of a table: grouped if it is whole, with six decimals (or six digits, if tiny) if not."""
+    if value is None or isinstance(value, str):
+        return "\N{EN DASH}" if value is None else value
+    if math.isfinite(value) and value == int(value):
+        return f"{int(value):,}".replace("-", _MINUS)
+    text = f"{value:,.6f}" if abs(value) >= 1e-4 else f"{value:.6g}"
+    return {"nan": "NaN"}.get(text, text.replace("-", _MINUS))
+
+
 def line_chart(chart: CurveChart, *, width: int, height: int) -> str:
     """Returns the SVG of a chart: error in dB (upwards is better) over the step k.
 

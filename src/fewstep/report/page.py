@@ -27,6 +27,7 @@ from fewstep.report.charts import (
     medians_db,
     megabytes,
     milliseconds,
+    number,
     printable,
     strip,
 )
@@ -42,7 +43,7 @@ LEVELS = ("component", "trajectory", "picture")
 
 _MINUS = "\N{MINUS SIGN}"
 _IDEAL = {"%": 100.0, "": 1.0}
-"""The best value of a bounded metric, by unit: a share in percent; SSIM or a cosine."""
+"""The far end of a bounded scale, by unit: a share in percent; SSIM, a cosine, a spread."""
 
 
 @dataclass(frozen=True)
@@ -59,40 +60,48 @@ class CheckRow:
     sample: str | None
     metric: str
     value: float
-    limit: float
+    limit: float | None
+    """None where the value only informs: it is shown, but verifies nothing, and fails only if it is NaN."""
     passed: bool
     unit: str = "dB"
-    """``dB``, ``%``, ``levels`` (whole quantization levels), or "" for a number whose best value is 1, such as SSIM."""
+    """``dB``, ``%``, ``levels`` (whole quantization levels), or "" for a number between 0 and 1, such as SSIM."""
     at_least: bool = True
     """Whether the value must not be below the limit; otherwise it must not be above."""
 
     @property
     def holds(self) -> bool:
         """Whether the caller says that it passed and the numbers agree; NaN, or a limit nothing exceeds, never does."""
+        if self.limit is None:
+            return self.passed and not math.isnan(self.value)
         if self.at_least:
             return self.passed and self.limit > -math.inf and self.value >= self.limit
         return self.passed and self.limit < math.inf and self.value <= self.limit
 
     @property
+    def counts(self) -> bool:
+        """Whether the verdict depends on it: it has a limit, or has failed without one."""
+        return self.limit is not None or not self.holds
+
+    @property
     def margin(self) -> float:
         """How far the value is on the right side of its limit, in its unit; NaN where it has none."""
-        if self.value == self.limit:
-            return 0.0
+        if self.limit is None or self.value == self.limit:
+            return 0.0 if self.limit is not None else math.nan
         return self.value - self.limit if self.at_least else self.limit - self.value
 
     @property
     def headroom(self) -> float:
-        """The margin in a form that orders checks of different units: 20 dB, or all the way to the ideal value, is 1.
+        """The margin in a form that orders checks of different units: 1 is 20 dB, or the way to an end of the scale.
 
         Whole levels are counted to the next one: a difference of 1 within a limit of 1 has half its headroom left.
         """
-        if math.isnan(self.margin):
-            return -math.inf
+        if self.limit is None or math.isnan(self.margin):
+            return math.inf if self.holds else -math.inf
         if self.unit == "dB" or not math.isfinite(self.margin):
             return self.margin / 20.0
         if self.unit == "levels":
             return (self.margin + 1.0) / (abs(self.limit) + 1.0)
-        room = abs(_IDEAL.get(self.unit, 0.0) - self.limit) if self.at_least else abs(self.limit)
+        room = min(abs(self.limit), abs(_IDEAL[self.unit] - self.limit) if self.unit in _IDEAL else math.inf)
         return self.margin / (room or 1.0)
 
 
@@ -173,7 +182,7 @@ class ReportData:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checks say together; ``verified`` takes at least one check, all of them passed, and no NaN anywhere."""
+    """What the checks say together; ``verified`` takes one check with a limit, no failed check, and no NaN anywhere."""
 
     state: Literal["verified", "failed", "not verified"]
     total: int
@@ -210,15 +219,15 @@ class _Shown:
 def verdict(
     checks: Sequence[CheckRow], pictures: Sequence[PictureRow] = (), curves: Sequence[CurveChart] = ()
 ) -> Verdict:
-    """Returns the verdict: failed if a check failed or a picture or curve is NaN, not verified without a check."""
-    failed = sum(not check.holds for check in checks)
+    """Returns the verdict: failed if a check failed or a picture or curve is NaN, not verified without a limit kept."""
+    counted = worst_first([check for check in checks if check.counts])
+    failed = sum(not check.holds for check in counted)
     shown_db = [row.psnr_db for row in pictures]
     shown_db += [value for chart in curves for series in chart.series for value in series.values_db]
     broken = sum(math.isnan(value) for value in shown_db)
-    worst = worst_first(checks)[0] if checks else None
-    if failed or broken:
-        return Verdict("failed", len(checks), failed, worst, broken)
-    return Verdict("verified" if checks else "not verified", len(checks), failed, worst)
+    state: Literal["verified", "failed", "not verified"] = "verified" if counted else "not verified"
+    worst = counted[0] if counted else None
+    return Verdict("failed" if failed or broken else state, len(counted), failed, worst, broken)
 
 
 def worst_first(checks: Sequence[CheckRow]) -> list[CheckRow]:
@@ -290,16 +299,6 @@ def latency_parts(data: ReportData) -> list[Part]:
     return parts
 
 
-def number(value: float | int | str | None) -> str:
-    """Returns a number of a table: grouped if it is whole, with six decimals (or six digits, if tiny) if not."""
-    if value is None or isinstance(value, str):
-        return "\N{EN DASH}" if value is None else value
-    if math.isfinite(value) and value == int(value):
-        return f"{int(value):,}".replace("-", _MINUS)
-    text = f"{value:,.6f}" if abs(value) >= 1e-4 else f"{value:.6g}"
-    return {"nan": "NaN"}.get(text, text.replace("-", _MINUS))
-
-
 def check_value(check: CheckRow) -> str:
     """Returns the value of a check, with enough digits to tell it from its limit."""
     return _measure(check.value, check.unit, _digits(check))
@@ -307,6 +306,8 @@ def check_value(check: CheckRow) -> str:
 
 def check_limit(check: CheckRow) -> str:
     """Returns the limit of a check with its direction."""
+    if check.limit is None:
+        return "none"
     text = "identical" if check.limit == math.inf else _with_unit(f"{check.limit:,.6g}", check.unit)
     return f"{'≥' if check.at_least else '≤'} {text}".replace("-", _MINUS)
 

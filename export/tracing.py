@@ -8,7 +8,6 @@ guidance embedding.
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -127,7 +126,11 @@ def read_contract(generator: Generator, run: Run, schedule_inputs: Sequence[torc
 
 
 def read_specs(
-    generator: Generator, run: Run, network_inputs: Sequence[torch.Tensor], timesteps: Sequence[float], tokens: torch.Tensor
+    generator: Generator,
+    run: Run,
+    network_inputs: Sequence[torch.Tensor],
+    timesteps: Sequence[float],
+    tokens: torch.Tensor,
 ) -> dict[str, ComponentSpec]:
     """Returns what every component takes and gives and where each input comes from.
 
@@ -200,7 +203,9 @@ def embedded_guidance(generator: Generator) -> Guidance | None:
     if dim is None:
         return None
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    # Every rounding as the pipelines have it, the logarithm in float32 too: see `Guidance`.
+    exponent = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponent)
     return Guidance("embedded", generator.guidance, tuple(frequencies.tolist()))
 
 
@@ -211,7 +216,8 @@ def _is_embedding(value: torch.Tensor, guidance: Guidance) -> bool:
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(
-        TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape) if t.ndim else (1,)) for name, t in tensors.items()
+        TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape) if t.ndim else (1,))
+        for name, t in tensors.items()
     )
 
 
@@ -225,5 +231,3 @@ class _quiet_logs:
 
     def __exit__(self, *_: object) -> None:
         self._logger.setLevel(self._level)
-
-

@@ -1,0 +1,375 @@
+"""The command line. Results go to stdout, progress and errors to stderr; exit 0 fine, 1 parity, 2 anything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+import fewstep
+from fewstep import stages
+from fewstep.errors import FewstepError
+from fewstep.feeds import Sample
+from fewstep.progress import Advance, Progress
+from fewstep.report import images
+from fewstep.runtimes import RUNTIMES
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False)
+
+
+class _Bars:
+    """Progress as bars on stderr."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+
+    def task(self, description: str, total: int) -> Advance:
+        """Returns a call that moves the task's bar on by one."""
+        task = self._bars.add_task(description, total=total)
+        return lambda: self._bars.advance(task)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with RichProgress(*columns, console=_err) as bars:
+        yield _Bars(bars)
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits with its status."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries, for their developers; `python -W` brings them back
+    try:
+        cli.main(standalone_mode=False)
+    except FewstepError as error:
+        # Not through rich's markup: messages hold [1, 4, 16, 16] and paths.
+        _err.print("error:", style="bold red", end=" ")
+        _err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_status)
+    except click.exceptions.Abort:
+        _err.print("interrupted; nothing was written, finished stages are cached")
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except OSError as error:
+        _err.print("error:", style="bold red", end=" ")
+        _err.print(
+            f"{error.filename or 'file system'}: {error.strerror}\n\nhint: check the path and its permissions",
+            markup=False,
+        )
+        sys.exit(2)
+    sys.exit(0)
+
+
+def _steps(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of step counts such as 1,2,4") from None
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+_source = click.argument("source")
+_bundle = click.argument("bundle", type=click.Path(path_type=Path))
+_recipe = click.option("--recipe", default="fp32", show_default=True, help="Preset (fp32, fp16) or a TOML file.")
+_targets = click.option(
+    "--target", "targets", multiple=True, default=("onnxruntime",), show_default=True, help="Runtime; may be repeated."
+)
+_counts = click.option("--steps", callback=_steps, help="Step counts that the bundle carries, e.g. 1,2,4.")
+_guidance = click.option("--guidance", type=float, help="Guidance scale.")
+_runtime = click.option("--runtime", help="Which of the bundle's runtimes; its first unless given.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(fewstep.__version__, prog_name="fewstep")
+def cli() -> None:
+    """Compile few-step generators for devices, with proof.
+
+    SOURCE is a diffusers folder, a hub id (owner/name@revision), module:function, or stickers, the built-in generator.
+    """
+
+
+@cli.command()
+@_source
+@_targets
+@_recipe
+@_counts
+@_guidance
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
+@click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
+@click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
+@_json
+def build(
+    source: str,
+    targets: tuple[str, ...],
+    recipe: str,
+    steps: tuple[int, ...] | None,
+    guidance: float | None,
+    out: Path,
+    prompts: int,
+    seeds: int,
+    as_json: bool,
+) -> None:
+    """Build a verified bundle from SOURCE."""
+    options = fewstep.Options(prompts=prompts, seeds=seeds)
+    with _progress() as progress:
+        bundle = fewstep.build(
+            source, recipe, targets, out, steps=steps, guidance=guidance, options=options, progress=progress
+        )
+    if as_json:
+        return _print_json({"bundle": str(out), "parity": bundle.manifest.parity})
+    _print_parity(bundle.manifest.parity or {}, bundle.manifest.caveats)
+    _out.print(f"bundle  {out}", markup=False)
+    _out.print(f"report  {out / 'report' / 'index.html'}", markup=False)
+
+
+@cli.command()
+@_bundle
+@click.argument("prompt", required=False)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
+@click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
+@_guidance
+@_runtime
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
+@click.option("--grid", is_flag=True, help="Draw the bundle's own prompts as one grid, instead of PROMPT.")
+@_json
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    runtime: str | None,
+    out: Path,
+    grid: bool,
+    as_json: bool,
+) -> None:
+    """Draw PROMPT with BUNDLE."""
+    if (prompt is None) != grid:
+        raise click.UsageError("give a PROMPT or --grid, and not both")
+    opened = fewstep.Bundle.open(bundle)
+    prompts = opened.manifest.prompts if prompt is None else (prompt,)
+    with _progress() as progress:
+        samples = stages.draw(opened, prompts, seed, steps=steps, guidance=guidance, runtime=runtime, progress=progress)
+    pictures = [images.to_uint8(sample.picture_HWC * 2 - 1) for sample in samples]
+    _write_png(out, _as_grid(samples, pictures) if grid else pictures[0])
+    if as_json:
+        return _print_json({"picture": str(out), "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
+    _out.print(str(out), markup=False)
+
+
+@cli.command()
+@_bundle
+@click.option("--against", metavar="SOURCE", help="Compare with this source instead of the one it was built from.")
+@_runtime
+@click.option("--prompts", default=8, show_default=True)
+@click.option("--seeds", default=2, show_default=True)
+@click.option("--bisect", is_flag=True, help="If a component fails, name its first departing tensor.")
+@_json
+@click.pass_context
+def verify(
+    context: click.Context,
+    bundle: Path,
+    against: str | None,
+    runtime: str | None,
+    prompts: int,
+    seeds: int,
+    bisect: bool,
+    as_json: bool,
+) -> None:
+    """Compare BUNDLE with PyTorch again, on this machine."""
+    opened = fewstep.Bundle.open(bundle)
+    with _progress() as progress:
+        result = fewstep.verify(
+            opened, against=against, runtime=runtime, prompts=prompts, seeds=seeds, bisect=bisect, progress=progress
+        )
+    departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
+    if as_json:
+        _print_json({**result.report.to_json(), "caveats": list(result.caveats), "departures": departures})
+    else:
+        _print_parity(result.report.summary(), result.caveats)
+        for check in result.report.failures[:10]:
+            _out.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
+        for component, departure in departures.items():
+            _out.print(f"first departure in {component}: {departure or 'none found on this feed'}", markup=False)
+    if not result.report:
+        context.exit(1)
+
+
+@cli.command()
+@_bundle
+@_runtime
+@click.option("--steps", type=int)
+@click.option("--runs", type=click.IntRange(3), default=10, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Threads inside an op; the runtime's choice unless given.")
+@_json
+def profile(
+    bundle: Path, runtime: str | None, steps: int | None, runs: int, threads: int | None, as_json: bool
+) -> None:
+    """Measure BUNDLE: latency per component and whole, peak memory, sizes."""
+    measured = fewstep.profile(fewstep.Bundle.open(bundle), runtime=runtime, steps=steps, runs=runs, threads=threads)
+    if as_json:
+        return _print_json(measured.to_json())
+    table = Table(
+        "component", "calls", "median ms", "10-90 % ms", "MB", title=f"{measured.runtime}, {measured.steps} steps"
+    )
+    for row in (*measured.latencies, measured.picture):
+        size = measured.sizes_bytes.get(row.component)
+        megabytes = "" if size is None else f"{size / 1e6:.1f}"
+        table.add_row(
+            row.component, str(row.calls), f"{row.median_ms:.1f}", f"{row.low_ms:.1f} to {row.high_ms:.1f}", megabytes
+        )
+    _out.print(table)
+    _out.print(f"peak memory {measured.peak_memory_bytes / 1e6:.0f} MB above the idle process")
+
+
+@cli.command()
+@click.argument("path")
+@_json
+def inspect(path: str, as_json: bool) -> None:
+    """Show what is in a bundle or a source."""
+    found = stages.inspect(path)
+    if as_json:
+        return _print_json(found)
+    for key, value in found.items():
+        text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
+        _out.print(f"{key}: {text}", markup=False)
+
+
+@cli.command()
+@_json
+def runtimes(as_json: bool) -> None:
+    """Say what can compile or run here and, if not, why and the remedy."""
+    states = [runtime.availability() for runtime in RUNTIMES.values()]
+    if as_json:
+        return _print_json([state.__dict__ for state in states])
+    table = Table("runtime", "compiles", "runs", "version", "detail", "remedy")
+    for s in states:
+        table.add_row(s.runtime, _yes(s.compiles), _yes(s.runs), s.version or "", s.detail, s.remedy or "")
+    _out.print(table)
+
+
+@cli.command()
+@_source
+@_counts
+@_guidance
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for contract.json and .pt2 files."
+)
+def export(source: str, steps: tuple[int, ...] | None, guidance: float | None, out: Path) -> None:
+    """Trace every component of SOURCE: the first stage of a build."""
+    with _progress() as progress:
+        _listed(stages.export(source, out, steps=steps, guidance=guidance, progress=progress))
+
+
+@cli.command()
+@_source
+@click.option("--steps", type=int, help="Step count; the generator's default unless given.")
+@_guidance
+@click.option("--prompts", default=8, show_default=True)
+@click.option("--seeds", default=2, show_default=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for safetensors shards.")
+def calibrate(source: str, steps: int | None, guidance: float | None, prompts: int, seeds: int, out: Path) -> None:
+    """Record every network call of SOURCE on its own trajectory, keyed by step and time."""
+    with _progress() as progress:
+        _listed(
+            stages.calibrate(
+                source, out, steps=steps, guidance=guidance, prompts=prompts, seeds=seeds, progress=progress
+            )
+        )
+
+
+@cli.command()
+@_source
+@_recipe
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Diffusers folder to write.")
+def optimize(source: str, recipe: str, out: Path) -> None:
+    """Apply a recipe's passes to SOURCE and write the result as a diffusers folder."""
+    with _progress() as progress:
+        _listed(stages.optimize(source, out, recipe=recipe, progress=progress))
+
+
+@cli.command("compile")
+@_source
+@_targets
+@_recipe
+@_counts
+@_guidance
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the artifacts.")
+def compile_(
+    source: str,
+    targets: tuple[str, ...],
+    recipe: str,
+    steps: tuple[int, ...] | None,
+    guidance: float | None,
+    out: Path,
+) -> None:
+    """Compile SOURCE without verifying it: artifacts, no bundle."""
+    with _progress() as progress:
+        _listed(
+            stages.compile(
+                source, out, targets=targets, recipe=recipe, steps=steps, guidance=guidance, progress=progress
+            )
+        )
+    _err.print("not verified: `fewstep build` compares the result with PyTorch")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_parity(summary: dict[str, Any], caveats: tuple[str, ...]) -> None:
+    verdict = "verified" if summary["passed"] else "FAILED"
+    _out.print(
+        f"{verdict}  {summary['checks']} checks, {summary['failed']} failed, against {summary['reference']}",
+        markup=False,
+    )
+    for level, worst in summary["worst"].items():
+        text = (
+            f"{worst['metric']} {worst['value']:.1f}"
+            if isinstance(worst["value"], float)
+            else f"{worst['metric']} {worst['value']}"
+        )
+        _out.print(
+            f"  worst {level}: {text} (limit {worst['limit']}), {worst['component']}, {worst['sample']}", markup=False
+        )
+    for caveat in caveats:
+        _out.print(f"  note: {caveat}", markup=False)
+
+
+def _listed(paths: list[Path]) -> None:
+    for path in paths:
+        _out.print(str(path), markup=False)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _as_grid(samples: list[Sample], pictures: list[images.Pixels], *, columns: int = 4) -> images.Pixels:
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    labels = [", ".join(s.prompt for s in samples[i : i + columns]) for i in range(0, len(samples), columns)]
+    return images.grid(rows, labels)
+
+
+def _write_png(path: Path, pixels_HWC: images.Pixels) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(images.png_bytes(pixels_HWC))
+    partial.replace(path)

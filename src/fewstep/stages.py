@@ -1,0 +1,167 @@
+"""Single stages of a build, and looking into things: what the command line offers beside the whole pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.build import check_targets, compile_targets
+from fewstep.bundle import MANIFEST, Bundle
+from fewstep.cache import StageCache
+from fewstep.errors import BundleError
+from fewstep.feeds import Sample, save_sample
+from fewstep.progress import Progress, stage
+from fewstep.recipe import check_steps, load_recipe
+from fewstep.runtimes.sampler import open_sampler
+
+
+def draw(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    steps: int | None,
+    guidance: float | None,
+    runtime: str | None,
+    progress: Progress,
+) -> list[Sample]:
+    """Returns a sample for every prompt; a single picture holds one component in memory at a time."""
+    schedule = bundle.manifest.schedule(bundle.manifest.default_steps if steps is None else steps)
+    sampler = open_sampler(bundle, runtime=runtime, keep_open=len(prompts) > 1)
+    advance = progress.task("steps", len(prompts) * schedule.steps)
+    try:
+        return [sampler(p, seed, schedule, guidance=guidance, on_step=lambda _, __: advance()) for p in prompts]
+    finally:
+        sampler.close()
+
+
+def inspect(path: str) -> dict[str, Any]:
+    """Returns what is in a bundle, or, by loading and running it once, in a source."""
+    if (Path(path) / MANIFEST).is_file():
+        return Bundle.open(path).manifest.to_json()
+    from fewstep.export import describe, load
+
+    generator = load(path)
+    described = describe(generator, generator.steps)
+    sizes = {name: sum(p.numel() for p in generator.module(name).parameters()) for name in generator.parts}
+    return {
+        "name": generator.name,
+        "pipeline": type(generator.pipeline).__name__,
+        "source": asdict(generator.source),
+        "parameters": sizes,
+        "contract": asdict(described.contract),
+        "components": {name: asdict(spec) for name, spec in described.components.items()},
+        "schedules": {str(n): s.to_json() for n, s in described.schedules.items()},
+        "licences": dict(generator.licences),
+    }
+
+
+def export(
+    source: str, out: Path, *, steps: Sequence[int] | None, guidance: float | None, progress: Progress
+) -> list[Path]:
+    """Writes every component as a ``torch.export`` program beside ``contract.json``, and returns the paths."""
+    import torch
+
+    from fewstep.export import describe, load, trace
+
+    _new_folder(out)
+    with stage(progress, f"load {source}"):
+        generator = load(source, guidance=guidance)
+        described = describe(generator, check_steps(steps or generator.steps, "--steps"))
+    advance = progress.task("trace", len(described.components))
+    paths = []
+    for component, spec in described.components.items():
+        program = trace(generator, component, described.calls[component], spec)
+        paths.append(out / f"{component}.pt2")
+        torch.export.save(program.exported, paths[-1])
+        advance()
+    contract = {
+        "contract": asdict(described.contract),
+        "components": {name: asdict(spec) for name, spec in described.components.items()},
+        "schedules": {str(n): s.to_json() for n, s in described.schedules.items()},
+    }
+    (out / "contract.json").write_text(json.dumps(contract, indent=1))
+    return [*paths, out / "contract.json"]
+
+
+def calibrate(
+    source: str,
+    out: Path,
+    *,
+    steps: int | None,
+    guidance: float | None,
+    prompts: int,
+    seeds: int,
+    progress: Progress,
+) -> list[Path]:
+    """Writes one shard of step feeds for every prompt and seed as it is recorded, and returns the paths."""
+    from fewstep.calibration import SampleRequest, record_samples
+    from fewstep.export import load
+
+    _new_folder(out)
+    with stage(progress, f"load {source}"):
+        generator = load(source, guidance=guidance)
+    count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
+    requests = SampleRequest.grid(generator.prompts[:prompts], range(seeds), count, generator.guidance)
+    advance = progress.task("record", len(requests))
+    paths = []
+    for i, sample in enumerate(record_samples(generator, requests)):
+        paths.append(out / f"{i:03d}.safetensors")
+        save_sample(sample, paths[-1])
+        advance()
+    return paths
+
+
+def optimize(source: str, out: Path, *, recipe: str, progress: Progress) -> list[Path]:
+    """Writes the optimized generator as a diffusers folder with the passes' notes, and returns the paths."""
+    from fewstep.export import load
+    from fewstep.optimize import optimize as apply
+
+    chosen = load_recipe(recipe)
+    _new_folder(out)
+    with stage(progress, f"load {source}"):
+        generator = load(source, guidance=chosen.guidance)
+    with stage(progress, f"apply {chosen.name}"):
+        optimized, notes = apply(generator, chosen)
+        optimized.pipeline.save_pretrained(out, safe_serialization=True)
+    (out / "fewstep-notes.json").write_text(json.dumps([asdict(note) for note in notes], indent=1))
+    return [out, out / "fewstep-notes.json"]
+
+
+def compile(
+    source: str,
+    out: Path,
+    *,
+    targets: Sequence[str],
+    recipe: str,
+    steps: Sequence[int] | None,
+    guidance: float | None,
+    progress: Progress,
+) -> list[Path]:
+    """Writes the artifacts of every target without verifying them, and returns the paths."""
+    from fewstep.export import describe, load
+    from fewstep.optimize import optimize as apply
+
+    chosen = load_recipe(recipe)
+    check_targets(targets)
+    _new_folder(out)
+    with stage(progress, f"load {source}"):
+        original = load(source, guidance=chosen.guidance if guidance is None else guidance)
+        generator, _ = apply(original, chosen)
+        counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
+        default = generator.default_steps if generator.default_steps in counts else counts[-1]
+        described = describe(replace(generator, default_steps=default), counts)
+    artifacts = compile_targets(generator, described, chosen, targets, out, StageCache(), progress)
+    return [out / artifact.path for artifact in artifacts]
+
+
+def _new_folder(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(f"{out} exists and is not empty, expected a new folder", hint="choose another -o folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"cannot create {out}: {error.strerror}", hint="choose another -o folder") from error
