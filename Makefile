@@ -13,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # torch comes only through the constraints: without them pip takes the newest, with several GB of CUDA.
 INSTALL := install --progress-bar off -c constraints.txt
-WORKERS ?= 2
+# Whole files to a process, so that the bundles its tests share are built once.
+PARALLEL := -n 2 --dist loadfile
 
 BUNDLE := build/stickers
 PICTURE := build/stickers.png
@@ -69,11 +70,11 @@ lint: $(VENV)/.dev ## Style, types, and the direction of imports
 
 .PHONY: test
 test: lint ## Lint, then every test that takes seconds
-	$(BIN)/pytest -n $(WORKERS) -m 'not slow'
+	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
 .PHONY: test-all
 test-all: lint ## Lint, then every test
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest $(PARALLEL)
 
 # The other world of versions: Optimum and transformers 4, in an environment of its own.
 INTEROP := .venv-interop
@@ -99,6 +100,7 @@ TRAIN := $(BIN)/python -m fewstep.stickers
 .PHONY: stickers-train
 stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on two cores; goes on where it was interrupted)
 	$(TRAIN).autoencoder --iterations $(AUTOENCODER_STEPS)
+	$(TRAIN).text
 	$(TRAIN).teacher --iterations $(TEACHER_STEPS)
 	$(TRAIN).distill
 	$(TRAIN).autoencoder --decoder-only

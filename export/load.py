@@ -115,6 +115,8 @@ def _check_weights(folder: Path) -> None:
             f"{folder} has weights only as a pickle ({pickles[0].name}), expected safetensors: unpickling can run code",
             hint="convert it on a machine you can spare: load it in diffusers, then save_pretrained(..., safe_serialization=True)",
         )
+    if not weights and (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")
     for path in weights:
         check_safetensors(path)
 

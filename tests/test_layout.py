@@ -35,6 +35,14 @@ def test_stage_folder_is_linked_into_the_package(name: str) -> None:
     assert (link / "__init__.py").is_file()
 
 
+def test_no_other_links() -> None:
+    folders = [PACKAGE, *((PACKAGE / name).resolve() for name in LINKS)]
+    links = {
+        path.relative_to(REPOSITORY).as_posix() for folder in folders for path in folder.rglob("*") if path.is_symlink()
+    }
+    assert links == {f"src/fewstep/{name}" for name in LINKS}, "a link to elsewhere is broken in a clone and in a wheel"
+
+
 def declared_names() -> set[str]:
     """Returns the import names of all dependencies in pyproject.toml, and of the backends that are not there yet."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -54,7 +54,6 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return sdist, wheel
 
 
-@pytest.mark.slow
 def test_sdist_holds_files_and_no_links(distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
         members = archive.getmembers()
@@ -63,7 +62,6 @@ def test_sdist_holds_files_and_no_links(distributions: tuple[Path, Path]) -> Non
     assert package_files() <= names
 
 
-@pytest.mark.slow
 def test_wheel_holds_the_whole_package(distributions: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(distributions[1]) as archive:
         names = {name for name in archive.namelist() if not name.partition("/")[0].endswith(".dist-info")}
@@ -73,7 +71,6 @@ def test_wheel_holds_the_whole_package(distributions: tuple[Path, Path]) -> None
     assert {f"fewstep/{name}/__init__.py" for name in ("export", "calibration", "optimize", "runtimes")} <= names
 
 
-@pytest.mark.slow
 def test_wheel_has_the_command_and_the_licences(distributions: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(distributions[1]) as archive:
         info = next(name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name)
@@ -84,7 +81,6 @@ def test_wheel_has_the_command_and_the_licences(distributions: tuple[Path, Path]
     assert {"LICENSE", "NOTICE", "licences/OFL-1.1.txt"} <= set(metadata.get_all("License-File", []))
 
 
-@pytest.mark.slow
 def test_installed_wheel_imports(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     with zipfile.ZipFile(distributions[1]) as archive:
         archive.extractall(tmp_path)

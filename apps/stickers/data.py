@@ -72,10 +72,10 @@ def caption(sticker: Sticker, rng: random.Random) -> str:
     if not sticker.keywords:
         return sticker.name
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.7:
         return sticker.name
     chosen = rng.sample(sticker.keywords, k=min(len(sticker.keywords), rng.randint(1, 3)))
-    if kind < 0.85:
+    if kind < 0.9:
         return " ".join([sticker.name, *chosen])
     return " ".join(chosen)
 

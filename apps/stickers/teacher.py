@@ -20,6 +20,8 @@ from fewstep.stickers.vocabulary import MAX_TOKENS, VOCABULARY_SIZE, make_tokeni
 
 WIDTH = 192
 CAPTION_DROPOUT = 0.1
+# The text encoder comes trained (see `text`); it may follow the UNet, slowly.
+TEXT_RATE = 0.3
 
 
 def make_text_encoder() -> CLIPTextModel:
@@ -104,8 +106,10 @@ def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0
     scheduler = make_scheduler()
     text_encoder, unet = make_text_encoder(), make_unet().to(memory_format=torch.channels_last)
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    text_encoder.load_state_dict(torch.load(WORK / "text.pt", weights_only=True)["text_encoder"])
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
+    groups = [{"params": unet.parameters(), "scale": 1.0}, {"params": text_encoder.parameters(), "scale": TEXT_RATE}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     first = 0
     if (state := load_state(WORK / "teacher.pt")) is not None:
         model.load_state_dict(state["model"])
@@ -121,11 +125,11 @@ def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0
         ids = captions.draw(indices.tolist(), random.Random(seed * 1_000_003 + step), dropout=CAPTION_DROPOUT)
         z = z_all[indices].contiguous(memory_format=torch.channels_last)
         noise = torch.randn(z.shape, generator=noise_rng)
-        # More of the noisy half, where only the caption can tell what to draw.
-        t = (1000 * torch.rand(batch, generator=noise_rng) ** 0.8).long()
+        # More of the noisy half, where only the caption can tell what to draw and where few-step samplers call.
+        t = (1000 * torch.rand(batch, generator=noise_rng) ** 0.5).long()
         x = scheduler.add_noise(z, noise, t)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, iterations, peak=peak)
+            group["lr"] = group["scale"] * learning_rate(step, iterations, peak=peak)
         with torch.autocast("cpu", torch.bfloat16):
             v = denoise(x, t, text_encoder(ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
