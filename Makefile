@@ -88,7 +88,7 @@ $(INTEROP)/bin/python:
 
 $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/python
 	$(INTEROP)/bin/python -m pip install --progress-bar off -c constraints-interop.txt \
-		-e '.[onnxruntime,test]' diffusers optimum-onnx torch
+		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx pytest torch
 	touch $@
 
 # --- the built-in generator --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Reads everything that a bundle says of a generator off one recorded run: contract, components, schedules, tokenizer."""
+"""Reads what a bundle says of a generator off one recorded run: contract, components, schedules, tokenizer."""
 
 from __future__ import annotations
 

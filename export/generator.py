@@ -75,7 +75,8 @@ class Generator:
         for part in parts.values():
             if not isinstance(getattr(pipeline, part.attribute, None), torch.nn.Module):
                 raise SourceError(
-                    f"{type(pipeline).__name__} has no {part.attribute}, expected a text-to-image pipeline with one text encoder",
+                    f"{type(pipeline).__name__} has no {part.attribute}, "
+                    "expected a text-to-image pipeline with one text encoder",
                     hint="text_encoder, tokenizer, unet or transformer, vae and scheduler must be in model_index.json",
                 )
         if getattr(pipeline, "tokenizer", None) is None:

@@ -96,7 +96,8 @@ def check_folder(folder: Path) -> None:
         library, class_name = entry
         if library == "diffusers" and not hasattr(diffusers, class_name):
             raise SourceError(
-                f"{folder}/model_index.json: unknown class {class_name!r} for {name}, expected one of diffusers {diffusers.__version__}",
+                f"{folder}/model_index.json: unknown class {class_name!r} for {name}, "
+                f"expected one of diffusers {diffusers.__version__}",
                 hint="correct the name, or install the diffusers version that has it",
             )
         if not (folder / name).is_dir():
@@ -113,7 +114,7 @@ def _check_weights(folder: Path) -> None:
     if pickles and not weights:
         raise SourceError(
             f"{folder} has weights only as a pickle ({pickles[0].name}), expected safetensors: unpickling can run code",
-            hint="convert it on a machine you can spare: load it in diffusers, then save_pretrained(..., safe_serialization=True)",
+            hint="convert it on a machine you can spare: load it in diffusers, then save_pretrained",
         )
     if not weights and (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")

@@ -175,7 +175,7 @@ def _our_noise(seed: int, step: _StepListener) -> Iterator[None]:
     with ExitStack() as stack:
         for module in list(sys.modules.values()):
             # Through vars: diffusers' lazy modules would import every pipeline at a getattr.
-            if module is not None and vars(module).get("randn_tensor") is original:
+            if vars(module).get("randn_tensor") is original:
                 stack.enter_context(mock.patch.object(module, "randn_tensor", ours))
         yield
 

@@ -34,7 +34,7 @@ from fewstep.manifest import (
 from fewstep.program import Program
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
-_SAME = {"rtol": 1e-5, "atol": 1e-6}
+_RTOL, _ATOL = 1e-5, 1e-6
 
 
 class Traced(torch.nn.Module):
@@ -90,7 +90,8 @@ def trace(generator: Generator, component: str, call: Call, spec: ComponentSpec)
     except Exception as error:  # torch.export raises many classes, most of them private; all mean the same here
         first_line = str(error).strip().split("\n", 1)[0]
         raise ExportError(
-            f"{component} ({type(generator.module(component)).__name__}) cannot be traced: {type(error).__name__}: {first_line}",
+            f"{component} ({type(generator.module(component)).__name__}) cannot be traced: "
+            f"{type(error).__name__}: {first_line}",
             hint="does torch.export.export trace this module on its own? data-dependent branches are the usual cause",
         ) from error
     return Program(component, part.folder, exported, spec)
@@ -111,7 +112,7 @@ def read_contract(generator: Generator, run: Run, schedule_inputs: Sequence[torc
     scale, shift = float(getattr(vae, "scaling_factor", 1.0)), float(getattr(vae, "shift_factor", None) or 0.0)
     decoded = next(iter(run.of(DECODER)[0].inputs.values()))
     final = schedule_inputs[-1]
-    if not torch.allclose(decoded, final / scale + shift, **_SAME):
+    if not torch.allclose(decoded, final / scale + shift, rtol=_RTOL, atol=_ATOL):
         raise ExportError(
             "decoder's input is not final latent / scaling_factor + shift_factor, as its config says",
             hint="this pipeline changes the latent before decoding in a way fewstep does not know; please report it",
@@ -187,14 +188,14 @@ def _origin(
         if _same(values[0], tensor):
             return origin
     raise ExportError(
-        f"{component}: input {name} {list(values[0].shape)} has no known origin: it is neither the latent, the time, the tokens, "
-        "the guidance embedding nor another component's output",
+        f"{component}: input {name} {list(values[0].shape)} has no known origin: "
+        "it is neither the latent, the time, the tokens, the guidance embedding nor another component's output",
         hint="this pipeline prepares a condition that fewstep cannot compute on a device yet",
     )
 
 
 def _same(value: torch.Tensor, other: torch.Tensor) -> bool:
-    return value.shape == other.shape and torch.allclose(value.double(), other.double(), **_SAME)
+    return value.shape == other.shape and torch.allclose(value.double(), other.double(), rtol=_RTOL, atol=_ATOL)
 
 
 def embedded_guidance(generator: Generator) -> Guidance | None:

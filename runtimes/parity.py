@@ -78,7 +78,7 @@ class ParityReport:
         return tuple(check for check in self.checks if not check.passed)
 
     def worst(self, error: str, level: str) -> Check | None:
-        """Returns the gating check that decides a level: a failed one if any, else the one in dB with the least margin."""
+        """Returns the check that decides a level: a failed one if any, else the one in dB with the least margin."""
         gating = [c for c in self.checks if (c.error, c.level) == (error, level) and c.limit is not None]
 
         def order(check: Check) -> tuple[bool, bool, float]:

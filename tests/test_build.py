@@ -166,9 +166,7 @@ def test_interrupted_build_leaves_nothing_and_resumes(tmp_path: Path, monkeypatc
     assert bundle.manifest.parity["passed"]
 
 
-def test_failed_parity_writes_no_bundle_but_keeps_the_evidence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_parity_writes_no_bundle_but_keeps_the_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lcm = built("lcm")
     recipe = fewstep.Recipe("strict", limits=fewstep.Limits(component_sqnr_db=500.0))
     options = fewstep.Options(prompts=1, seeds=1, cache_root=lcm.options.cache_root, profile=False)

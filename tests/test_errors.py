@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import pickle  # noqa: TID251 - to show that nothing unpickles
 import shutil
 import struct
 import sys
@@ -83,7 +83,7 @@ def test_pickle_only_weights(run: Run, source: Path, tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(marker),)
 
-    weights.with_suffix(".bin").write_bytes(pickle.dumps(Trap()))  # noqa: TID251 - to show that nothing unpickles it
+    weights.with_suffix(".bin").write_bytes(pickle.dumps(Trap()))
     text = refused(run, source, tmp_path)
     assert "weights only as a pickle (diffusion_pytorch_model.bin), expected safetensors" in text
     assert not marker.exists()
@@ -128,7 +128,9 @@ def test_unknown_recipe_key(run: Run, source: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_runtime(run: Run, source: Path, tmp_path: Path) -> None:
-    assert "unknown runtime 'abacus', expected one of onnxruntime" in refused(run, source, tmp_path, "--target", "abacus")
+    assert "unknown runtime 'abacus', expected one of onnxruntime" in refused(
+        run, source, tmp_path, "--target", "abacus"
+    )
 
 
 def test_out_that_is_something_else(run: Run, source: Path, tmp_path: Path) -> None:

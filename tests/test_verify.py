@@ -1,4 +1,4 @@
-"""Verification of an existing bundle: it passes when it should, fails when it should, and says what it compared with."""
+"""Verification of a bundle: it passes when it should, fails when it should, and says what it compared with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_live_verification_passes() -> None:
     assert {check.level for check in result.report.checks} == {"component", "trajectory", "picture"}
 
 
-def test_without_its_source_the_golden_pack_is_used_and_said(tmp_path: Path, copy_bundle: Callable[[str], Path]) -> None:
+def test_without_its_source_the_golden_pack_is_used(tmp_path: Path, copy_bundle: Callable[[str], Path]) -> None:
     folder = copy_bundle("lcm")
     manifest = fewstep.Bundle.open(folder).manifest
     write_manifest(folder, replace(manifest, source=replace(manifest.source, uri=str(tmp_path / "gone"))))
@@ -77,7 +77,8 @@ def test_bisect_finds_nothing_in_a_right_model_and_compares_most_of_it() -> None
     generator = load(str(lcm.source))
     described = describe(generator, STEPS)
     program = trace(generator, "denoiser", described.calls["denoiser"], described.components["denoiser"])
-    feeds = {n: t.reshape(1).numpy() if t.ndim == 0 else t.numpy() for n, t in described.calls["denoiser"].inputs.items()}
+    inputs = described.calls["denoiser"].inputs
+    feeds = {n: t.reshape(1).numpy() if t.ndim == 0 else t.numpy() for n, t in inputs.items()}
     path = lcm.bundle.path / lcm.bundle.manifest.artifact("onnxruntime", "denoiser").path
     # 90 dB and not 100: values inside the network cancel more than its output does.
     assert bisect(program, path, feeds, limit_db=90.0) is None

@@ -12,10 +12,11 @@ import random
 import sys
 
 import torch
-from fewstep.stickers.teacher import WIDTH, Captions, latents, load_autoencoder, make_text_encoder
-from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fewstep.stickers.teacher import WIDTH, Captions, latents, load_autoencoder, make_text_encoder
+from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps
 
 _GRID, _PATCH, _CHANNELS = 8, 2, 4
 

@@ -19,8 +19,8 @@ from fewstep.errors import FewstepError
 from fewstep.feeds import Sample, StepFeed
 from fewstep.manifest import Artifact, Contract, Manifest
 from fewstep.recipe import Limits, Recipe, load_recipe
-from fewstep.runtimes.parity import Check, ParityReport
 from fewstep.runtimes.measure import Profile, profile
+from fewstep.runtimes.parity import Check, ParityReport
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification, verify
 

@@ -129,7 +129,7 @@ def compile_targets(
     cache: StageCache,
     progress: Progress,
 ) -> list[Artifact]:
-    """Returns every component compiled for every target, under ``folder/<target>``; finished ones come from the cache."""
+    """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
     from fewstep.export import trace
     from fewstep.runtimes import get_runtime
 
@@ -263,5 +263,6 @@ def _refused(out: Path, folder: Path, where: str) -> ParityError:
     shutil.copytree(folder, failed)
     return ParityError(
         f"{out.name} is not what PyTorch computes: {where} is below its limit; no bundle was written",
-        hint=f"open {failed / 'report' / 'index.html'}; `fewstep verify {failed} --bisect` names the first tensor that departs",
+        hint=f"open {failed / 'report' / 'index.html'}; "
+        f"`fewstep verify {failed} --bisect` names the first tensor that departs",
     )

@@ -17,7 +17,7 @@ from fewstep.hashing import file_sha256
 from fewstep.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
-    from fewstep.runtimes.sampler import Sample
+    from fewstep.feeds import Sample
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +34,7 @@ class Bundle:
         """Returns the bundle at a folder, after checking the hash of every file.
 
         Raises:
-            BundleError: no bundle there, a file missing, altered or outside the folder, or a manifest that is not valid.
+            BundleError: no bundle there, a file missing, altered or outside the folder, or an invalid manifest.
         """
         folder = Path(path)
         manifest_path = folder / MANIFEST

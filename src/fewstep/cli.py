@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -333,7 +333,7 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _print_parity(summary: dict[str, Any], caveats: tuple[str, ...]) -> None:
+def _print_parity(summary: Mapping[str, Any], caveats: tuple[str, ...]) -> None:
     verdict = "verified" if summary["passed"] else "FAILED"
     _out.print(
         f"{verdict}  {summary['checks']} checks, {summary['failed']} failed, against {summary['reference']}",

@@ -80,7 +80,7 @@ def load_sample(path: Path) -> Sample:
     try:
         with safe_open(path, framework="numpy") as stream:
             head = json.loads((stream.metadata() or {})["fewstep"])
-            arrays = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+            arrays = {name: stream.get_tensor(name) for name in stream.keys()}
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise BundleError(f"{path} is not a sample: {error}", hint="build the bundle again") from error
     feeds = tuple(

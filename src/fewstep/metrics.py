@@ -25,7 +25,7 @@ def sqnr_db(reference: Array, value: Array) -> float:
 
 
 def psnr_db(reference: Array, value: Array, *, peak: float = 1.0) -> float:
-    """Returns the peak signal-to-noise ratio: 10 log10(peak² / mean((value - reference)²)), for pictures in [0, peak]."""
+    """Returns the peak signal-to-noise ratio, 10 log10(peak² / mean((value - reference)²)), of pictures."""
     reference, value = _pair(reference, value)
     if not (np.isfinite(reference).all() and np.isfinite(value).all()):
         return float("nan")

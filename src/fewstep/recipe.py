@@ -115,15 +115,17 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str) -> Reci
     )
 
 
-def check_steps(steps: Collection[int], where: str) -> tuple[int, ...]:
+def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
     """Returns the step counts in order, each once; refuses counts that are not few."""
+    counts = []
     for count in steps:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_STEPS:
             raise RecipeError(
                 f"{where}: {count!r} is not a step count, expected a whole number from 1 to {MAX_STEPS}",
                 hint="few-step generators take 1 to 8",
             )
-    return tuple(sorted(set(steps)))
+        counts.append(count)
+    return tuple(sorted(set(counts)))
 
 
 def _steps(value: object, where: str) -> tuple[int, ...] | None:

@@ -118,7 +118,8 @@ def verify_against(
     notes = list(caveats)
     if first.weights != first.compute:
         notes.append(
-            f"{name} computes in {first.compute}: its CPU provider has no {first.weights} kernels, so this is no {first.weights} baseline"
+            f"{name} computes in {first.compute}: its CPU provider has no {first.weights} kernels, "
+            f"so this is no {first.weights} baseline"
         )
     return Verification(
         ParityReport(tuple(checks), reference, executor), tuple(references), tuple(results), tuple(notes)

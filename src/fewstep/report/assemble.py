@@ -24,8 +24,8 @@ from fewstep.report.page import (
     SizeRow,
     write_report,
 )
-from fewstep.runtimes.parity import Check
 from fewstep.runtimes.measure import Latency, Profile
+from fewstep.runtimes.parity import Check
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification
 
@@ -139,7 +139,10 @@ def _latency_row(latency: Latency) -> LatencyRow:
 def _latency_note(profile: Profile) -> str:
     threads = "the runtime's own number of threads" if profile.threads is None else f"{profile.threads} threads"
     runs = profile.picture.runs
-    return f"{profile.runtime} on the machine that built the bundle, {threads}, after warm-up; {runs} runs, spread is the middle 80 %"
+    return (
+        f"{profile.runtime} on the machine that built the bundle, {threads}, after warm-up; "
+        f"{runs} runs, spread is the middle 80 %"
+    )
 
 
 def _precision_note(manifest: Manifest, runtime: str) -> str:

@@ -1,0 +1,56 @@
+"""What the documentation shows is so: commands parse, recipes load, links lead somewhere, names exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from fewstep import cli
+from fewstep.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "apps/stickers/README.md"]
+)
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = [(page, line) for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    return [(page.name, line.removeprefix("$ ")) for page, line in lines if line.startswith("$ fewstep ")]
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: value)
+def test_command_parses(page: str, line: str) -> None:
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command = cli.cli.commands[name]
+    with command.make_context(name, arguments, resilient_parsing=False) as context:
+        assert isinstance(context, click.Context)
+
+
+def test_every_command_is_documented() -> None:
+    shown = {shlex.split(line)[1] for _, line in commands()}
+    assert set(cli.cli.commands) <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_recipe_of_the_page_loads() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert parse_recipe(tomllib.loads(block), where="recipes.md", name="page").weights == "fp16"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_the_page_compiles(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        compile(block, page.name, "exec")
