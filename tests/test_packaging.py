@@ -116,9 +116,9 @@ def test_constraints_pin_every_dependency(name: str) -> None:
         *project()["dependencies"],
         *extras["onnxruntime"],
         "optimum-onnx==0.1.0",
-        "torch",
-        "pytest",
         "hypothesis",
+        "pytest",
+        "torch",
     ]
     if name == "constraints.txt":
         wanted = [*project()["dependencies"], *(text for group in extras.values() for text in group)]
