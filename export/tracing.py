@@ -148,6 +148,7 @@ def read_specs(
     sources: dict[str, torch.Tensor] = {f"{TOKENS}tokenizer": tokens}
     specs: dict[str, ComponentSpec] = {}
     for component in ("text_encoder", DENOISER, DECODER):
+        # With two-pass guidance the text encoder is called twice, pipelines encode the prompt first.
         calls = run.of(component)
         if component == DECODER:
             sources = {SAMPLE: calls[0].inputs["latent_sample"]}
@@ -156,14 +157,8 @@ def read_specs(
             name: _origin(component, name, calls, sources, network_inputs, timesteps, generator) for name in inputs
         }
         specs[component] = ComponentSpec(_specs(inputs), _specs(outputs), bindings)
-        conditional = outputs if component != "text_encoder" else run.of(component)[_conditional_call(run)].outputs
-        sources.update({f"{component}.{name}": tensor for name, tensor in conditional.items()})
+        sources.update({f"{component}.{name}": tensor for name, tensor in outputs.items()})
     return specs
-
-
-def _conditional_call(run: Run) -> int:
-    """The prompt is encoded first; pipelines with two-pass guidance encode the empty prompt after it."""
-    return 0
 
 
 def _origin(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +15,7 @@ from typing import Any
 import psutil
 
 from fewstep.bundle import Bundle
+from fewstep.errors import RuntimeMissingError
 from fewstep.manifest import DENOISER
 from fewstep.runtimes.sampler import open_sampler
 
@@ -49,6 +53,33 @@ def profile(
     bundle: Bundle, *, runtime: str | None = None, steps: int | None = None, runs: int = 10, threads: int | None = None
 ) -> Profile:
     """Returns latency per component and whole, peak memory and sizes.
+
+    Measured in a process of its own, so that memory which this one holds or has cached does not count.
+
+    Raises:
+        RuntimeMissingError: the measuring process failed.
+    """
+    options = {"runtime": runtime, "steps": steps, "runs": runs, "threads": threads}
+    child = [sys.executable, "-c", "from fewstep.runtimes.measure import child; child()", str(bundle.path)]
+    done = subprocess.run([*child, json.dumps(options)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise RuntimeMissingError(
+            f"cannot measure {bundle.path}: {last[0]}", hint="does `fewstep generate` work on it?"
+        )
+    values = json.loads(done.stdout)
+    latencies = tuple(Latency(**latency) for latency in values.pop("latencies"))
+    return Profile(**{**values, "latencies": latencies, "picture": Latency(**values["picture"])})
+
+
+def child() -> None:
+    """Measures the bundle named by the process's arguments and writes the profile to stdout as JSON."""
+    bundle, options = Bundle.open(sys.argv[1]), json.loads(sys.argv[2])
+    sys.stdout.write(json.dumps(_measure(bundle, **options).to_json()))
+
+
+def _measure(bundle: Bundle, *, runtime: str | None, steps: int | None, runs: int, threads: int | None) -> Profile:
+    """Returns the profile of a bundle in this process.
 
     Sessions are opened and warmed up by two whole pictures before anything is timed. Components are timed on the
     inputs of a real sample.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -260,7 +261,10 @@ def runtimes(as_json: bool) -> None:
         return _print_json([state.__dict__ for state in states])
     table = Table("runtime", "compiles", "runs", "version", "detail", "remedy")
     for s in states:
-        table.add_row(s.runtime, _yes(s.compiles), _yes(s.runs), s.version or "", s.detail, s.remedy or "")
+        # Remedies hold [extras], which would read as markup.
+        table.add_row(
+            s.runtime, _yes(s.compiles), _yes(s.runs), s.version or "", escape(s.detail), escape(s.remedy or "")
+        )
     _out.print(table)
 
 
