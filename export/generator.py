@@ -61,7 +61,7 @@ class Generator:
     licences: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, source: SourceInfo, *, name: str, guidance: float | None = None) -> Generator:
+    def from_pipeline(cls, pipeline: Any, source: SourceInfo, *, name: str) -> Generator:
         """Returns the generator of a loaded diffusers pipeline.
 
         Raises:
@@ -81,9 +81,8 @@ class Generator:
                 )
         if getattr(pipeline, "tokenizer", None) is None:
             raise SourceError(f"{type(pipeline).__name__} has no tokenizer", hint="add the tokenizer folder")
-        if guidance is None:
-            embedded = getattr(getattr(pipeline, denoiser).config, "time_cond_proj_dim", None)
-            guidance = 8.5 if embedded else 0.0  # 8.5: diffusers' default for latent consistency models
+        embedded = getattr(getattr(pipeline, denoiser).config, "time_cond_proj_dim", None)
+        guidance = 8.5 if embedded else 0.0  # 8.5: diffusers' default for latent consistency models
         return cls(name=name, source=source, pipeline=pipeline, parts=parts, guidance=guidance)
 
     def module(self, component: str) -> torch.nn.Module:

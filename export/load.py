@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,32 @@ _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def load(source: str, *, guidance: float | None = None) -> Generator:
-    """Returns the generator that ``source`` names.
+    """Returns the generator that ``source`` names, with ``guidance`` as its scale if one is given.
 
     Raises:
         SourceError: nothing there, a component missing or damaged, an unknown class, or weights only as pickles.
     """
+    generator = _load(source)
+    return generator if guidance is None else replace(generator, guidance=guidance)
+
+
+def _load(source: str) -> Generator:
     if source in BUILT_IN:
-        return _from_function(BUILT_IN[source], source, guidance)
+        return _from_function(BUILT_IN[source])
     folder = Path(source)
     if folder.is_dir():
-        return from_folder(folder, uri=source, guidance=guidance)
+        return from_folder(folder, uri=source)
     if _FUNCTION.match(source):
-        return _from_function(source, source, guidance)
+        return _from_function(source)
     if _HUB_ID.match(source) and not folder.exists():
-        return from_folder(_download(source), uri=source, guidance=guidance)
+        return from_folder(_download(source), uri=source)
     raise SourceError(
         f"source {source!r} is not a folder, a hub id (owner/name), module:function or a built-in generator",
         hint=f"built-in generators: {', '.join(BUILT_IN)}",
     )
 
 
-def from_folder(folder: Path, *, uri: str | None = None, guidance: float | None = None) -> Generator:
+def from_folder(folder: Path, *, uri: str | None = None) -> Generator:
     """Returns the generator of a diffusers folder, in fp32."""
     check_folder(folder)
     import torch
@@ -71,7 +77,7 @@ def from_folder(folder: Path, *, uri: str | None = None, guidance: float | None 
     pipeline.set_progress_bar_config(disable=True)
     files = [p for p in folder.rglob("*") if p.is_file() and p.suffix in _SOURCE_SUFFIXES]
     source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, files))
-    return Generator.from_pipeline(pipeline, source, name=folder.resolve().name, guidance=guidance)
+    return Generator.from_pipeline(pipeline, source, name=folder.resolve().name)
 
 
 def _quiet() -> None:
@@ -159,14 +165,14 @@ def _model_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _from_function(reference: str, uri: str, guidance: float | None) -> Generator:
+def _from_function(reference: str) -> Generator:
     match = _FUNCTION.match(reference)
     assert match is not None
     try:
         function = getattr(importlib.import_module(match["module"]), match["function"])
     except (ImportError, AttributeError) as error:
         raise SourceError(f"cannot import {reference}: {error}", hint="is its folder on PYTHONPATH?") from error
-    generator = function() if guidance is None else function(guidance=guidance)
+    generator = function()
     if not isinstance(generator, Generator):
         raise SourceError(
             f"{reference} returned {type(generator).__name__}, expected a fewstep.export.Generator",

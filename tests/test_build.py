@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,7 +184,7 @@ def test_module_function_as_source(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "my_generator.py").write_text(
         "from pathlib import Path\n"
         "from fewstep.export.load import from_folder\n"
-        f"def make(guidance=None):\n    return from_folder(Path({str(built('lcm').source)!r}), guidance=guidance)\n"
+        f"def make():\n    return from_folder(Path({str(built('lcm').source)!r}))\n"
     )
     bundle = fewstep.build(
         "my_generator:make", out=tmp_path / "bundle", steps=[1], options=built("lcm").options, guidance=2.0
@@ -196,3 +198,21 @@ def test_a_bundle_moves(tmp_path: Path, copy_bundle: Callable[[str], Path]) -> N
     shutil.move(copy_bundle("lcm"), moved)
     picture = fewstep.Bundle.open(moved).generate("cat", seed=1).picture_HWC
     assert np.array_equal(picture, built("lcm").bundle.generate("cat", seed=1).picture_HWC)
+
+
+def test_a_bundle_runs_where_torch_is_not_installed() -> None:
+    code = """
+import sys
+for name in ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnxscript"):
+    sys.modules[name] = None  # import raises ModuleNotFoundError, find_spec finds nothing
+import fewstep
+bundle = fewstep.Bundle.open(sys.argv[1])
+assert bundle.generate("cat", seed=1).picture_HWC.std() > 0.01
+result = fewstep.verify(bundle)
+assert result.report and "golden pack" in result.report.reference, result.report.reference
+assert "torch is not installed" in result.caveats[0], result.caveats
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(built("lcm").bundle.path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

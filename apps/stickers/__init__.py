@@ -20,6 +20,8 @@ PROMPTS = (
     "slice of pizza",
     "red heart",
 )
+# In the middle of the scales that the student was distilled with.
+GUIDANCE = 3.0
 LICENCES = {
     "weights": "Apache-2.0",
     "training pictures": "Noto Color Emoji, SIL Open Font License 1.1, Copyright Google LLC",
@@ -27,11 +29,19 @@ LICENCES = {
 }
 
 
-def generator(guidance: float | None = None) -> Generator:
+def generator() -> Generator:
     """Returns the generator of the committed weights."""
     from fewstep.export.load import from_folder  # needs torch, which importing fewstep does not
     from fewstep.manifest import SourceInfo
 
-    loaded = from_folder(WEIGHTS, guidance=3.0 if guidance is None else guidance)
+    loaded = from_folder(WEIGHTS)
     source = SourceInfo("stickers", "built-in", loaded.source.sha256)
-    return replace(loaded, name="stickers", source=source, default_steps=4, prompts=PROMPTS, licences=LICENCES)
+    return replace(
+        loaded,
+        name="stickers",
+        source=source,
+        guidance=GUIDANCE,
+        default_steps=4,
+        prompts=PROMPTS,
+        licences=LICENCES,
+    )

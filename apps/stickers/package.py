@@ -90,7 +90,9 @@ def package(folder: Path) -> int:
         size_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
         if size_bytes > SIZE_LIMIT_BYTES:
             raise SourceError(f"the folder has {size_bytes} bytes, expected at most {SIZE_LIMIT_BYTES}")
-        if folder.exists():
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)
     return size_bytes

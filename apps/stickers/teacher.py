@@ -22,6 +22,8 @@ WIDTH = 192
 CAPTION_DROPOUT = 0.1
 # The text encoder comes trained (see `text`); it may follow the UNet, slowly.
 TEXT_RATE = 0.3
+# Short enough that what the average remembers of the plateau is gone by the end of the decay.
+EMA_DECAY = 0.998
 
 
 def make_text_encoder() -> CLIPTextModel:
@@ -99,7 +101,7 @@ class Captions:
 
 
 def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0) -> None:
-    """Trains (or goes on training) until ``iterations``; keeps an exponential average with decay up to 0.9995."""
+    """Trains (or goes on training) until ``iterations``; keeps an exponential average of the weights."""
     torch.manual_seed(seed)
     captions = Captions()
     z_all, factor = latents(load_autoencoder())
@@ -137,7 +139,7 @@ def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        update_ema(ema, model, min(0.9995, (step + 1) / (step + 10)))
+        update_ema(ema, model, min(EMA_DECAY, (step + 1) / (step + 10)))
         running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 50 == 0:
             print(f"loss {running:.4f}", file=sys.stderr, flush=True)
