@@ -94,7 +94,7 @@ $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/p
 # --- the built-in generator --------------------------------------------------------------------------------------------
 
 AUTOENCODER_STEPS ?= 1800
-TEACHER_STEPS ?= 9000
+TEACHER_STEPS ?= 20000
 TRAIN := $(BIN)/python -m fewstep.stickers
 
 .PHONY: stickers-train
