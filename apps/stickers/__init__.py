@@ -23,7 +23,7 @@ PROMPTS = (
 # In the middle of the scales that the student was distilled with.
 GUIDANCE = 3.0
 LICENCES = {
-    "weights": "SIL Open Font License 1.1: the network memorises its training pictures, so it is taken as derived from them",
+    "weights": "SIL Open Font License 1.1, as derived from the training pictures, which the network memorises",
     "training pictures": "Noto Color Emoji, SIL Open Font License 1.1, Copyright Google LLC",
     "training captions": "Unicode emoji-test.txt and CLDR annotations, Unicode License v3, Copyright Unicode, Inc.",
 }
