@@ -66,6 +66,12 @@ def make_scheduler() -> DDPMScheduler:
     )
 
 
+def make_optimizer(text_encoder: CLIPTextModel, unet: UNet2DConditionModel, peak: float) -> torch.optim.AdamW:
+    """Returns the teacher's optimizer; each group's ``scale`` multiplies the learning rate."""
+    groups = [{"params": unet.parameters(), "scale": 1.0}, {"params": text_encoder.parameters(), "scale": TEXT_RATE}]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+
+
 def load_autoencoder() -> AutoencoderTiny:
     """Returns the trained autoencoder."""
     model = make_autoencoder()
@@ -110,8 +116,7 @@ def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     text_encoder.load_state_dict(torch.load(WORK / "text.pt", weights_only=True)["text_encoder"])
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    groups = [{"params": unet.parameters(), "scale": 1.0}, {"params": text_encoder.parameters(), "scale": TEXT_RATE}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    optimizer = make_optimizer(text_encoder, unet, peak)
     first = 0
     if (state := load_state(WORK / "teacher.pt")) is not None:
         model.load_state_dict(state["model"])

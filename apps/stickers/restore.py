@@ -1,0 +1,47 @@
+"""Makes training states of the committed weights, so that a longer run can start from them and not from nothing.
+
+The denoiser is the student's without its guidance input: a teacher to go on with, not the teacher that it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from fewstep.errors import SourceError
+from fewstep.stickers import WEIGHTS
+from fewstep.stickers.teacher import make_optimizer, make_text_encoder, make_unet
+from fewstep.stickers.training import WORK, save_state
+
+
+def restore() -> None:
+    """Writes ``autoencoder.pt``, ``text.pt`` and ``teacher.pt`` (at step 0) to the work folder.
+
+    Raises:
+        SourceError: there are states already, which are worth more.
+    """
+    if WORK.exists() and any(WORK.glob("*.pt")):
+        raise SourceError(f"{WORK} holds training states", hint="continue them, or set STICKERS_WORK to another folder")
+    autoencoder = AutoencoderTiny.from_pretrained(WEIGHTS / "vae")
+    factor = float(autoencoder.config["scaling_factor"])
+    save_state(WORK / "autoencoder.pt", {"model": autoencoder.state_dict()})
+
+    text_encoder, unet = make_text_encoder(), make_unet()
+    text_encoder.load_state_dict(CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder").float().state_dict())
+    student = UNet2DConditionModel.from_pretrained(WEIGHTS / "unet").state_dict()
+    unet.load_state_dict({name: tensor for name, tensor in student.items() if "cond_proj" not in name})
+    save_state(WORK / "text.pt", {"text_encoder": text_encoder.state_dict()})
+
+    both = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).state_dict()
+    states = {"model": both, "ema": both, "optimizer": make_optimizer(text_encoder, unet, 0.0).state_dict()}
+    save_state(WORK / "teacher.pt", {**states, "step": 0, "latent_factor": factor})
+    (WORK / "teacher.json").write_text(json.dumps({"step": 0}))
+    print(f"wrote the states to {WORK}; go on with python -m fewstep.stickers.teacher", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    restore()
