@@ -57,8 +57,13 @@ def profile(
     Measured in a process of its own, so that memory which this one holds or has cached does not count.
 
     Raises:
+        ContractError: the bundle has no schedule for this step count.
+        BundleError: the bundle has no artifacts for this runtime.
         RuntimeMissingError: the measuring process failed.
     """
+    # Refused here, with their own texts, what would end the other process with a traceback.
+    bundle.manifest.schedule(bundle.manifest.default_steps if steps is None else steps)
+    bundle.manifest.artifact(runtime or bundle.manifest.runtimes[0], DENOISER)
     options = {"runtime": runtime, "steps": steps, "runs": runs, "threads": threads}
     child = [sys.executable, "-c", "from fewstep.runtimes.measure import child; child()", str(bundle.path)]
     done = subprocess.run([*child, json.dumps(options)], capture_output=True, text=True, check=False)

@@ -281,3 +281,28 @@ def test_single_stages(run: Run, source: Path, tmp_path: Path) -> None:
     assert status == 0, stderr
     assert "not verified" in stderr
     assert len(stdout.splitlines()) == 3
+
+
+@pytest.mark.parametrize("command", ["export", "calibrate", "optimize", "compile"])
+def test_single_stage_leaves_nothing_half_written(run: Run, source: Path, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "stage" / "out"
+    shutil.rmtree(source / "unet")
+    status, _, stderr = run(command, source, "-o", out)
+    assert status == 2
+    assert "component unet" in stderr
+    assert list(out.parent.iterdir()) == []
+    (out / "mine").mkdir(parents=True)
+    status, _, stderr = run(command, source, "-o", out)
+    assert status == 2
+    assert "exists and is not empty, expected a new folder" in " ".join(stderr.split())
+    assert [p.name for p in out.iterdir()] == ["mine"]
+
+
+def test_profile_refuses_what_the_bundle_lacks(run: Run) -> None:
+    bundle = built("lcm").bundle.path
+    status, stdout, stderr = run("profile", bundle, "--steps", "3")
+    assert (status, stdout) == (2, "")
+    assert "bundle has no schedule for 3 steps, it has 1, 2, 4" in " ".join(stderr.split())
+    status, _, stderr = run("profile", bundle, "--runtime", "abacus")
+    assert status == 2
+    assert "bundle has no denoiser for runtime 'abacus'" in " ".join(stderr.split())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.build import check_targets, compile_targets
-from fewstep.bundle import MANIFEST, Bundle
+from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError
 from fewstep.feeds import Sample, save_sample
@@ -67,24 +68,24 @@ def export(
 
     from fewstep.export import describe, load, trace
 
-    _new_folder(out)
-    with stage(progress, f"load {source}"):
-        generator = load(source, guidance=guidance)
-        described = describe(generator, check_steps(steps or generator.steps, "--steps"))
-    advance = progress.task("trace", len(described.components))
-    paths = []
-    for component, spec in described.components.items():
-        program = trace(generator, component, described.calls[component], spec)
-        paths.append(out / f"{component}.pt2")
-        torch.export.save(program.exported, paths[-1])
-        advance()
-    contract = {
-        "contract": asdict(described.contract),
-        "components": {name: asdict(spec) for name, spec in described.components.items()},
-        "schedules": {str(n): s.to_json() for n, s in described.schedules.items()},
-    }
-    (out / "contract.json").write_text(json.dumps(contract, indent=1))
-    return [*paths, out / "contract.json"]
+    with _new_folder(out) as folder:
+        with stage(progress, f"load {source}"):
+            generator = load(source, guidance=guidance)
+            described = describe(generator, check_steps(steps or generator.steps, "--steps"))
+        advance = progress.task("trace", len(described.components))
+        names = []
+        for component, spec in described.components.items():
+            program = trace(generator, component, described.calls[component], spec)
+            names.append(f"{component}.pt2")
+            torch.export.save(program.exported, folder / names[-1])
+            advance()
+        contract = {
+            "contract": asdict(described.contract),
+            "components": {name: asdict(spec) for name, spec in described.components.items()},
+            "schedules": {str(n): s.to_json() for n, s in described.schedules.items()},
+        }
+        (folder / "contract.json").write_text(json.dumps(contract, indent=1))
+    return [out / name for name in (*names, "contract.json")]
 
 
 def calibrate(
@@ -97,22 +98,22 @@ def calibrate(
     seeds: int,
     progress: Progress,
 ) -> list[Path]:
-    """Writes one shard of step feeds for every prompt and seed as it is recorded, and returns the paths."""
+    """Writes one shard of step feeds for every prompt and seed, holding one in memory, and returns the paths."""
     from fewstep.calibration import SampleRequest, record_samples
     from fewstep.export import load
 
-    _new_folder(out)
-    with stage(progress, f"load {source}"):
-        generator = load(source, guidance=guidance)
-    count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
-    requests = SampleRequest.grid(generator.prompts[:prompts], range(seeds), count, generator.guidance)
-    advance = progress.task("record", len(requests))
-    paths = []
-    for i, sample in enumerate(record_samples(generator, requests)):
-        paths.append(out / f"{i:03d}.safetensors")
-        save_sample(sample, paths[-1])
-        advance()
-    return paths
+    with _new_folder(out) as folder:
+        with stage(progress, f"load {source}"):
+            generator = load(source, guidance=guidance)
+        count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
+        requests = SampleRequest.grid(generator.prompts[:prompts], range(seeds), count, generator.guidance)
+        advance = progress.task("record", len(requests))
+        names = []
+        for i, sample in enumerate(record_samples(generator, requests)):
+            names.append(f"{i:03d}.safetensors")
+            save_sample(sample, folder / names[-1])
+            advance()
+    return [out / name for name in names]
 
 
 def optimize(source: str, out: Path, *, recipe: str, progress: Progress) -> list[Path]:
@@ -121,13 +122,13 @@ def optimize(source: str, out: Path, *, recipe: str, progress: Progress) -> list
     from fewstep.optimize import optimize as apply
 
     chosen = load_recipe(recipe)
-    _new_folder(out)
-    with stage(progress, f"load {source}"):
-        generator = load(source, guidance=chosen.guidance)
-    with stage(progress, f"apply {chosen.name}"):
-        optimized, notes = apply(generator, chosen)
-        optimized.pipeline.save_pretrained(out, safe_serialization=True)
-    (out / "fewstep-notes.json").write_text(json.dumps([asdict(note) for note in notes], indent=1))
+    with _new_folder(out) as folder:
+        with stage(progress, f"load {source}"):
+            generator = load(source, guidance=chosen.guidance)
+        with stage(progress, f"apply {chosen.name}"):
+            optimized, notes = apply(generator, chosen)
+            optimized.pipeline.save_pretrained(folder, safe_serialization=True)
+        (folder / "fewstep-notes.json").write_text(json.dumps([asdict(note) for note in notes], indent=1))
     return [out, out / "fewstep-notes.json"]
 
 
@@ -147,21 +148,21 @@ def compile(
 
     chosen = load_recipe(recipe)
     check_targets(targets)
-    _new_folder(out)
-    with stage(progress, f"load {source}"):
-        original = load(source, guidance=chosen.guidance if guidance is None else guidance)
-        generator, _ = apply(original, chosen)
-        counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
-        default = generator.default_steps if generator.default_steps in counts else counts[-1]
-        described = describe(replace(generator, default_steps=default), counts)
-    artifacts = compile_targets(generator, described, chosen, targets, out, StageCache(), progress)
+    with _new_folder(out) as folder:
+        with stage(progress, f"load {source}"):
+            original = load(source, guidance=chosen.guidance if guidance is None else guidance)
+            generator, _ = apply(original, chosen)
+            counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
+            default = generator.default_steps if generator.default_steps in counts else counts[-1]
+            described = describe(replace(generator, default_steps=default), counts)
+        artifacts = compile_targets(generator, described, chosen, targets, folder, StageCache(), progress)
     return [out / artifact.path for artifact in artifacts]
 
 
-def _new_folder(out: Path) -> None:
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes ``out`` when the block ends without an error."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BundleError(f"{out} exists and is not empty, expected a new folder", hint="choose another -o folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BundleError(f"cannot create {out}: {error.strerror}", hint="choose another -o folder") from error
+    with writing(out) as folder:
+        yield folder
