@@ -72,10 +72,10 @@ def caption(sticker: Sticker, rng: random.Random) -> str:
     if not sticker.keywords:
         return sticker.name
     kind = rng.random()
-    if kind < 0.7:
+    if kind < 0.8:
         return sticker.name
     chosen = rng.sample(sticker.keywords, k=min(len(sticker.keywords), rng.randint(1, 3)))
-    if kind < 0.9:
+    if kind < 0.95:
         return " ".join([sticker.name, *chosen])
     return " ".join(chosen)
 

@@ -14,8 +14,8 @@ from transformers import CLIPTextModel
 
 from fewstep.errors import SourceError
 from fewstep.stickers import WEIGHTS
-from fewstep.stickers.teacher import make_optimizer, make_text_encoder, make_unet
-from fewstep.stickers.training import WORK, save_state
+from fewstep.stickers.teacher import make_text_encoder, make_unet
+from fewstep.stickers.training import WORK, MuonAdamW, save_state
 
 
 def restore() -> None:
@@ -30,14 +30,14 @@ def restore() -> None:
     factor = float(autoencoder.config["scaling_factor"])
     save_state(WORK / "autoencoder.pt", {"model": autoencoder.state_dict()})
 
-    text_encoder, unet = make_text_encoder(), make_unet()
+    text_encoder, unet = make_text_encoder(), make_unet().to(memory_format=torch.channels_last)
     text_encoder.load_state_dict(CLIPTextModel.from_pretrained(WEIGHTS / "text_encoder").float().state_dict())
     student = UNet2DConditionModel.from_pretrained(WEIGHTS / "unet").state_dict()
     unet.load_state_dict({name: tensor for name, tensor in student.items() if "cond_proj" not in name})
     save_state(WORK / "text.pt", {"text_encoder": text_encoder.state_dict()})
 
     both = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}).state_dict()
-    states = {"model": both, "ema": both, "optimizer": make_optimizer(text_encoder, unet, 0.0).state_dict()}
+    states = {"model": both, "ema": both, "optimizer": MuonAdamW([(unet, 1.0), (text_encoder, 1.0)], 0.0).state_dict()}
     save_state(WORK / "teacher.pt", {**states, "step": 0, "latent_factor": factor})
     (WORK / "teacher.json").write_text(json.dumps({"step": 0}))
     print(f"wrote the states to {WORK}; go on with python -m fewstep.stickers.teacher", file=sys.stderr)

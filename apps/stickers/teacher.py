@@ -15,13 +15,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from fewstep.stickers.autoencoder import make_autoencoder, pictures
 from fewstep.stickers.data import caption, read_stickers
-from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps, update_ema
+from fewstep.stickers.training import (
+    WORK,
+    MuonAdamW,
+    learning_rate,
+    load_state,
+    save_state,
+    steps,
+    update_ema,
+)
 from fewstep.stickers.vocabulary import MAX_TOKENS, VOCABULARY_SIZE, make_tokenizer
 
 WIDTH = 192
 CAPTION_DROPOUT = 0.1
 # The text encoder comes trained (see `text`); it may follow the UNet, slowly.
-TEXT_RATE = 0.3
+TEXT_RATE = 0.5
 # Short enough that what the average remembers of the plateau is gone by the end of the decay.
 EMA_DECAY = 0.998
 
@@ -66,12 +74,6 @@ def make_scheduler() -> DDPMScheduler:
     )
 
 
-def make_optimizer(text_encoder: CLIPTextModel, unet: UNet2DConditionModel, peak: float) -> torch.optim.AdamW:
-    """Returns the teacher's optimizer; each group's ``scale`` multiplies the learning rate."""
-    groups = [{"params": unet.parameters(), "scale": 1.0}, {"params": text_encoder.parameters(), "scale": TEXT_RATE}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
-
-
 def load_autoencoder() -> AutoencoderTiny:
     """Returns the trained autoencoder."""
     model = make_autoencoder()
@@ -106,7 +108,7 @@ class Captions:
         return self([("" if rng.random() < dropout else caption(self.stickers[i], rng)) for i in indices])
 
 
-def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0) -> None:
+def train(iterations: int, *, batch: int = 32, peak: float = 1.2e-3, seed: int = 0) -> None:
     """Trains (or goes on training) until ``iterations``; keeps an exponential average of the weights."""
     torch.manual_seed(seed)
     captions = Captions()
@@ -116,7 +118,7 @@ def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0
     model = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     text_encoder.load_state_dict(torch.load(WORK / "text.pt", weights_only=True)["text_encoder"])
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(text_encoder, unet, peak)
+    optimizer = MuonAdamW([(unet, 1.0), (text_encoder, TEXT_RATE)], peak)
     first = 0
     if (state := load_state(WORK / "teacher.pt")) is not None:
         model.load_state_dict(state["model"])
@@ -135,15 +137,12 @@ def train(iterations: int, *, batch: int = 32, peak: float = 7e-4, seed: int = 0
         # More of the noisy half, where only the caption can tell what to draw and where few-step samplers call.
         t = (1000 * torch.rand(batch, generator=noise_rng) ** 0.5).long()
         x = scheduler.add_noise(z, noise, t)
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, iterations, peak=peak)
         with torch.autocast("cpu", torch.bfloat16):
             v = denoise(x, t, text_encoder(ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(learning_rate(step, iterations, peak=peak, decay=0.35))
         update_ema(ema, model, min(EMA_DECAY, (step + 1) / (step + 10)))
         running = loss.item() if step == first else 0.98 * running + 0.02 * loss.item()
         if (step + 1) % 50 == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,64 @@ def steps(first: int, last: int, *, say_every: int = 50) -> Iterator[int]:
         if step == first + 9 or (step + 1) % say_every == 0:
             pace = (time.perf_counter() - started) / (step + 1 - first)
             print(f"step {step + 1}/{last}  {pace:.3f} s/step", end="  ", file=sys.stderr, flush=True)
+
+
+class MuonAdamW:
+    """Muon for the weights of linear maps and convolutions, AdamW for everything else, stepped as one optimizer.
+
+    Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it is applied. A convolution's kernel
+    [O, I, h, w] counts as the matrix [O, h w I]. Updates are scaled to the size of AdamW's (Liu et al. 2025,
+    arXiv:2502.16982), so that both share one learning rate. On the teacher it needs about a third of AdamW's iterations,
+    each a third longer.
+    """
+
+    def __init__(self, networks: Sequence[tuple[torch.nn.Module, float]], peak: float) -> None:
+        """Takes each network with the scale of its learning rate; kernels must be in channels_last order."""
+        self._pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
+        muon, adamw = [], []
+        for network, scale in networks:
+            tables = {id(m.weight) for m in network.modules() if isinstance(m, torch.nn.Embedding)}
+            matrices = [p for p in network.parameters() if p.ndim >= 2 and id(p) not in tables]
+            rest = [p for p in network.parameters() if p.ndim < 2 or id(p) in tables]
+            muon.append({"params": [self._matrix(p) for p in matrices], "scale": scale})
+            adamw.append({"params": rest, "scale": scale})
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(muon, lr=peak, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(adamw, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True),
+        )
+
+    def _matrix(self, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        view = torch.nn.Parameter(self._flat(parameter.detach()))
+        if view.data_ptr() != parameter.data_ptr():
+            raise ValueError(f"a kernel {list(parameter.shape)} is not in channels_last order")
+        self._pairs.append((parameter, view))
+        return view
+
+    @staticmethod
+    def _flat(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.ndim == 2 else tensor.permute(0, 2, 3, 1).reshape(len(tensor), -1)
+
+    def step(self, rate: float) -> None:
+        """Applies the gradients at a learning rate, and forgets them."""
+        for parameter, view in self._pairs:
+            assert parameter.grad is not None
+            view.grad = self._flat(parameter.grad)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for parameter, _ in self._pairs:
+            parameter.grad = None
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Returns the states of both optimizers."""
+        return [optimizer.state_dict() for optimizer in self._optimizers]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Takes over what `state_dict` returned."""
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def learning_rate(step: int, last: int, *, peak: float, warmup: int = 200, decay: float = 0.25) -> float:
