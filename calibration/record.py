@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from fewstep.export.generator import Generator
-from fewstep.export.reference import record
+import numpy as np
+
+from fewstep.export import Description, Generator, record
 from fewstep.feeds import Sample
+from fewstep.inputs import example_inputs
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,29 @@ class SampleRequest:
     seed: int
     steps: int
     guidance: float
+    inputs: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     @classmethod
-    def grid(cls, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> list[SampleRequest]:
-        """Returns every prompt with every seed, prompts outermost."""
-        return [cls(prompt, seed, steps, guidance) for prompt in prompts for seed in seeds]
+    def grid(
+        cls, generator: Generator, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> list[SampleRequest]:
+        """Returns every prompt with every seed, prompts outermost; other inputs are examples that vary with both."""
+        return [
+            cls(prompt, seed, steps, guidance, example_inputs(generator.inputs, len(seeds) * i + j))
+            for i, prompt in enumerate(prompts)
+            for j, seed in enumerate(seeds)
+        ]
 
 
-def record_samples(generator: Generator, requests: Iterable[SampleRequest]) -> Iterator[Sample]:
+def record_samples(generator: Generator, described: Description, requests: Iterable[SampleRequest]) -> Iterator[Sample]:
     """Yields the reference's sample for each request, with every network call."""
     for request in requests:
-        yield record(generator, request.prompt, request.seed, steps=request.steps, guidance=request.guidance)
+        yield record(
+            generator,
+            described,
+            request.prompt,
+            request.seed,
+            steps=request.steps,
+            guidance=request.guidance,
+            inputs=request.inputs,
+        )

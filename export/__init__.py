@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from fewstep.export.describe import Description, describe, diffusers_files, write_tokenizer
+from fewstep.export.describe import Description, describe, diffusers_files, write_tokenizers
 from fewstep.export.generator import Generator
 from fewstep.export.load import load
-from fewstep.export.tracing import trace
+from fewstep.export.loop import SampleFunction
+from fewstep.export.recording import record
+from fewstep.export.wiring import trace
 
-__all__ = ["Description", "Generator", "describe", "diffusers_files", "load", "trace", "write_tokenizer"]
+__all__ = [
+    "Description",
+    "Generator",
+    "SampleFunction",
+    "describe",
+    "diffusers_files",
+    "load",
+    "record",
+    "trace",
+    "write_tokenizers",
+]

@@ -1,96 +1,517 @@
-"""Reads what a bundle says of a generator off one recorded run: contract, components, schedules, tokenizer."""
+"""Reads what a bundle says of a generator off recorded runs: contract, components, schedules, tokenizers."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fewstep import noise
-from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
-from fewstep.export.probe import probe
-from fewstep.export.reference import Call, Run, run, split_branches
-from fewstep.export.tracing import first_calls, read_contract, read_specs
-from fewstep.manifest import DENOISER, ComponentSpec, Contract, TokenizerSpec
-from fewstep.schedule import Schedule, sample_loop
+from fewstep.export.reference import SCALED, Run, Text, name_inputs, result_tensor, run
+from fewstep.export.sampling import Anatomy, is_scaled, loop_schedule, pipeline_schedule, refuse
+from fewstep.export.tape import MADE, GlueModule
+from fewstep.export.wiring import (
+    Wiring,
+    glue_component,
+    renamed,
+    shorten,
+    spec_of,
+    wire,
+    wired_module,
+    with_outputs,
+)
+from fewstep.guidance import guidance_embedding
+from fewstep.inputs import example_inputs
+from fewstep.manifest import (
+    AFTER,
+    BEFORE,
+    CONDITIONS,
+    DECODER,
+    DENOISER,
+    GUIDANCE,
+    INITIAL,
+    LATENT,
+    LOOP,
+    NOISE,
+    SAMPLE,
+    TEXT,
+    TIME,
+    TIMESTEP,
+    ComponentSpec,
+    Contract,
+    Guidance,
+    OutputSpec,
+    TokenizerSpec,
+)
+from fewstep.output import to_output
+from fewstep.schedule import Schedule
+
+# The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
+_RTOL, _ATOL = 1e-5, 1e-6
+# As a pipeline scales its last component's output; the first that fits is taken.
+_OUTPUTS = (
+    OutputSpec(),
+    OutputSpec(scale=1.0, shift=0.0, clip=None),
+    OutputSpec(scale=0.5, shift=0.5, clip=None),
+    OutputSpec(scale=1.0, shift=0.0, clip=(0.0, 1.0)),
+    OutputSpec(scale=1.0, shift=0.0, clip=(-1.0, 1.0)),
+)
 
 
 @dataclass(frozen=True)
 class Description:
-    """A generator's contract, what its components take and give, and one recorded call of each to trace."""
+    """A generator's contract, what its components take and give, and how each becomes a program.
+
+    ``anatomy`` is what `fewstep.export.recording` needs to read network calls off another run.
+    """
 
     contract: Contract
     components: Mapping[str, ComponentSpec]
+    wirings: Mapping[str, Wiring]
     schedules: Mapping[int, Schedule]
-    calls: Mapping[str, Call]
-    tokenizer: TokenizerSpec
+    tokenizers: Mapping[str, TokenizerSpec]
+    anatomy: Anatomy
 
 
 def describe(generator: Generator, steps: Sequence[int]) -> Description:
     """Returns the description of a generator for some step counts.
 
     Raises:
-        ScheduleError: its scheduler is not a table.
-        ExportError: its pipeline does something between the networks that a bundle cannot express.
+        ScheduleError: its sampler is not a table.
+        ExportError: it does something between the networks that a bundle cannot express.
     """
-    schedules = {n: probe_schedule(generator, n) for n in steps}
-    count = generator.default_steps if generator.default_steps in schedules else max(schedules)
-    recorded = run(generator, generator.prompts[0], 0, steps=count, guidance=generator.guidance)
-    inputs, latents = _replay(schedules[count], recorded)
-    tokens = torch.from_numpy(np.array([_token_ids(generator.pipeline.tokenizer, generator.prompts[0])]))
-    return Description(
-        contract=read_contract(generator, recorded, latents),
-        components=read_specs(generator, recorded, inputs, schedules[count].timesteps, tokens),
-        schedules=schedules,
-        calls=first_calls(recorded),
-        tokenizer=TokenizerSpec("tokenizer", tokens.shape[1], int(generator.pipeline.tokenizer.pad_token_id)),
-    )
+    inputs = example_inputs(generator.inputs, 0)
+    prompt = generator.prompts[0] if generator.prompts else ""
+    # Two steps tell what varies from step to step from what does not.
+    count = generator.default_steps if generator.default_steps in steps else max(steps)
+    count = count if generator.is_loop else max(2, count)
+    recorded = run(generator, prompt, 0, steps=count, guidance=generator.guidance, inputs=inputs)
+    guidance, plain = _guidance(generator, recorded), generator.guidance
+    if guidance.kind == "two_pass":
+        plain = 0.0
+        recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs)
+    reader = _Reader(generator, recorded, guidance, plain)
+    schedule = loop_schedule if generator.is_loop else pipeline_schedule
+    schedules = {n: schedule(generator, recorded, reader.anatomy, n, inputs) for n in steps}
+    contract, wirings = reader.read()
+    specs = reader.specs(wirings)
+    tokenizers = _tokenizers(generator, recorded, prompt)
+    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)
 
 
-def probe_schedule(generator: Generator, steps: int) -> Schedule:
-    """Returns the table of a generator's own scheduler at a step count."""
-    scheduler = generator.pipeline.scheduler
-    # Pipelines pass eta = 0 to every scheduler that takes one.
-    eta = 0.0 if "eta" in inspect.signature(scheduler.step).parameters else None
-    return probe(scheduler, steps, eta=eta)
+class _Reader:
+    """Reads one recorded run, without two-pass guidance."""
+
+    def __init__(self, generator: Generator, recorded: Run, guidance: Guidance, plain: float) -> None:
+        self._generator, self._run, self._guidance = generator, recorded, guidance
+        calls = recorded.of(DENOISER)
+        if len(calls) != len(recorded.states):
+            raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
+        self._last = len(calls) - 1
+        self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
+        self._initial = self._read_initial()
+        self.anatomy = Anatomy(
+            latent=self._latent_argument(),
+            times=tuple(self._time_arguments(DENOISER)),
+            post=self._post_module(),
+            initial=self._initial[1],
+            initial_offset=self._initial[0],
+            guidance=plain,
+        )
+
+    # --- the loop
+
+    def _loop_names(self) -> list[str]:
+        """Components that are called once in every step, in order."""
+        done = list(range(len(self._run.states)))
+        names = dict.fromkeys(call.component for call in self._run.calls)
+        inside = [n for n in names if [c.steps_done for c in self._run.of(n)] == done]
+        return [n for n in inside if n == DENOISER or len(done) > 1]
+
+    def _latent_argument(self) -> str | None:
+        """The denoiser's argument that is the latent times a number at every step; None if there is none such."""
+        calls, run = self._run.of(DENOISER), self._run
+        for name in calls[0].inputs:
+            if all(is_scaled(c.inputs[name], x) for c, x in zip(calls, run.states, strict=True)):
+                return name
+        return None
+
+    def _time_arguments(self, component: str) -> list[str]:
+        """Arguments that are one number at each step and depend on nothing that the user gives."""
+        call = self._run.of(component)[self._last]
+        originals = self._originals(component, self._last)
+        found = []
+        for name, tensor in call.inputs.items():
+            if self._run.tape.varies(originals[name]) or not self._moves(component, name):
+                continue
+            if bool((tensor == tensor.reshape(-1)[0]).all()):
+                found.append(name)
+        return sorted(found, key=lambda name: "timestep" not in name)
+
+    def _moves(self, component: str, name: str) -> bool:
+        values = [c.inputs[name] for c in self._run.of(component)]
+        return any(not torch.equal(v, values[0]) for v in values[1:])
+
+    def _originals(self, component: str, k: int) -> dict[str, torch.Tensor]:
+        call = self._run.of(component)[k]
+        return name_inputs(self._generator.parts[component].folder, call.arguments)
+
+    def _post(self) -> Any:
+        """The operations between the denoiser's first output and the scheduler, None where they are mere scaling."""
+        run = self._run
+        if not run.model_outputs:
+            return None
+        k = self._last
+        F = next(iter(run.of(DENOISER)[k].outputs.values()))
+        if F.shape == run.model_outputs[k].shape:
+            return None
+        glue = run.tape.cut([run.model_outputs[k]], what="model output", since=run.of(DENOISER)[k].position)
+        if len(glue.leaves) != 1 or not glue.leaves[0].startswith(f"{DENOISER}."):
+            raise refuse(f"the model output is made of {', '.join(glue.leaves)}, expected the denoiser's output alone")
+        return glue
+
+    def _post_module(self) -> Any:
+        glue = self._post()
+        return None if glue is None else lambda F: GlueModule(glue)(F)[0]
+
+    def _read_initial(self) -> tuple[int | None, Any]:
+        """The draw that the first latent is made of, and how."""
+        run = self._run
+        x = run.states[0]
+        if run.noised is not None:
+            glue = run.tape.cut([run.noised[1]], what="the initial noise", through=LATENT)
+        else:
+            glue = run.tape.cut([x], what="the first latent", through=LATENT)
+        if not glue.leaves:
+            return None, lambda noise: noise
+        if len(glue.leaves) > 1 or not glue.leaves[0].startswith(NOISE):
+            anchors = [leaf for leaf in glue.leaves if not leaf.startswith(NOISE)]
+            raise refuse(f"the first latent is made of {', '.join(anchors)}, expected noise and one clean latent")
+        offset = int(glue.leaves[0].removeprefix(NOISE))
+        draw = run.draws[offset]
+        if draw.shape == x.shape and is_scaled(GlueModule(glue)(draw)[0], draw):
+            return offset, lambda noise: noise
+        return offset, lambda noise: GlueModule(glue)(noise)[0]
+
+    # --- components
+
+    def read(self) -> tuple[Contract, dict[str, Wiring]]:
+        """Returns the contract and the wiring of every component, in the order in which they run."""
+        inside = self._loop_names()
+        first_of_loop = next(i for i, c in enumerate(self._run.calls) if c.component in inside)
+        before = [c for c in self._run.calls[:first_of_loop]]
+        after = [c for c in self._run.calls if c.component not in inside and c not in before]
+        wirings = {c.instance: self._wire(c, BEFORE) for c in before}
+        loop = {name: self._wire_loop(name) for name in inside}
+        conditions, origins, anchor = self._conditions(loop)
+        ends, contract = self._ends(after)
+        initial = self._initial_component()
+        every = [
+            *wirings.values(),
+            *([initial] if initial else []),
+            *([conditions] if conditions else []),
+            *(renamed(wiring, origins) for wiring in loop.values()),
+            *ends,
+        ]
+        wanted = {origin for wiring in every for origin in wiring.origins}
+        wanted |= {anchor} if anchor else set()
+        wanted |= {f"{DENOISER}.{n}" for n in next(w for w in every if w.component == DENOISER).outputs[:1]}
+        if ends:
+            wanted.add(f"{ends[-1].component}.{ends[-1].outputs[0]}")
+        if initial:
+            wanted.add(f"{INITIAL}.{initial.outputs[0]}")
+        used = {}
+        for wiring in every:
+            names = [o.removeprefix(f"{wiring.component}.") for o in wanted if o.startswith(f"{wiring.component}.")]
+            if names:
+                used[wiring.component] = with_outputs(wiring, names)
+        contract = replace(
+            contract,
+            initial=f"{INITIAL}.{initial.outputs[0]}" if initial else f"{NOISE}{self._initial[0]}",
+            anchor=anchor,
+        )
+        return contract, used
+
+    def _wire(self, call: Any, phase: str, direct: Mapping[str, str] | None = None, since: int = 0) -> Wiring:
+        folder = self._generator.parts[call.component].folder
+        return wire(self._run.tape, call, folder, phase, direct=direct, since=since)
+
+    def _wire_loop(self, component: str) -> Wiring:
+        k = self._last
+        call = self._run.of(component)[k]
+        times = self._time_arguments(component)
+        direct = {name: TIMESTEP if i == 0 else f"{TIME}{name}" for i, name in enumerate(times)}
+        for name, tensor in call.inputs.items():
+            if self._guidance.kind == "embedded" and _is_embedding(tensor, self._guidance):
+                direct[name] = GUIDANCE
+            elif name not in times and not self._varies(component, name) and self._moves(component, name):
+                raise refuse(f"{component}: input {name} {list(tensor.shape)} differs from step to step")
+        latent = self.anatomy.latent if component == DENOISER else self._same_as_latent(component)
+        if latent is not None:
+            direct[latent] = LATENT
+        wiring = self._wire(call, LOOP, direct, self._since)
+        wiring = renamed(wiring, {SCALED: LATENT})
+        self._check_every_step(component, wiring)
+        post = self._post() if component == DENOISER else None
+        if post is not None:
+            result = post.leaves[0].removeprefix(f"{DENOISER}.")
+            wiring = replace(wiring, after=post, results=(result,), outputs=(result,))
+        elif component == DENOISER:
+            wiring = with_outputs(wiring, wiring.outputs[:1])
+        return wiring
+
+    def _varies(self, component: str, name: str) -> bool:
+        return self._run.tape.varies(self._originals(component, self._last)[name])
+
+    def _same_as_latent(self, component: str) -> str | None:
+        if self.anatomy.latent is None:
+            return None
+        latents = [c.inputs[self.anatomy.latent] for c in self._run.of(DENOISER)]
+        for name in self._run.of(component)[0].inputs:
+            values = [c.inputs[name] for c in self._run.of(component)]
+            if all(torch.equal(v, x) for v, x in zip(values, latents, strict=True)):
+                return name
+        return None
+
+    def _check_every_step(self, component: str, wiring: Wiring) -> None:
+        """Raises if what the last step shows is not what the others do."""
+        for k in range(self._last):
+            originals = self._originals(component, k)
+            for name, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
+                if direct is None or not direct.startswith(MADE):
+                    continue
+                if not torch.equal(self._run.tape.tensor(direct), originals[name]):
+                    raise refuse(f"{component}: input {name} is not the same in step {k} and step {self._last}")
+
+    def _conditions(self, loop: Mapping[str, Wiring]) -> tuple[Wiring | None, dict[str, str], str | None]:
+        """Returns the component that makes what the loop takes from before it, and new names for these origins."""
+        tape = self._run.tape
+        made: dict[str, str] = {}
+        for wiring in loop.values():
+            for origin in wiring.origins:
+                if origin.startswith(MADE):
+                    made.setdefault(origin, wiring.input_name(origin))
+        targets = [tape.tensor(origin) for origin in made]
+        if self._run.noised is not None:
+            targets.append(self._run.noised[0])
+        if not targets:
+            return None, {}, self._plain_anchor()
+        glue = shorten(tape.cut(targets, what=CONDITIONS, through=MADE), tape)
+        names = [n if not n.startswith(MADE) else f"condition_{i}" for i, n in enumerate(made.values())]
+        names += ["anchor"] * (self._run.noised is not None)
+        renames, anchor = {}, None
+        for name, leaf, origin in zip(names, glue.origins, [*made, None], strict=False):
+            new = leaf or f"{CONDITIONS}.{name}"
+            if origin is None:
+                anchor = new
+            else:
+                renames[origin] = new
+        kept = [i for i, leaf in enumerate(glue.origins) if leaf is None]
+        if not kept:
+            return None, renames, anchor or self._plain_anchor()
+        glue = replace(glue, targets=tuple(glue.targets[i] for i in kept))
+        component = glue_component(CONDITIONS, glue, [names[i] for i in kept], BEFORE)
+        return component, renames, anchor or self._plain_anchor()
+
+    def _plain_anchor(self) -> str | None:
+        """In a loop in plain PyTorch: an output of the latent's shape that was there before the loop."""
+        if not self._generator.is_loop:
+            return None
+        shape = self._run.states[0].shape
+        for call in self._run.calls:
+            if call.component == DENOISER:
+                return None
+            for name, tensor in call.outputs.items():
+                if tensor.shape == shape:
+                    return f"{call.instance}.{name}"
+        return None
+
+    def _initial_component(self) -> Wiring | None:
+        run = self._run
+        target = run.noised[1] if run.noised is not None else run.states[0]
+        glue = run.tape.cut([target], what="the first latent", through=LATENT)
+        if self._initial[0] is not None:
+            draw = run.draws[self._initial[0]]
+            if torch.equal(self._initial[1](draw), draw):
+                return None
+        return glue_component(INITIAL, glue, ["latent"], BEFORE)
+
+    def _ends(self, after: Sequence[Any]) -> tuple[list[Wiring], Contract]:
+        """Returns what runs after the loop, and the contract."""
+        generator, run = self._generator, self._run
+        final = run.latents[-1]
+        config: Any = getattr(generator.module(DECODER), "config", None) if DECODER in generator.parts else None
+        scale = float(getattr(config, "scaling_factor", None) or 1.0)
+        shift = float(getattr(config, "shift_factor", None) or 0.0)
+        scaled = final / scale + shift
+        wirings, plain = [], True
+        for call in after:
+            direct = {
+                name: SAMPLE
+                for name, tensor in call.inputs.items()
+                if tensor.shape == final.shape and torch.allclose(tensor, scaled, rtol=_RTOL, atol=_ATOL)
+            }
+            wiring = self._wire(call, AFTER, direct)
+            if LATENT in wiring.origins:
+                plain = False
+            wirings.append(renamed(wiring, {LATENT: SAMPLE}))
+        if not plain or not after:
+            scale, shift = 1.0, 0.0
+            wirings = [renamed(self._wire(call, AFTER), {LATENT: SAMPLE}) for call in after]
+        output, finish = self._output(after)
+        prediction = getattr(getattr(generator.pipeline, "scheduler", None), "config", {})
+        contract = Contract(
+            latent_shape=tuple(final.shape[1:]),
+            latent_scale=scale,
+            latent_shift=shift,
+            prediction_type=str(getattr(prediction, "prediction_type", "unknown")),
+            guidance=self._guidance,
+            inputs=generator.inputs,
+            output=output,
+        )
+        return ([*wirings, finish] if finish else wirings), contract
+
+    def _output(self, after: Sequence[Any]) -> tuple[OutputSpec, Wiring | None]:
+        """Returns how the last output becomes the result; operations that are no scaling are a component."""
+        run, kind = self._run, self._generator.kind
+        raw = next(iter(after[-1].outputs.values())) if after else run.latents[-1]
+        for candidate in _OUTPUTS:
+            spec = replace(candidate, kind=kind)
+            if _agrees(to_output(raw.detach().numpy(), spec), run.output):
+                return spec, None
+        tensor = result_tensor(run.result)
+        if not (isinstance(tensor, torch.Tensor) and run.tape.varies(tensor)):
+            raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
+        glue = run.tape.cut([tensor], what="the result")
+        finish = renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
+        return replace(_OUTPUTS[1], kind=kind), finish
+
+    def specs(self, wirings: Mapping[str, Wiring]) -> dict[str, ComponentSpec]:
+        """Returns what each component takes and gives, from the tensors of the run."""
+        run = self._run
+        scaled = run.of(DENOISER)[self._last].inputs.get(self.anatomy.latent or "", run.states[self._last])
+        found: dict[str, torch.Tensor] = {LATENT: scaled, SAMPLE: run.latents[-1]}
+        specs = {}
+        for name, wiring in wirings.items():
+            calls = [c for c in run.calls if c.instance == name]
+            inputs = []
+            for origin in wiring.origins:
+                if origin in (TIMESTEP, GUIDANCE) or origin.startswith(TIME):
+                    argument = wiring.arguments[wiring.before.origins.index(origin)]
+                    inputs.append(calls[-1].inputs[argument])
+                else:
+                    inputs.append(found[origin] if origin in found else run.tape.tensor(origin))
+            if wiring.call is None or wiring.after is not None:
+                flat = [t.reshape(1) if t.ndim == 0 else t for t in inputs]
+                with torch.no_grad():
+                    outputs = list(wired_module(self._generator, wiring)(*flat))
+            else:
+                outputs = [wiring.call.outputs[result] for result in wiring.results]
+            found.update({f"{name}.{output}": t for output, t in zip(wiring.outputs, outputs, strict=True)})
+            specs[name] = spec_of(wiring, inputs, outputs)
+        return specs
 
 
-def write_tokenizer(generator: Generator, folder: Path) -> None:
-    """Writes the tokenizer as transformers stores it, with ``vocab.json`` and ``merges.txt`` for BPE."""
-    tokenizer = generator.pipeline.tokenizer
-    tokenizer.save_pretrained(folder)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a slow tokenizer of transformers 4
-        from transformers import AutoTokenizer
+def _agrees(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any] | None) -> bool:
+    return b is not None and a.shape == b.shape and np.allclose(a, b, rtol=_RTOL, atol=_ATOL)
 
-        backend = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
-    backend.save(str(folder / "tokenizer.json"))
-    backend.model.save(str(folder))
+
+def _guidance(generator: Generator, recorded: Run) -> Guidance:
+    call = recorded.of(DENOISER)[0]
+    embedded = embedded_guidance(generator)
+    if embedded is not None and any(_is_embedding(t, embedded) for t in call.inputs.values()):
+        return embedded
+    batch = next(iter(call.outputs.values())).shape[0]
+    return Guidance("two_pass" if batch == 2 else "none", generator.guidance)
+
+
+def embedded_guidance(generator: Generator) -> Guidance | None:
+    """Returns the embedding of w that diffusers' pipelines compute for this denoiser, None if it takes none."""
+    dim = getattr(getattr(generator.module(DENOISER), "config", None), "time_cond_proj_dim", None)
+    if dim is None:
+        return None
+    half = dim // 2
+    # Every rounding as the pipelines have it, the logarithm in float32 too: see `Guidance`.
+    exponent = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -exponent)
+    return Guidance("embedded", generator.guidance, tuple(frequencies.tolist()))
+
+
+def _is_embedding(value: torch.Tensor, guidance: Guidance) -> bool:
+    expected = torch.from_numpy(guidance_embedding(guidance, guidance.scale))
+    same = value.ndim == 2 and value.shape == expected.shape
+    return same and torch.allclose(value.double(), expected.double(), rtol=_RTOL, atol=_ATOL)
+
+
+def _tokenizers(generator: Generator, recorded: Run, prompt: str) -> dict[str, TokenizerSpec]:
+    """Returns the tokenizers whose ids go into a network, with what the pipeline does to the text first."""
+    found = {}
+    for name, tokenizer in generator.tokenizers.items():
+        text = next((t for t in recorded.texts if t.tokenizer == name), None)
+        if text is None:
+            continue
+        prefix, suffix, clean = _around(text, prompt)
+        spec = next((i.name for i in generator.inputs if i.kind == TEXT), "prompt")
+        found[name] = TokenizerSpec(
+            folder=name,
+            length=text.ids.shape[1],
+            pad_id=int(tokenizer.pad_token_id),
+            padding_side=str(getattr(tokenizer, "padding_side", "right")),
+            prefix=prefix,
+            suffix=suffix,
+            clean=clean,
+            input=spec,
+        )
+    return found
+
+
+def _around(text: Text, prompt: str) -> tuple[str, str, bool]:
+    for clean, version in ((False, prompt), (True, prompt.lower().strip())):
+        prefix, found, suffix = text.text.partition(version)
+        if found:
+            return prefix, suffix, clean
+    raise refuse(f"the pipeline changes the prompt {prompt!r} to {text.text!r} before its tokenizer")
+
+
+def write_tokenizers(generator: Generator, described: Description, folder: Path) -> None:
+    """Writes each tokenizer as transformers stores it, with ``vocab.json`` and ``merges.txt`` for BPE."""
+    for name, spec in described.tokenizers.items():
+        tokenizer = generator.tokenizers[name]
+        target = folder / spec.folder
+        tokenizer.save_pretrained(target)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # a slow tokenizer of transformers 4
+            from transformers import AutoTokenizer
+
+            backend = AutoTokenizer.from_pretrained(target, use_fast=True).backend_tokenizer
+        backend.save(str(target / "tokenizer.json"))
+        backend.model.save(str(target))
 
 
 def diffusers_files(generator: Generator) -> dict[str, str]:
     """Returns the configuration files of the folder layout that ONNX Runtime users of diffusers models load."""
+    if generator.is_loop:
+        return {}
     pipeline = generator.pipeline
     index = {k: v for k, v in dict(pipeline.config).items() if not k.startswith("_") or k.startswith("_class")}
     index |= {"_class_name": type(pipeline).__name__, "_diffusers_version": index.get("_diffusers_version", "0.0.0")}
+    attributes = {part.attribute for part in generator.parts.values()}
     entries: dict[str, Any] = {}
     for name, value in index.items():
         if name == "vae":
             entries["vae_decoder"] = ["diffusers", "OnnxRuntimeModel"]
-        elif isinstance(value, (list, tuple)) and name in ("text_encoder", "unet", "transformer"):
+        elif isinstance(value, (list, tuple)) and name in attributes:
             entries[name] = ["diffusers", "OnnxRuntimeModel"]
         else:
             entries[name] = list(value) if isinstance(value, tuple) else value
-    files = {"model_index.json": json.dumps(entries, indent=2)}
-    for part in generator.parts.values():
-        config = getattr(pipeline, part.attribute).config
+    files = {"model_index.json": json.dumps(entries, indent=2, default=str)}
+    for component, part in generator.parts.items():
+        config = generator.module(component).config
         text = (
             config.to_json_string()
             if hasattr(config, "to_json_string")
@@ -99,36 +520,3 @@ def diffusers_files(generator: Generator) -> dict[str, str]:
         files[f"{part.folder}/config.json"] = text
     files["scheduler/scheduler_config.json"] = pipeline.scheduler.to_json_string()
     return files
-
-
-def _replay(schedule: Schedule, recorded: Run) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns the network's inputs and the latents of a recorded run as the table has them, the initial one first."""
-    outputs = [split_branches(call) for call in recorded.of(DENOISER)]
-    if len(outputs) != schedule.steps:
-        raise ExportError(
-            f"the pipeline called the denoiser {len(outputs)} times, the schedule has {schedule.steps} steps",
-            hint="a pipeline that skips or repeats calls cannot be expressed yet",
-        )
-    shape = tuple(next(iter(outputs[0]["cond"][1].values())).shape)
-    inputs: list[torch.Tensor] = []
-    latents = [torch.from_numpy(schedule.init_scale * noise.normal(0, 0, shape))]
-
-    def denoise(k: int, x: Any) -> Any:
-        inputs.append(torch.from_numpy(x))
-        F = {branch: next(iter(values[1].values())).numpy() for branch, values in outputs[k].items()}
-        if "uncond" in F:
-            return F["uncond"] + np.float32(recorded.guidance) * (F["cond"] - F["uncond"])
-        return F["cond"]
-
-    def keep(k: int, x: Any, x0: Any) -> None:
-        latents.append(torch.from_numpy(x))
-
-    sample_loop(schedule, latents[0].numpy(), denoise, lambda k: noise.normal(0, k + 1, shape), keep)
-    return inputs, latents
-
-
-def _token_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """As diffusers' pipelines call a tokenizer."""
-    length = tokenizer.model_max_length
-    ids: list[int] = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
-    return ids

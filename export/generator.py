@@ -1,16 +1,19 @@
-"""A few-step generator as loaded: its pipeline, its components and how it likes to be sampled."""
+"""A few-step generator as loaded: its networks, how it is called and how it likes to be sampled."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fewstep.errors import SourceError
-from fewstep.manifest import DECODER, DENOISER, SourceInfo
+from fewstep.export.loop import Loop, SampleFunction
+from fewstep.hashing import value_sha256
+from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec, SourceInfo
 
 DEFAULT_PROMPTS = (
     "a red apple on a table",
@@ -24,6 +27,12 @@ DEFAULT_PROMPTS = (
 )
 DEFAULT_STEPS = (1, 2, 4, 8)
 
+_DENOISERS = ("unet", "transformer")
+# Filters of pictures, and networks that only other ways of calling a pipeline use.
+_LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor", "watermark")
+# Arguments of pipelines that take a picture, and their channels.
+_PICTURES = {"image": 3, "mask_image": 1, "control_image": 3}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -34,20 +43,12 @@ class Part:
     folder: str
 
 
-# The names diffusers gives to the networks of its pipelines, and the folders of their ONNX exports.
-_PARTS = {
-    "text_encoder": Part("text_encoder", "forward", "text_encoder"),
-    DENOISER: Part("unet", "forward", "unet"),
-    DECODER: Part("vae", "decode", "vae_decoder"),
-}
-_DENOISERS = ("unet", "transformer")
-
-
 @dataclass(frozen=True)
 class Generator:
-    """A diffusers pipeline with what the compiler must know beside it.
+    """A diffusers pipeline or a `Loop` with what the compiler must know beside it.
 
-    ``guidance`` is the scale w that samples use; 0 means that the pipeline runs without guidance.
+    ``guidance`` is the scale w that samples use; 0 means that the pipeline runs without guidance. ``inputs`` are what
+    its user gives; ``options`` further arguments of every call (``strength``, ``height``, ...).
     """
 
     name: str
@@ -55,35 +56,112 @@ class Generator:
     pipeline: Any
     parts: Mapping[str, Part]
     guidance: float
+    inputs: tuple[InputSpec, ...] = (InputSpec("prompt", TEXT),)
     default_steps: int = 4
     steps: tuple[int, ...] = DEFAULT_STEPS
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
     licences: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "picture"
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any, source: SourceInfo, *, name: str) -> Generator:
+    def from_pipeline(
+        cls, pipeline: Any, source: SourceInfo, *, name: str, options: Mapping[str, Any] | None = None
+    ) -> Generator:
         """Returns the generator of a loaded diffusers pipeline.
 
+        Args:
+            pipeline: the pipeline, on the CPU in float32.
+            source: where it came from.
+            name: what to call it.
+            options: further arguments of every call, for instance ``{"strength": 0.5}``.
+
         Raises:
-            SourceError: the pipeline lacks a denoiser, a decoder or a text encoder with its tokenizer.
+            SourceError: the pipeline lacks a denoiser, or a network or tokenizer that it cannot do without.
         """
-        parts = dict(_PARTS)
-        denoiser = next((a for a in _DENOISERS if getattr(pipeline, a, None) is not None), None)
+        modules = {
+            attribute: module
+            for attribute, module in pipeline.components.items()
+            if isinstance(module, torch.nn.Module) and attribute not in _LEFT_OUT
+        }
+        denoiser = next((a for a in _DENOISERS if a in modules), None)
         if denoiser is None:
             raise SourceError(f"{type(pipeline).__name__} has no denoiser, expected {' or '.join(_DENOISERS)}")
-        parts[DENOISER] = replace(parts[DENOISER], attribute=denoiser, folder=denoiser)
-        for part in parts.values():
-            if not isinstance(getattr(pipeline, part.attribute, None), torch.nn.Module):
-                raise SourceError(
-                    f"{type(pipeline).__name__} has no {part.attribute}, "
-                    "expected a text-to-image pipeline with one text encoder",
-                    hint="text_encoder, tokenizer, unet or transformer, vae and scheduler must be in model_index.json",
-                )
-        if getattr(pipeline, "tokenizer", None) is None:
-            raise SourceError(f"{type(pipeline).__name__} has no tokenizer", hint="add the tokenizer folder")
-        embedded = getattr(getattr(pipeline, denoiser).config, "time_cond_proj_dim", None)
-        guidance = 8.5 if embedded else 0.0  # 8.5: diffusers' default for latent consistency models
-        return cls(name=name, source=source, pipeline=pipeline, parts=parts, guidance=guidance)
+        _refuse_incomplete(pipeline, modules)
+        parts: dict[str, Part] = {}
+        for attribute in modules:
+            if attribute == "vae":
+                parts[ENCODER] = Part("vae", "encode", "vae_encoder")
+                parts[DECODER] = Part("vae", "decode", "vae_decoder")
+            else:
+                parts[DENOISER if attribute == denoiser else attribute] = Part(attribute, "forward", attribute)
+        embedded = getattr(modules[denoiser].config, "time_cond_proj_dim", None)
+        tokenizers = {a: t for a, t in pipeline.components.items() if hasattr(t, "model_max_length")}
+        return cls(
+            name=name,
+            source=source,
+            pipeline=pipeline,
+            parts=parts,
+            guidance=8.5 if embedded else 0.0,  # 8.5: diffusers' default for latent consistency models
+            inputs=_inputs(pipeline, modules[denoiser], options or {}),
+            options=options or {},
+            tokenizers=tokenizers,
+        )
+
+    @classmethod
+    def assemble(
+        cls,
+        name: str,
+        networks: Mapping[str, torch.nn.Module],
+        sample: SampleFunction,
+        *,
+        inputs: Sequence[InputSpec] = (),
+        kind: str = "picture",
+        steps: Sequence[int] = DEFAULT_STEPS,
+        default_steps: int | None = None,
+        guidance: float = 0.0,
+        tokenizers: Mapping[str, Any] | None = None,
+        prompts: Sequence[str] = DEFAULT_PROMPTS,
+        licences: Mapping[str, str] | None = None,
+        source: SourceInfo | None = None,
+    ) -> Generator:
+        """Returns a generator made of plain PyTorch networks.
+
+        Args:
+            name: what to call it.
+            networks: by name; the one of the loop is ``denoiser``.
+            sample: the sampling function, see `SampleFunction`.
+            inputs: what the user gives; a text input names its tokenizer.
+            kind: what comes out: picture (in [-1, 1]), audio, video or depth.
+            steps: step counts to make schedules for.
+            default_steps: the one to use by default; None takes the last of ``steps``.
+            guidance: handed to ``sample``.
+            tokenizers: transformers tokenizers by input name.
+            prompts: what parity is checked with.
+            licences: licence texts of the weights, by name.
+            source: where it came from; None hashes the weights.
+        """
+        parts = {n: Part(n, "forward", n) for n in networks}
+        return cls(
+            name=name,
+            source=source or SourceInfo(name, "python", _weights_sha256(networks)),
+            pipeline=Loop(networks, sample),
+            parts=parts,
+            guidance=guidance,
+            inputs=tuple(inputs),
+            default_steps=default_steps or steps[-1],
+            steps=tuple(steps),
+            prompts=tuple(prompts),
+            licences=licences or {},
+            tokenizers=tokenizers or {},
+            kind=kind,
+        )
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether this is a `Loop` and not a diffusers pipeline."""
+        return isinstance(self.pipeline, Loop)
 
     def module(self, component: str) -> torch.nn.Module:
         """Returns the module of a component."""
@@ -93,7 +171,46 @@ class Generator:
     def with_modules(self, modules: Mapping[str, torch.nn.Module]) -> Generator:
         """Returns a generator whose pipeline holds other modules for some components; this one is left as it is."""
         pipeline = copy.copy(self.pipeline)
-        pipeline._internal_dict = dict(self.pipeline._internal_dict)
+        if not self.is_loop:
+            pipeline._internal_dict = dict(self.pipeline._internal_dict)
         for component, module in modules.items():
             setattr(pipeline, self.parts[component].attribute, module)
         return replace(self, pipeline=pipeline)
+
+
+def _refuse_incomplete(pipeline: Any, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Raises SourceError for what `model_index.json` left out although this pipeline needs it."""
+    optional = set(getattr(pipeline, "_optional_components", ()))
+    for attribute, component in pipeline.components.items():
+        if component is None and attribute not in optional and attribute not in _LEFT_OUT:
+            raise SourceError(
+                f"{type(pipeline).__name__} has no {attribute}, expected all of: {', '.join(pipeline.components)}",
+                hint=f"{attribute} must be in model_index.json, with its folder",
+            )
+
+
+def _inputs(pipeline: Any, denoiser: torch.nn.Module, options: Mapping[str, Any]) -> tuple[InputSpec, ...]:
+    """Returns what the user of a pipeline gives, read off the signature of its call."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    found = [InputSpec("prompt", TEXT)] if "prompt" in parameters else []
+    config: Any = denoiser.config
+    classes = getattr(config, "num_class_embeds", None) or getattr(config, "num_embeds_ada_norm", None)
+    if "class_labels" in parameters and classes:
+        found.append(InputSpec("class_labels", "class", (1,), int(classes)))
+    sample = getattr(config, "sample_size", None)
+    side = sample[-1] if isinstance(sample, (list, tuple)) else sample
+    scale = int(getattr(pipeline, "vae_scale_factor", 1))
+    height, width = (int(options.get(name) or (side or 64) * scale) for name in ("height", "width"))
+    for argument, channels in _PICTURES.items():
+        if argument in parameters:
+            found.append(InputSpec(argument, "image", (1, channels, height, width)))
+    return tuple(found)
+
+
+def _weights_sha256(networks: Mapping[str, torch.nn.Module]) -> str:
+    digests = {
+        f"{name}.{key}": tensor.detach().double().sum().item()
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
+    return value_sha256(digests)

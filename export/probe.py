@@ -5,7 +5,7 @@ outputs F_0..F_{N-1}, the N after them for the step noises n_0..n_{N-1}. The net
 drawn there are one-hot, so what the scheduler returns is the row of coefficients of x_{k+1}. The short form of
 `fewstep.schedule` is solved from the rows, and checked against the scheduler itself on random arrays.
 
-Legend: N network calls; D = 1 + 2 N coefficients in the basis (x_init, F_0..F_{N-1}, n_0..n_{N-1}).
+Legend: N network calls; D = 2 + 2 N coefficients in the basis (x_init, F_0..F_{N-1}, n_0..n_{N-1}, anchor).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def probe(
     set_timesteps: Callable[[Any, int], None] | None = None,
     timestep_factor: float = 1.0,
     eta: float | None = None,
+    timesteps: torch.Tensor | None = None,
 ) -> Schedule:
     """Returns the table of a scheduler at a number of steps; the scheduler itself is left as it was.
 
@@ -68,11 +69,12 @@ def probe(
             1000).
         eta: passed to `step` when given. Pipelines pass their own eta to every scheduler that takes one (0.0 unless
             their caller says otherwise), whatever the scheduler's own default is.
+        timesteps: those of the scheduler's timesteps at which the pipeline steps; None: all of them.
 
     Raises:
         ScheduleError: the scheduler is not of the table's form; the message says at which step and why.
     """
-    sampler = _Sampler.prepare(scheduler, steps, set_timesteps, eta)
+    sampler = _Sampler.prepare(scheduler, steps, set_timesteps, eta, timesteps)
     references = [sampler.reference(scale) for scale in _CHECK_SCALES]
     _refuse_hidden_noise(sampler, references[0])
     schedule = _short_form(sampler, sampler.trace(), timestep_factor)
@@ -134,7 +136,12 @@ class _Sampler:
 
     @classmethod
     def prepare(
-        cls, scheduler: Scheduler, steps: int, set_timesteps: Callable[[Any, int], None] | None, eta: float | None
+        cls,
+        scheduler: Scheduler,
+        steps: int,
+        set_timesteps: Callable[[Any, int], None] | None,
+        eta: float | None,
+        timesteps: torch.Tensor | None,
     ) -> _Sampler:
         """Returns the sampler of a copy of the scheduler, or refuse it by its configuration."""
         name = type(scheduler).__name__
@@ -161,7 +168,8 @@ class _Sampler:
             ready.set_timesteps(steps)
         else:
             set_timesteps(ready, steps)
-        timesteps = ready.timesteps[:-1] if name in _WITH_TERMINAL_ENTRY else ready.timesteps
+        if timesteps is None:
+            timesteps = ready.timesteps[:-1] if name in _WITH_TERMINAL_ENTRY else ready.timesteps
         return cls(ready, timesteps, {} if eta is None else {"eta": eta}, name)
 
     @property
@@ -207,12 +215,13 @@ class _Sampler:
 
     def trace(self) -> _Trace:
         """Returns the rows of a run on the symbolic sample."""
-        basis = torch.eye(1 + 2 * self.calls, dtype=torch.float64).reshape(-1, 1, 1, 1, 1 + 2 * self.calls)
-        outputs, noises = tuple(basis[1 : 1 + self.calls]), tuple(basis[1 + self.calls :])
+        size = 2 + 2 * self.calls
+        basis = torch.eye(size, dtype=torch.float64).reshape(-1, 1, 1, 1, size)
+        outputs, noises = tuple(basis[1 : 1 + self.calls]), tuple(basis[1 + self.calls : -1])
         x_rows, input_rows = [_row(basis[0])], []
         seen: list[dict[str, Row]] = []
         scheduler = copy.deepcopy(self.scheduler)
-        with _Watch(basis.shape[-1], self.name) as watch:
+        with Watch(basis.shape[-1], self.name) as watch:
             _note_conversions(scheduler, watch)
             for k, (scaled, result) in enumerate(self.run(scheduler, basis[0], outputs, noises)):
                 input_rows.append(_row(scaled))
@@ -243,7 +252,7 @@ class _OneDraw:
         return noise
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """A context that keeps symbolic rows linear and in float64, and takes note of what is x0.
 
     Clamps of the symbolic sample are noted and skipped; casts to a narrower type are skipped, so that rows are exact.
@@ -278,8 +287,12 @@ class _Watch(TorchFunctionMode):
         if min is None or max is None or -min != max or self.clip not in (None, float(max)):
             raise ScheduleError(f"{self._name} clips to [{min}, {max}], expected one range [-r, r] at all steps")
         self.clip = float(max)
-        self._clamped.append(_row(value))
+        self.note_clamp(_row(value))
         return value
+
+    def note_clamp(self, row: Row) -> None:
+        """Keeps what was clamped."""
+        self._clamped.append(row)
 
     def collect(self, k: int, result: Any) -> dict[str, Row]:
         """Returns what could be x0 at step k, best first: clipped, reported by the scheduler, converted by it."""
@@ -304,7 +317,7 @@ def _refuse_hidden_noise(sampler: _Sampler, reference: _Reference) -> None:
         )
 
 
-def _note_conversions(scheduler: Any, watch: _Watch) -> None:
+def _note_conversions(scheduler: Any, watch: Watch) -> None:
     """Lets the watch see what `convert_model_output` of this object returns (DPM-Solver, UniPC)."""
     convert = getattr(scheduler, "convert_model_output", None)
     if convert is None:
@@ -332,7 +345,7 @@ def _short_form(sampler: _Sampler, trace: _Trace, timestep_factor: float) -> Sch
             timesteps=tuple(float(t) * timestep_factor for t in sampler.timesteps),
             timestep_dtype=dtype if timestep_factor == 1.0 or "float" in dtype else "float32",
             init_scale=sampler.init_scale,
-            **{name: tuple(getattr(step, name) for step in steps) for name in ("s", "p", "q", "a", "b", "c")},
+            **{name: tuple(getattr(step, name) for step in steps) for name in ("s", "p", "q", "a", "b", "c", "g")},
             h=tuple(step.h for step in steps),
             clip=trace.clip,
             source=sampler.name,

@@ -3,8 +3,8 @@
 Any sampler that is linear has rows: x_{k+1} as a combination of the initial latent, the network outputs so far and the
 step noises so far. The short form writes the same step in terms of x_k, x0_k, n_k and as few earlier x0 as possible.
 
-Legend: rows are float64 [D], the D = 1 + 2 N coefficients in the basis (x_init, F_0..F_{N-1}, n_0..n_{N-1}); N network
-calls; suffix _SD: one row per state or per call.
+Legend: rows are float64 [D], the D = 2 + 2 N coefficients in the basis (x_init, F_0..F_{N-1}, n_0..n_{N-1}, anchor); N
+network calls; suffix _SD: one row per state or per call.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class StepCoefficients:
     b: float
     c: float
     h: tuple[float, ...]
+    g: float = 0.0
 
 
 def solve_step(x_SD: Sequence[Row], input_D: Row, x0_SD: Sequence[Row], k: int, kind: str) -> StepCoefficients:
@@ -52,21 +53,22 @@ def solve_step(x_SD: Sequence[Row], input_D: Row, x0_SD: Sequence[Row], k: int, 
         ScheduleError: the step has no short form; the message says what is left over.
     """
     calls = len(x0_SD)
-    basis = np.eye(1 + 2 * calls)
-    x, F, noise, x0 = x_SD[k], basis[1 + k], basis[1 + calls + k], x0_SD[k]
+    basis = np.eye(2 + 2 * calls)
+    x, F, noise, x0, anchor = x_SD[k], basis[1 + k], basis[1 + calls + k], x0_SD[k], basis[-1]
     scaled = _fit(input_D, [{"s": x}], f"input of step {k}")
     denoised = _fit(x0, [{"q": F}, {"p": x, "q": F}], f"x0 ({kind}) of step {k}")
     forms: list[dict[str, Row]] = []
     for j in range(k + 1):
         history = {f"h{i}": x0_SD[k - i] for i in range(1, j + 1)}
         forms += [{"b": x0, "c": noise} | history, {"a": x, "b": x0, "c": noise} | history]
+    forms += [form | {"g": anchor} for form in forms]
     following = _fit(x_SD[k + 1], forms, f"result of step {k}")
     found = scaled | denoised | following
-    s, p, q, a, b, c = (found.get(name, 0.0) for name in "spqabc")
+    s, p, q, a, b, c, g = (found.get(name, 0.0) for name in "spqabcg")
     h = [found.get(f"h{j}", 0.0) for j in range(1, k + 1)]
     while h and h[-1] == 0.0:
         h.pop()
-    return StepCoefficients(s, p, q, a, b, c, tuple(h))
+    return StepCoefficients(s, p, q, a, b, c, tuple(h), g)
 
 
 def _fit(target: Row, forms: Iterable[Mapping[str, Row]], what: str) -> dict[str, float]:
@@ -84,7 +86,7 @@ def _fit(target: Row, forms: Iterable[Mapping[str, Row]], what: str) -> dict[str
     rest = min((rest for _, _, rest in attempts), key=lambda row: float(np.linalg.norm(row)))
     worst = int(np.argmax(np.abs(rest)))
     raise ScheduleError(
-        f"{what} leaves {rest[worst]:.2g} of {_basis_name(worst, (len(rest) - 1) // 2)} that no earlier value explains"
+        f"{what} leaves {rest[worst]:.2g} of {_basis_name(worst, (len(rest) - 2) // 2)} that no earlier value explains"
     )
 
 
@@ -108,4 +110,6 @@ def _whole(value: float) -> float:
 def _basis_name(index: int, calls: int) -> str:
     if index == 0:
         return "the initial latent"
+    if index == 1 + 2 * calls:
+        return "the anchor"
     return f"network output {index - 1}" if index <= calls else f"noise {index - 1 - calls}"

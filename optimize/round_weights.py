@@ -24,7 +24,9 @@ class RoundWeights:
         Raises:
             ExportError: a weight does not fit in fp16.
         """
-        modules = {name: copy.deepcopy(generator.module(name)) for name in generator.parts}
+        # Encoder and decoder are two methods of one module.
+        attributes = {part.attribute: name for name, part in generator.parts.items()}
+        modules = {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
         changed = total = 0
         for component, module in modules.items():
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

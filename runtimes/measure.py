@@ -16,6 +16,7 @@ import psutil
 
 from fewstep.bundle import Bundle
 from fewstep.errors import RuntimeMissingError
+from fewstep.inputs import example_inputs
 from fewstep.manifest import DENOISER
 from fewstep.runtimes.sampler import open_sampler
 
@@ -95,15 +96,16 @@ def _measure(bundle: Bundle, *, runtime: str | None, steps: int | None, runs: in
     with _PeakMemory() as memory:
         sampler = open_sampler(bundle, runtime=name, threads=threads)
         prompt = manifest.prompts[0]
+        inputs = example_inputs(manifest.contract.inputs, 0)
         for seed in range(2):
-            sample = sampler(prompt, seed, schedule)
+            sample = sampler(prompt, seed, schedule, inputs=inputs)
         latencies = []
         for component in manifest.components:
             feeds = [feed for feed in sample.feeds if feed.component == component]
             session = sampler.session(component)
             times = _times(lambda: session.run(feeds[0].inputs), runs * (2 if component == DENOISER else 1))  # noqa: B023
             latencies.append(_latency(component, len(feeds), times))
-        picture = _latency("picture", 1, _times(lambda: sampler(prompt, 0, schedule), runs))
+        picture = _latency("picture", 1, _times(lambda: sampler(prompt, 0, schedule, inputs=inputs), runs))
         sampler.close()
     sizes = {a.component: a.bytes for a in manifest.artifacts if a.runtime == name}
     return Profile(name, schedule.steps, threads, tuple(latencies), picture, memory.growth_bytes, sizes)

@@ -144,9 +144,14 @@ def compare_samples(
             for k, (x_reference, x) in enumerate(zip(reference.latents, result.latents, strict=True)):
                 value = sqnr_db(x_reference, x)
                 checks.append(Check(error, "trajectory", "denoiser", k, label, "latent", "SQNR dB", value, limit))
-        pictures = reference.picture_HWC, result.picture_HWC
-        checks.append(Check(error, "picture", "picture", None, label, None, "PSNR dB", psnr_db(*pictures), limit))
-        checks.append(Check(error, "picture", "picture", None, label, None, "SSIM", ssim(*pictures), None))
+        outputs = reference.output, result.output
+        if reference.kind == "picture":
+            checks.append(Check(error, "picture", "picture", None, label, None, "PSNR dB", psnr_db(*outputs), limit))
+            checks.append(Check(error, "picture", "picture", None, label, None, "SSIM", ssim(*outputs), None))
+        else:  # no peak that all sounds, clips or depth maps share
+            checks.append(
+                Check(error, "picture", reference.kind, None, label, None, "SQNR dB", sqnr_db(*outputs), limit)
+            )
         checks.append(_not_flat(error, label, result.picture_HWC))
     return checks
 

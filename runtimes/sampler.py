@@ -14,12 +14,19 @@ from fewstep.bundle import Bundle, resolve_inside
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample, StepFeed
 from fewstep.guidance import combine, guidance_embedding
+from fewstep.inputs import check_inputs
 from fewstep.manifest import (
-    DECODER,
+    AFTER,
+    BEFORE,
     DENOISER,
     GUIDANCE,
+    INPUT,
     LATENT,
+    LOOP,
+    MASK,
+    NOISE,
     SAMPLE,
+    TIME,
     TIMESTEP,
     TOKENS,
     ComponentSpec,
@@ -27,6 +34,7 @@ from fewstep.manifest import (
     Manifest,
     TensorSpec,
 )
+from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import CheckedSession
 from fewstep.runtimes.tokenizer import Tokenizer
@@ -67,6 +75,7 @@ class Sampler:
         schedule: Schedule,
         *,
         guidance: float | None = None,
+        inputs: Mapping[str, Array] | None = None,
         on_step: OnStep | None = None,
     ) -> Sample:
         """Returns the sample of a prompt and a seed.
@@ -76,31 +85,39 @@ class Sampler:
             seed: 0 to 2^64 - 1.
             schedule: the table of the step count wanted.
             guidance: the scale w; None takes the generator's own.
+            inputs: what the generator takes beside the prompt, by name: see `InputSpec`.
             on_step: called with (steps done, steps) after each.
+
+        Raises:
+            ContractError: guidance for a generator that takes none, or an input missing, unknown or of another shape.
         """
-        w = self._contract.guidance.scale if guidance is None else guidance
-        if (
-            guidance is not None
-            and self._contract.guidance.kind == "none"
-            and guidance != self._contract.guidance.scale
-        ):
+        contract = self._contract
+        w = contract.guidance.scale if guidance is None else guidance
+        if guidance is not None and contract.guidance.kind == "none" and guidance != contract.guidance.scale:
             raise ContractError(
                 f"guidance is {guidance}, but this generator takes none",
                 hint="leave --guidance out, or build it with --guidance",
             )
+        given = check_inputs(contract.inputs, inputs or {})
         feeds: list[StepFeed] = []
         latents: list[Array] = []
-        branches = ("uncond", "cond") if self._contract.guidance.kind == "two_pass" else ("cond",)
-        conditions = {b: self._encode(prompt if b == "cond" else "", feeds) for b in branches}
-        shape = (1, *self._contract.latent_shape)
+        branches = ("uncond", "cond") if contract.guidance.kind == "two_pass" else ("cond",)
+        values = {b: self._before(prompt if b == "cond" else "", given, seed, b, feeds) for b in branches}
+        shape = (1, *contract.latent_shape)
+        anchor = values["cond"][contract.anchor] if contract.anchor else None
 
         def denoise(k: int, x: Array) -> Array:
             outputs = {}
             for branch in branches:
-                values = {LATENT: x, TIMESTEP: schedule.timesteps[k], GUIDANCE: w, **conditions[branch]}
-                feed = self._call(DENOISER, values, step=k, timestep=schedule.timesteps[k], branch=branch)
-                feeds.append(feed)
-                outputs[branch] = next(iter(feed.outputs.values()))
+                step = {LATENT: x, TIMESTEP: schedule.timesteps[k], GUIDANCE: w}
+                step |= {f"{TIME}{name}": column[k] for name, column in schedule.times.items()}
+                values[branch].update(step)
+                for component in self._phase(LOOP):
+                    feeds.append(
+                        self._call(component, values[branch], step=k, timestep=schedule.timesteps[k], branch=branch)
+                    )
+                    if component == DENOISER:
+                        outputs[branch] = next(iter(feeds[-1].outputs.values()))
             return combine(outputs["uncond"], outputs["cond"], w) if len(branches) == 2 else outputs["cond"]
 
         def step_done(k: int, x: Array, x0: Array) -> None:
@@ -109,12 +126,19 @@ class Sampler:
                 on_step(k + 1, schedule.steps)
 
         # A python float keeps float32 arithmetic in float32.
-        x_init = schedule.init_scale * noise.normal(seed, 0, shape)
-        x = sample_loop(schedule, x_init, denoise, lambda k: noise.normal(seed, k + 1, shape), step_done)
-        decoded = self._call(DECODER, {SAMPLE: x / self._contract.latent_scale + self._contract.latent_shift})
-        feeds.append(decoded)
-        picture_HWC = to_picture(next(iter(decoded.outputs.values())))
-        return Sample(prompt, seed, schedule.steps, w, tuple(feeds), tuple(latents), picture_HWC)
+        x_init = schedule.init_scale * self._value(values["cond"], contract.initial, shape, seed)
+        if anchor is not None and schedule.init_anchor:
+            x_init = x_init + schedule.init_anchor * anchor
+        x = sample_loop(schedule, x_init, denoise, lambda k: noise.normal(seed, k + 1, shape), step_done, anchor=anchor)
+        last = values["cond"]
+        last[SAMPLE] = result = x / contract.latent_scale + contract.latent_shift
+        for component in self._phase(AFTER):
+            feeds.append(self._call(component, last))
+            result = next(iter(feeds[-1].outputs.values()))
+        output = to_output(result, contract.output)
+        return Sample(
+            prompt, seed, schedule.steps, w, tuple(feeds), tuple(latents), output, contract.output.kind, given
+        )
 
     def close(self) -> None:
         """Closes every open session."""
@@ -130,19 +154,32 @@ class Sampler:
             self._sessions[component] = self._open_session(component)
         return self._sessions[component]
 
-    def _encode(self, prompt: str, feeds: list[StepFeed]) -> dict[str, Array]:
-        values: dict[str, Any] = {f"{TOKENS}{name}": tokenizer(prompt) for name, tokenizer in self._tokenizers.items()}
-        for component in self._components:
-            if component not in (DENOISER, DECODER):
-                feed = self._call(component, values)
-                feeds.append(feed)
-                values |= {f"{component}.{name}": array for name, array in feed.outputs.items()}
+    def _phase(self, phase: str) -> list[str]:
+        return [name for name, spec in self._components.items() if spec.phase == phase]
+
+    def _before(
+        self, prompt: str, given: Mapping[str, Array], seed: int, branch: str, feeds: list[StepFeed]
+    ) -> dict[str, Any]:
+        """Returns all that is known before the loop, by origin."""
+        values: dict[str, Any] = {f"{INPUT}{name}": array for name, array in given.items()}
+        for name, tokenizer in self._tokenizers.items():
+            values[f"{TOKENS}{name}"], values[f"{MASK}{name}"] = tokenizer(prompt)
+        for component in self._phase(BEFORE):
+            for spec in self._components[component].inputs:
+                origin = self._components[component].bindings[spec.name]
+                values.setdefault(origin, self._value(values, origin, spec.shape, seed))
+            feeds.append(self._call(component, values, branch=branch))
         return values
+
+    def _value(self, values: Mapping[str, Any], origin: str, shape: tuple[int, ...], seed: int) -> Any:
+        if origin not in values and origin.startswith(NOISE):
+            return noise.normal(seed, int(origin.removeprefix(NOISE)), shape)
+        return values[origin]
 
     def _call(
         self,
         component: str,
-        values: Mapping[str, Any],
+        values: dict[str, Any],
         *,
         step: int | None = None,
         timestep: float | None = None,
@@ -151,19 +188,16 @@ class Sampler:
         spec = self._components[component]
         inputs = {s.name: self._bind(values, spec.bindings[s.name], s) for s in spec.inputs}
         outputs = self.session(component).run(inputs)
+        values |= {f"{component}.{name}": array for name, array in outputs.items()}
         return StepFeed(component, step, timestep, branch, inputs, outputs)
 
     def _bind(self, values: Mapping[str, Any], origin: str, spec: TensorSpec) -> Array:
         value = values[origin]
         if origin == GUIDANCE:
             value = guidance_embedding(self._contract.guidance, value)
-        return np.asarray(value, dtype=spec.dtype).reshape(spec.shape)
-
-
-def to_picture(decoded_NCHW: Array) -> npt.NDArray[np.float32]:
-    """Returns the first picture of a decoder's output in [-1, 1] as float32 [H, W, C] in [0, 1]."""
-    picture = np.clip(decoded_NCHW[0] * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
-    return np.ascontiguousarray(picture.transpose(1, 2, 0), dtype=np.float32)
+        array = np.asarray(value, dtype=spec.dtype)
+        # A number of the step may be wanted once for every token.
+        return np.full(spec.shape, array.reshape(-1)[0]) if array.size == 1 else array.reshape(spec.shape)
 
 
 def open_sampler(
@@ -199,6 +233,7 @@ def generate(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    inputs: Mapping[str, Array] | None = None,
     runtime: str | None = None,
     on_step: OnStep | None = None,
 ) -> Sample:
@@ -207,6 +242,6 @@ def generate(
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
     sampler = open_sampler(bundle, runtime=runtime, keep_open=False)
     try:
-        return sampler(prompt, seed, schedule, guidance=guidance, on_step=on_step)
+        return sampler(prompt, seed, schedule, guidance=guidance, inputs=inputs, on_step=on_step)
     finally:
         sampler.close()

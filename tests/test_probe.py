@@ -433,7 +433,7 @@ def test_a_linear_scheduler_of_ones_own_needs_no_diffusers_class() -> None:
         (TupleResult, r"step 0 of TupleResult returns no prev_sample \[2, 3, 4, 4\], as diffusers' schedulers do"),
         (NeedsMask, r"NeedsMask.step requires \['model_output', 'timestep', 'sample', 'mask'\], expected model_output,"
          r" timestep and sample only"),
-        (MixesPixels, r"MixesPixels is not a table of numbers: input of step 0 leaves 1 of noise 2 that .*"),
+        (MixesPixels, r"MixesPixels is not a table of numbers: input of step 0 leaves 1 of the anchor that .*"),
         (LearnedVariance, r"LearnedVariance.config.variance_type is 'learned_range': the network's output scales the"
          r" noise of a step"),
         (NoStep, r"NoStep has no method step, expected a diffusers scheduler"),

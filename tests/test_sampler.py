@@ -12,12 +12,12 @@ from diffusers import LatentConsistencyModelPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewstep.export.describe import embedded_guidance
 from fewstep.export.load import load
-from fewstep.export.tracing import embedded_guidance
 from fewstep.feeds import Sample, StepFeed, load_sample, save_sample
 from fewstep.guidance import combine, guidance_embedding
-from fewstep.manifest import Manifest, TokenizerSpec
-from fewstep.runtimes.sampler import to_picture
+from fewstep.manifest import Manifest, OutputSpec, TokenizerSpec
+from fewstep.output import to_output
 from fewstep.runtimes.tokenizer import Tokenizer
 from tests import tiny
 from tests.bundles import built
@@ -52,9 +52,11 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, text: str) -> None:
     reference = tiny.tokenizer(tmp_path)
     reference.save_pretrained(tmp_path)
     ours = Tokenizer(tmp_path, TokenizerSpec("tokenizer", 16, 513))
-    expected = reference(text, padding="max_length", max_length=16, truncation=True).input_ids
-    assert ours(text).tolist() == [expected]
-    assert ours(text).dtype == np.int64
+    expected = reference(text, padding="max_length", max_length=16, truncation=True)
+    ids, mask = ours(text)
+    assert ids.tolist() == [expected.input_ids]
+    assert mask.tolist() == [expected.attention_mask]
+    assert ids.dtype == mask.dtype == np.int64
 
 
 @given(st.floats(0, 20))
@@ -68,7 +70,7 @@ def test_two_pass_guidance(scale: float) -> None:
 def test_picture_is_clipped_and_channels_last() -> None:
     decoded = np.zeros((1, 3, 2, 4), np.float32)
     decoded[0, 0], decoded[0, 1] = 3.0, -3.0
-    picture = to_picture(decoded)
+    picture = to_output(decoded, OutputSpec())
     assert picture.shape == (2, 4, 3)
     assert picture[0, 0].tolist() == [1.0, 0.0, 0.5]
 

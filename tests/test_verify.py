@@ -14,7 +14,7 @@ import pytest
 import fewstep
 from fewstep.bundle import write_manifest
 from fewstep.errors import ContractError, SourceError
-from fewstep.export import describe, load, trace
+from fewstep.export import describe, load, record, trace
 from fewstep.metrics import sqnr_db
 from fewstep.runtimes.ort_bisect import bisect
 from fewstep.runtimes.pytorch_reference import open_program
@@ -76,9 +76,9 @@ def test_bisect_finds_nothing_in_a_right_model_and_compares_most_of_it() -> None
     lcm = built("lcm")
     generator = load(str(lcm.source))
     described = describe(generator, STEPS)
-    program = trace(generator, "denoiser", described.calls["denoiser"], described.components["denoiser"])
-    inputs = described.calls["denoiser"].inputs
-    feeds = {n: t.reshape(1).numpy() if t.ndim == 0 else t.numpy() for n, t in inputs.items()}
+    program = trace(generator, described.wirings["denoiser"], described.components["denoiser"])
+    sample = record(generator, described, "cat", 0, steps=2, guidance=8.5)
+    feeds = next(feed for feed in sample.feeds if feed.component == "denoiser").inputs
     path = lcm.bundle.path / lcm.bundle.manifest.artifact("onnxruntime", "denoiser").path
     # 90 dB and not 100: values inside the network cancel more than its output does.
     assert bisect(program, path, feeds, limit_db=90.0) is None
@@ -90,9 +90,9 @@ def test_pytorch_adapter_is_the_reference() -> None:
     lcm = built("lcm")
     generator = load(str(lcm.source))
     described = describe(generator, STEPS)
-    call = described.calls["decoder"]
-    program = trace(generator, "decoder", call, described.components["decoder"])
-    feeds = {name: tensor.numpy() for name, tensor in call.inputs.items()}
+    program = trace(generator, described.wirings["decoder"], described.components["decoder"])
+    feed = record(generator, described, "cat", 0, steps=1, guidance=8.5).feeds[-1]
+    feeds = dict(feed.inputs)
     with open_program(program) as session:
         result = session.run(feeds)["sample"]
         with pytest.raises(ContractError, match=r"inputs missing \['latent_sample'\], unknown \['latents'\]"):
@@ -100,7 +100,7 @@ def test_pytorch_adapter_is_the_reference() -> None:
         with pytest.raises(ContractError, match=r"latent_sample is float64 \[1, 4, 8, 8\], expected float32"):
             session.run({"latent_sample": feeds["latent_sample"].astype(np.float64)})
     # The same kernels on the same inputs; tracing only reorders what has no order.
-    assert sqnr_db(call.outputs["sample"].numpy(), result) >= 120
+    assert sqnr_db(feed.outputs["sample"], result) >= 120
 
 
 def test_a_model_that_breaks_the_contract_does_not_open(copy_bundle: Callable[[str], Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_steps, load_recipe
 
 if TYPE_CHECKING:
+    from fewstep.calibration import SampleRequest
     from fewstep.export import Description, Generator
 
 PROMPTS, SEEDS = 8, 2
@@ -64,7 +65,7 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, load, write_tokenizer
+    from fewstep.export import describe, diffusers_files, load, write_tokenizers
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
@@ -84,13 +85,13 @@ def build(
         described = describe(optimized, counts)
 
     with writing(out) as folder:
-        write_tokenizer(optimized, folder / described.tokenizer.folder)
+        write_tokenizers(optimized, described, folder)
         artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress)
         if "onnxruntime" in targets:
-            _write_layout(diffusers_files(optimized), folder)
+            _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         requests = _requests(optimized, described, options)
-        lowered_from = _record(optimized, requests, recipe, cache, progress)
-        uncompressed = _record(original, requests, Recipe("original"), cache, progress) if notes else None
+        lowered_from = _record(optimized, described, requests, recipe, cache, progress)
+        uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if notes else None
         _write_golden(lowered_from, folder / "golden")
         manifest = Manifest(
             name=optimized.name,
@@ -98,7 +99,7 @@ def build(
             pipeline=type(optimized.pipeline).__name__,
             contract=described.contract,
             components=described.components,
-            tokenizers={"tokenizer": described.tokenizer},
+            tokenizers=described.tokenizers,
             schedules=described.schedules,
             default_steps=optimized.default_steps,
             artifacts=tuple(artifacts),
@@ -147,7 +148,7 @@ def compile_targets(
             }
 
             def make(entry: Path, target: str = target, component: str = component) -> None:
-                program = trace(generator, component, described.calls[component], described.components[component])
+                program = trace(generator, described.wirings[component], described.components[component])
                 artifact = get_runtime(target).compile(program, entry / "files", recipe.weights)
                 (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
 
@@ -194,27 +195,29 @@ def _default_steps(wanted: int, counts: Sequence[int]) -> int:
     return wanted if wanted in counts else min(counts, key=lambda n: (abs(n - wanted), n))
 
 
-def _requests(generator: Generator, described: Description, options: Options) -> list[tuple[str, int, int, float]]:
+def _requests(generator: Generator, described: Description, options: Options) -> list[SampleRequest]:
     """Every prompt with every seed at the default step count, then one sample at each other count."""
-    prompts = generator.prompts[: options.prompts]
-    default = generator.default_steps
-    main = [(prompt, seed, default, generator.guidance) for prompt in prompts for seed in range(options.seeds)]
-    others = [(prompts[0], 0, n, generator.guidance) for n in sorted(described.schedules) if n != default]
-    return main + others
+    from fewstep.calibration import SampleRequest
+
+    prompts, w = generator.prompts[: options.prompts], generator.guidance
+    main = SampleRequest.grid(generator, prompts, range(options.seeds), generator.default_steps, w)
+    others = [n for n in sorted(described.schedules) if n != generator.default_steps]
+    return main + [replace(main[0], steps=n) for n in others]
 
 
 def _record(
     generator: Generator,
-    requests: Sequence[tuple[str, int, int, float]],
+    described: Description,
+    requests: Sequence[SampleRequest],
     recipe: Recipe,
     cache: StageCache,
     progress: Progress,
 ) -> list[Sample]:
-    from fewstep.calibration import SampleRequest, record_samples
+    from fewstep.calibration import record_samples
 
     key = {
         "source": generator.source.sha256,
-        "requests": [list(request) for request in requests],
+        "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),
@@ -225,7 +228,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in record_samples(generator, [SampleRequest(*request) for request in requests]):
+            for sample in record_samples(generator, described, requests):
                 done.append(sample)
                 advance()
             return done
@@ -240,20 +243,21 @@ def _write_golden(samples: Sequence[Sample], folder: Path) -> None:
     """Writes the golden pack: the first samples with every call, others with latents and picture while they fit."""
     kept, size = [], 0
     for i, sample in enumerate(samples):
-        size += sample.picture_HWC.nbytes + sum(x.nbytes for x in sample.latents)
+        size += sample.output.nbytes + sum(x.nbytes for x in sample.latents)
         if i >= GOLDEN_WITH_FEEDS and size > GOLDEN_BYTES:
             break
         kept.append(sample)
     save_samples(kept, folder, with_feeds=GOLDEN_WITH_FEEDS)
 
 
-def _write_layout(files: dict[str, str], folder: Path) -> None:
+def _write_layout(files: Mapping[str, str], tokenizers: Iterable[str], folder: Path) -> None:
     """Adds to ``onnxruntime/`` what ONNX Runtime users of diffusers models expect beside the networks."""
     for relative, text in files.items():
         path = folder / "onnxruntime" / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    shutil.copytree(folder / "tokenizer", folder / "onnxruntime" / "tokenizer")
+    for name in tokenizers:
+        shutil.copytree(folder / name, folder / "onnxruntime" / name)
 
 
 def _refused(out: Path, folder: Path, where: str) -> ParityError:

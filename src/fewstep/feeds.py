@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fewstep.errors import BundleError
+from fewstep.output import picture_of
 
 Array = npt.NDArray[Any]
 
@@ -36,10 +37,11 @@ class StepFeed:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled picture: its network calls in order, the latent after each step, and the picture.
+    """One sample: its network calls in order, the latent after each step, and the result.
 
-    ``latents`` are float32 [1, ...]; ``picture_HWC`` is float32 in [0, 1], as the generator's own pipeline returns it
-    before rounding to 8 bits.
+    ``latents`` are float32 [1, ...]. ``output`` is float32, a picture as [H, W, C] in [0, 1], as the generator's own
+    pipeline returns it before rounding to 8 bits; other kinds as their networks have them. ``inputs`` are what was
+    given beside the prompt.
     """
 
     prompt: str
@@ -48,18 +50,26 @@ class Sample:
     guidance: float
     feeds: tuple[StepFeed, ...]
     latents: tuple[Array, ...]
-    picture_HWC: Array
+    output: Array
+    kind: str = "picture"
+    inputs: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """What a report calls this sample."""
         return f"{self.prompt} #{self.seed}"
 
+    @property
+    def picture_HWC(self) -> Array:
+        """The result, or something to look at where it is no picture: float32 [H, W, C] in [0, 1]."""
+        return picture_of(self.output, self.kind)
+
 
 def save_sample(sample: Sample, path: Path, *, with_feeds: bool = True) -> None:
     """Writes a sample; without feeds it keeps the latents and the picture alone."""
-    arrays: dict[str, Array] = {"picture": sample.picture_HWC}
+    arrays: dict[str, Array] = {"output": sample.output}
     arrays.update({f"latents/{k}": x for k, x in enumerate(sample.latents)})
+    arrays.update({f"inputs/{name}": a for name, a in sample.inputs.items()})
     calls = []
     for i, feed in enumerate(sample.feeds if with_feeds else ()):
         arrays.update({f"feeds/{i}/in/{name}": a for name, a in feed.inputs.items()})
@@ -70,6 +80,7 @@ def save_sample(sample: Sample, path: Path, *, with_feeds: bool = True) -> None:
         "seed": sample.seed,
         "steps": sample.steps,
         "guidance": sample.guidance,
+        "kind": sample.kind,
         "calls": calls,
     }
     save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, path, metadata={"fewstep": json.dumps(head)})
@@ -88,7 +99,7 @@ def load_sample(path: Path) -> Sample:
         for i, call in enumerate(head.pop("calls"))
     )
     latents = tuple(arrays[f"latents/{k}"] for k in range(head["steps"]) if f"latents/{k}" in arrays)
-    return Sample(**head, feeds=feeds, latents=latents, picture_HWC=arrays["picture"])
+    return Sample(**head, feeds=feeds, latents=latents, output=arrays["output"], inputs=_under(arrays, "inputs/"))
 
 
 def save_samples(samples: Iterable[Sample], folder: Path, *, with_feeds: int) -> list[Path]:

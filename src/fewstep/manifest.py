@@ -16,13 +16,31 @@ from fewstep.schedule import Schedule
 SCHEMA_VERSION = 1
 DENOISER = "denoiser"
 DECODER = "decoder"
+ENCODER = "encoder"
+# What pipelines compute between their networks, as components of their own: what depends on the user's inputs alone,
+# and the first latent where it is not simply noise.
+CONDITIONS = "conditions"
+INITIAL = "initial"
 
 # Where the value of a component's input comes from. "<component>.<output>" names another component's output.
-TOKENS = "tokens:"
-LATENT = "latent"
-TIMESTEP = "timestep"
+TOKENS = "tokens:"  # + tokenizer: the ids
+MASK = "mask:"  # + tokenizer: 1 for each id that is not padding
+INPUT = "input:"  # + name: what the user gave
+NOISE = "noise:"  # + offset: a draw of the seed's noise
+LATENT = "latent"  # s_k x_k
+TIMESTEP = "timestep"  # t_k
+TIME = "time:"  # + name: a further number of the step, column ``times`` of the schedule
 GUIDANCE = "guidance_embedding"
-SAMPLE = "sample"
+SAMPLE = "sample"  # the last latent, as the contract scales it for the decoder
+
+# When a component runs.
+BEFORE, LOOP, AFTER = "before", "loop", "after"
+
+# Kinds of inputs.
+TEXT, CLASS, IMAGE = "text", "class", "image"
+
+# Offsets of draws before the first step, beyond the first such draw; the steps of any sampler stay below.
+EARLY_DRAWS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -44,11 +62,40 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ComponentSpec:
-    """One network call: its inputs in order, its outputs, and where each input comes from."""
+    """One network call: its inputs in order, its outputs, where each input comes from, and when it runs.
+
+    ``phase`` is ``before`` the loop, in every step of the ``loop`` (in the order of the manifest's components) or
+    ``after`` it.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     bindings: Mapping[str, str]
+    phase: str = BEFORE
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the user of a generator gives.
+
+    ``text`` goes through tokenizers; a ``class`` is int64 [1], below ``count``; an ``image`` is float32 ``shape`` in
+    [0, 1].
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the last component's output becomes the result: ``clip(scale * y + shift)``; ``kind`` says what it is."""
+
+    kind: str = "picture"
+    scale: float = 0.5
+    shift: float = 0.5
+    clip: tuple[float, float] | None = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +118,10 @@ class Guidance:
 class Contract:
     """All that a device must know to sample, besides the schedule's numbers.
 
-    The decoder gets ``x / latent_scale + latent_shift``; its output in [-1, 1] becomes a picture in [0, 1].
+    The first latent is ``init_scale * initial + init_anchor * anchor`` with the schedule's numbers, where ``initial``
+    names noise or an output of the component ``initial``, and ``anchor`` a tensor of the latent's shape that stays the
+    same through the loop: the latent of the picture that image-to-image starts from, for instance. The decoder gets
+    ``x / latent_scale + latent_shift``.
     """
 
     latent_shape: tuple[int, ...]
@@ -79,16 +129,29 @@ class Contract:
     latent_shift: float
     prediction_type: str
     guidance: Guidance
+    initial: str = f"{NOISE}0"
+    anchor: str | None = None
+    inputs: tuple[InputSpec, ...] = (InputSpec("prompt", TEXT),)
+    output: OutputSpec = OutputSpec()
     noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer folder (``tokenizer.json`` beside the transformers files), padded to ``length`` with ``pad_id``."""
+    """A tokenizer folder (``tokenizer.json`` beside the transformers files), padded to ``length`` with ``pad_id``.
+
+    The text is stripped of outer blanks and put in lower case where ``clean`` says so, then put between ``prefix`` and
+    ``suffix``.
+    """
 
     folder: str
     length: int
     pad_id: int
+    padding_side: str = "right"
+    prefix: str = ""
+    suffix: str = ""
+    clean: bool = False
+    input: str = "prompt"
 
 
 @dataclass(frozen=True)
@@ -227,7 +290,7 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
 
 
 def _component(values: Any) -> ComponentSpec:
-    return ComponentSpec(_specs(values["inputs"]), _specs(values["outputs"]), values["bindings"])
+    return ComponentSpec(_specs(values["inputs"]), _specs(values["outputs"]), values["bindings"], values["phase"])
 
 
 def _contract(values: Any) -> Contract:
@@ -237,5 +300,14 @@ def _contract(values: Any) -> Contract:
         latent_shift=values["latent_shift"],
         prediction_type=values["prediction_type"],
         guidance=Guidance(**{**values["guidance"], "frequencies": tuple(values["guidance"]["frequencies"])}),
+        initial=values["initial"],
+        anchor=values["anchor"],
+        inputs=tuple(InputSpec(v["name"], v["kind"], tuple(v["shape"]), v["count"]) for v in values["inputs"]),
+        output=_output(values["output"]),
         noise=values["noise"],
     )
+
+
+def _output(values: Any) -> OutputSpec:
+    clip = values["clip"]
+    return OutputSpec(values["kind"], values["scale"], values["shift"], None if clip is None else (clip[0], clip[1]))

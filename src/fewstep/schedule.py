@@ -2,19 +2,19 @@
 
 For step k, with x the latent, F the output of the network and n_k the noise of the step:
 
-    F   = network(s_k * x, t_k)
+    F   = network(s_k * x, t_k, further times of the step)
     x0  = clip(p_k * x + q_k * F)
-    x   = a_k * x + b_k * x0 + c_k * n_k + sum_j h_kj * x0_{k-j}
+    x   = a_k * x + b_k * x0 + c_k * n_k + sum_j h_kj * x0_{k-j} + g_k * anchor
 
-Every sampler that is linear in (initial noise, network outputs, step noises) has such a table: `fewstep.export.probe`
-finds it for a diffusers scheduler.
+Every sampler that is linear in (initial noise, network outputs, step noises, one tensor that stays the same) has such a
+table: `fewstep.export.probe` finds it for a diffusers scheduler or a loop in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from fewstep.errors import ContractError, ScheduleError
 Array = npt.NDArray[np.floating[Any]]
 
 _DTYPES = ("int32", "int64", "float16", "float32", "float64")
-_COLUMNS = ("s", "p", "q", "a", "b", "c")
+_COLUMNS = ("s", "p", "q", "a", "b", "c", "g")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Schedule:
         h: h[k][j - 1] multiplies x0 of step k - j in the next x of step k; at most k entries.
         clip: x0 is clipped to [-clip, clip]; None: not clipped.
         source: class name of the scheduler that the table was made from.
+        times: further numbers that the network takes at each step, by name (a second time, for instance).
+        g: coefficient of the anchor in the next x, per step.
+        init_anchor: coefficient of the anchor in the initial latent.
 
     Raises:
         ScheduleError: the table is empty, or a column has the wrong length or a number that is not finite.
@@ -62,9 +65,14 @@ class Schedule:
     h: tuple[tuple[float, ...], ...]
     clip: float | None
     source: str
+    times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    g: tuple[float, ...] = ()
+    init_anchor: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks lengths and values."""
+        """Checks lengths and values; a column ``g`` that is left out is zero."""
+        if not self.g:
+            object.__setattr__(self, "g", (0.0,) * len(self.timesteps))
         if not self.timesteps:
             raise ScheduleError("schedule has no steps, expected at least one timestep")
         if self.timestep_dtype not in _DTYPES:
@@ -73,6 +81,10 @@ class Schedule:
         for name in (*_COLUMNS, "h"):
             if len(getattr(self, name)) != self.steps:
                 raise ScheduleError(f"schedule.{name} has {len(getattr(self, name))} entries, expected {self.steps}")
+        for name, values in self.times.items():
+            if len(values) != self.steps:
+                raise ScheduleError(f"schedule.times.{name} has {len(values)} entries, expected {self.steps}")
+            _require_finite(f"schedule.times.{name}", values)
         for name in ("timesteps", *_COLUMNS):
             _require_finite(f"schedule.{name}", getattr(self, name))
         for k, row in enumerate(self.h):
@@ -80,8 +92,14 @@ class Schedule:
                 raise ScheduleError(f"schedule.h[{k}] has {len(row)} entries, expected at most {k}")
             _require_finite(f"schedule.h[{k}]", row)
         _require_finite("schedule.init_scale", (self.init_scale,))
+        _require_finite("schedule.init_anchor", (self.init_anchor,))
         if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
             raise ScheduleError(f"schedule.clip is {self.clip}, expected a positive number or None")
+
+    @property
+    def uses_anchor(self) -> bool:
+        """Whether the table has a term for the anchor."""
+        return self.init_anchor != 0.0 or any(self.g)
 
     @property
     def steps(self) -> int:
@@ -102,7 +120,7 @@ class Schedule:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the table as plain lists and numbers; `from_json` gives back an equal table."""
-        return {field.name: _thaw(getattr(self, field.name)) for field in fields(self)}
+        return {f.name: _thaw(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schedule:
@@ -111,7 +129,7 @@ class Schedule:
         Raises:
             ScheduleError: a key is missing or unknown, or a value is not a number where one is expected.
         """
-        expected = {field.name for field in fields(cls)}
+        expected = {f.name for f in fields(cls)}
         if data.keys() != expected:
             missing, unknown = sorted(expected - data.keys()), sorted(data.keys() - expected)
             raise ScheduleError(f"schedule has missing keys {missing} and unknown keys {unknown}")
@@ -123,6 +141,8 @@ class Schedule:
             **columns,
             h=tuple(_numbers(f"schedule.h[{k}]", row) for k, row in enumerate(rows)),
             init_scale=_number("schedule.init_scale", data["init_scale"]),
+            init_anchor=_number("schedule.init_anchor", data["init_anchor"]),
+            times={str(n): _numbers(f"schedule.times.{n}", v) for n, v in data["times"].items()},
             clip=None if data["clip"] is None else _number("schedule.clip", data["clip"]),
             timestep_dtype=str(data["timestep_dtype"]),
             source=str(data["source"]),
@@ -130,7 +150,13 @@ class Schedule:
 
 
 def advance(
-    schedule: Schedule, k: int, x: Array, F: Array, noise: Array | None, history: Sequence[Array]
+    schedule: Schedule,
+    k: int,
+    x: Array,
+    F: Array,
+    noise: Array | None,
+    history: Sequence[Array],
+    anchor: Array | None = None,
 ) -> tuple[Array, Array]:
     """Returns the next latent and x0 of step k, both of x's shape and dtype.
 
@@ -144,11 +170,12 @@ def advance(
         F: output of the network, of x's shape and dtype.
         noise: normal noise of the step, of x's shape and dtype; None where the step uses none.
         history: x0 of the steps before, oldest first; only the last `len(schedule.h[k])` are read.
+        anchor: of x's shape and dtype; None where the table has no term for it.
 
     Raises:
-        ContractError: F or noise does not fit x, or noise or history is missing.
+        ContractError: F, noise or anchor does not fit x, or one of them or the history is missing.
     """
-    _check_arrays(schedule, k, x, F, noise, history)
+    _check_arrays(schedule, k, x, F, noise, history, anchor)
     x0 = schedule.p[k] * x + schedule.q[k] * F if schedule.p[k] else schedule.q[k] * F
     if schedule.clip is not None:
         x0 = np.clip(x0, -schedule.clip, schedule.clip)
@@ -159,6 +186,8 @@ def advance(
         following = following + schedule.c[k] * noise
     for j, coefficient in enumerate(schedule.h[k], start=1):
         following = following + coefficient * history[-j]
+    if anchor is not None and schedule.g[k]:
+        following = following + schedule.g[k] * anchor
     return following, x0
 
 
@@ -168,6 +197,8 @@ def sample_loop(
     denoise: Callable[[int, Array], Array],
     noise: Callable[[int], Array],
     on_step: Callable[[int, Array, Array], None] | None = None,
+    *,
+    anchor: Array | None = None,
 ) -> Array:
     """Returns the final latent: the ten lines that a device needs.
 
@@ -177,13 +208,14 @@ def sample_loop(
         denoise: (k, s_k * x) -> F, the network at step k with its conditions.
         noise: k -> normal noise of step k; called only for steps that use noise.
         on_step: called with (k, x after the step, x0 of the step).
+        anchor: what the table's column g multiplies.
     """
     x = x_init
     history: list[Array] = []
     for k in range(schedule.steps):
         F = denoise(k, schedule.network_input(k, x))
         step_noise = noise(k) if schedule.uses_noise(k) else None
-        x, x0 = advance(schedule, k, x, F, step_noise, history)
+        x, x0 = advance(schedule, k, x, F, step_noise, history, anchor)
         history.append(x0)
         if on_step is not None:
             on_step(k, x, x0)
@@ -191,18 +223,26 @@ def sample_loop(
 
 
 def _check_arrays(
-    schedule: Schedule, k: int, x: Array, F: Array, noise: Array | None, history: Sequence[Array]
+    schedule: Schedule,
+    k: int,
+    x: Array,
+    F: Array,
+    noise: Array | None,
+    history: Sequence[Array],
+    anchor: Array | None,
 ) -> None:
     """Raises ContractError unless the inputs of a step fit together."""
     if x.dtype not in (np.float32, np.float64):
         raise ContractError(f"latent of step {k} is {x.dtype}, expected float32")
-    for name, array in (("network output", F), ("noise", noise)):
+    for name, array in (("network output", F), ("noise", noise), ("anchor", anchor)):
         if array is not None and (array.shape != x.shape or array.dtype != x.dtype):
             raise ContractError(
                 f"{name} of step {k} is {array.dtype} {list(array.shape)}, expected {x.dtype} {list(x.shape)}"
             )
     if noise is None and schedule.uses_noise(k):
         raise ContractError(f"noise of step {k} is missing, expected {x.dtype} {list(x.shape)}")
+    if anchor is None and schedule.g[k]:
+        raise ContractError(f"anchor of step {k} is missing, expected {x.dtype} {list(x.shape)}")
     if len(history) < len(schedule.h[k]):
         raise ContractError(f"history of step {k} has {len(history)} entries, expected at least {len(schedule.h[k])}")
 

@@ -47,7 +47,11 @@ def inspect(path: str) -> dict[str, Any]:
 
     generator = load(path)
     described = describe(generator, generator.steps)
-    sizes = {name: sum(p.numel() for p in generator.module(name).parameters()) for name in generator.parts}
+    sizes = {
+        name: sum(p.numel() for p in generator.module(wiring.part).parameters())
+        for name, wiring in described.wirings.items()
+        if wiring.call is not None
+    }
     return {
         "name": generator.name,
         "pipeline": type(generator.pipeline).__name__,
@@ -75,7 +79,7 @@ def export(
         advance = progress.task("trace", len(described.components))
         names = []
         for component, spec in described.components.items():
-            program = trace(generator, component, described.calls[component], spec)
+            program = trace(generator, described.wirings[component], spec)
             names.append(f"{component}.pt2")
             torch.export.save(program.exported, folder / names[-1])
             advance()
@@ -100,16 +104,17 @@ def calibrate(
 ) -> list[Path]:
     """Writes one shard of step feeds for every prompt and seed, holding one in memory, and returns the paths."""
     from fewstep.calibration import SampleRequest, record_samples
-    from fewstep.export import load
+    from fewstep.export import describe, load
 
     with _new_folder(out) as folder:
         with stage(progress, f"load {source}"):
             generator = load(source, guidance=guidance)
-        count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
-        requests = SampleRequest.grid(generator.prompts[:prompts], range(seeds), count, generator.guidance)
+            count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
+            described = describe(generator, [count])
+        requests = SampleRequest.grid(generator, generator.prompts[:prompts], range(seeds), count, generator.guidance)
         advance = progress.task("record", len(requests))
         names = []
-        for i, sample in enumerate(record_samples(generator, requests)):
+        for i, sample in enumerate(record_samples(generator, described, requests)):
             names.append(f"{i:03d}.safetensors")
             save_sample(sample, folder / names[-1])
             advance()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +106,7 @@ def verify_against(
         advance = progress.task("compare samples", len(references))
         results = []
         for r in references:
-            results.append(sampler(r.prompt, r.seed, manifest.schedule(r.steps), guidance=r.guidance))
+            results.append(sampler(r.prompt, r.seed, manifest.schedule(r.steps), guidance=r.guidance, inputs=r.inputs))
             advance()
     finally:
         sampler.close()
@@ -142,7 +142,7 @@ def _live_references(
     bundle: Bundle, source: str, prompts: int, seeds: int, progress: Progress
 ) -> tuple[list[Sample], list[Sample] | None]:
     from fewstep.calibration import SampleRequest, record_samples
-    from fewstep.export import load
+    from fewstep.export import describe, load
     from fewstep.optimize import optimize
 
     manifest = bundle.manifest
@@ -150,14 +150,15 @@ def _live_references(
         original = load(source, guidance=manifest.contract.guidance.scale)
         _check_same(bundle, original.source.sha256, source)
         optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
+        described = describe(optimized, sorted(manifest.schedules))
     w = manifest.contract.guidance.scale
-    requests = SampleRequest.grid(manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
-    requests += [SampleRequest(manifest.prompts[0], 0, n, w) for n in manifest.schedules if n != manifest.default_steps]
+    requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
+    requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
     advance = progress.task("run the reference", len(requests) * (2 if notes else 1))
 
     def run(generator: object) -> list[Sample]:
         samples = []
-        for sample in record_samples(generator, requests):  # type: ignore[arg-type]
+        for sample in record_samples(generator, described, requests):  # type: ignore[arg-type]
             samples.append(sample)
             advance()
         return samples
@@ -190,7 +191,7 @@ def _bisect(
     failing = {check.component for check in verified.report.failures if check.level == "component"}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
-        program = trace(generator, component, described.calls[component], described.components[component])
+        program = trace(generator, described.wirings[component], described.components[component])
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
         path = bundle.file(manifest.artifact(runtime, component).path)
         found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)

@@ -1,0 +1,167 @@
+"""Turns a run of the reference into arrays: every network call as the programs of a bundle take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.export.describe import Description
+from fewstep.export.generator import Generator
+from fewstep.export.reference import Call, Run, run
+from fewstep.export.sampling import refuse
+from fewstep.export.tape import GlueModule
+from fewstep.export.wiring import Wiring, wired_module
+from fewstep.feeds import Sample, StepFeed
+from fewstep.manifest import AFTER, BEFORE, INPUT, LATENT, LOOP, MASK, NOISE, SAMPLE, TIMESTEP, TOKENS
+
+# Our own arithmetic for a condition and the pipeline's differ by float32 rounding.
+_RTOL, _ATOL = 1e-4, 1e-5
+
+Values = dict[str, torch.Tensor]
+
+
+def record(
+    generator: Generator,
+    described: Description,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int,
+    guidance: float,
+    inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> Sample:
+    """Returns one sample of the reference as arrays.
+
+    Raises:
+        ExportError: this run gives the networks other conditions than the description computes.
+    """
+    recorded = run(generator, prompt, seed, steps=steps, guidance=guidance, inputs=inputs)
+    feeds = tuple(_Reader(generator, described, recorded).feeds(steps))
+    latents = tuple(x.float().numpy().copy() for x in recorded.latents)
+    assert recorded.output is not None
+    return Sample(prompt, seed, steps, guidance, feeds, latents, recorded.output, generator.kind, dict(inputs or {}))
+
+
+class _Reader:
+    """Reads the calls of one run, in the order in which a bundle makes them."""
+
+    def __init__(self, generator: Generator, described: Description, recorded: Run) -> None:
+        self._generator, self._described, self._run = generator, described, recorded
+        two = described.contract.guidance.kind == "two_pass"
+        self._branches = ("uncond", "cond") if two else ("cond",)
+        self._values: dict[str, Values] = {branch: self._leaves(branch) for branch in self._branches}
+
+    def feeds(self, steps: int) -> Iterator[StepFeed]:
+        """Yields every network call."""
+        wirings = self._described.wirings.values()
+        for branch in self._branches:
+            for wiring in wirings:
+                if wiring.phase == BEFORE:
+                    yield self._feed(wiring, self._call_before(wiring, branch), branch, None)
+        for k in range(len(self._run.states)):
+            self._at_step(k, steps)
+            for branch in self._branches:
+                for wiring in wirings:
+                    if wiring.phase == LOOP:
+                        yield self._feed(wiring, self._run.of(wiring.part)[k], branch, k)
+        self._values["cond"][SAMPLE] = self._sample()
+        for wiring in wirings:
+            if wiring.phase == AFTER:
+                calls = [c for c in self._run.calls if c.instance == wiring.component]
+                yield self._feed(wiring, calls[0] if calls else None, "cond", None)
+
+    def _leaves(self, branch: str) -> Values:
+        run, values = self._run, Values()
+        for name, spec in self._described.tokenizers.items():
+            texts = [t for t in run.texts if t.tokenizer == name and t.ids.shape[1] == spec.length]
+            text = texts[0] if branch == "cond" else texts[-1]
+            values[f"{TOKENS}{name}"] = text.ids
+            if text.mask is not None:
+                values[f"{MASK}{name}"] = text.mask
+        values.update({f"{INPUT}{name}": tensor for name, tensor in run.inputs.items()})
+        values.update({f"{NOISE}{offset}": tensor for offset, tensor in run.draws.items()})
+        return values
+
+    def _call_before(self, wiring: Wiring, branch: str) -> Call | None:
+        calls = {c.instance: c for c in self._run.calls}
+        second = f"{wiring.part}-2"
+        reads_text = any(o.startswith((TOKENS, MASK)) for o in wiring.origins)
+        if branch == "uncond" and reads_text and second in calls:
+            return calls[second]
+        return calls.get(wiring.component)
+
+    def _at_step(self, k: int, steps: int) -> None:
+        schedule = self._described.schedules.get(steps)
+        for branch in self._branches:
+            values = self._values[branch]
+            scale = 1.0 if schedule is None else schedule.s[k]
+            values[LATENT] = self._run.states[k] * scale
+
+    def _sample(self) -> torch.Tensor:
+        contract = self._described.contract
+        return self._run.latents[-1] / contract.latent_scale + contract.latent_shift
+
+    def _feed(self, wiring: Wiring, call: Call | None, branch: str, step: int | None) -> StepFeed:
+        values = self._values[branch]
+        inputs = []
+        timestep = None
+        for origin in wiring.origins:
+            given = None if call is None else self._given(wiring, call, origin, branch)
+            if given is None:
+                given = values[origin]
+            elif origin in values and origin != LATENT and not _close(given, values[origin]):
+                raise refuse(
+                    f"{wiring.component}: the {branch} branch is given another {wiring.input_name(origin)} than the "
+                    "bundle computes"
+                )
+            if origin == TIMESTEP:
+                timestep = float(given.reshape(-1)[0])
+            inputs.append(given.reshape(1) if given.ndim == 0 else given)
+        if call is None:
+            with torch.no_grad():
+                outputs = list(wired_module(self._generator, wiring)(*inputs))
+        else:
+            outputs = self._outputs(wiring, call, branch)
+        names = [wiring.input_name(origin) for origin in wiring.origins]
+        values.update({f"{wiring.component}.{n}": t for n, t in zip(wiring.outputs, outputs, strict=True)})
+        return StepFeed(
+            wiring.component,
+            step,
+            timestep,
+            branch,
+            {name: _array(t) for name, t in zip(names, inputs, strict=True)},
+            {name: _array(t) for name, t in zip(wiring.outputs, outputs, strict=True)},
+        )
+
+    def _given(self, wiring: Wiring, call: Call, origin: str, branch: str) -> torch.Tensor | None:
+        """The tensor that the network itself was given, where it is this origin unchanged."""
+        for argument, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
+            if direct == origin:
+                return self._half(call.inputs[argument], branch) if wiring.phase == LOOP else call.inputs[argument]
+        return None
+
+    def _outputs(self, wiring: Wiring, call: Call, branch: str) -> list[torch.Tensor]:
+        results = [call.outputs[name] for name in wiring.results]
+        if wiring.phase == LOOP:
+            results = [self._half(tensor, branch) for tensor in results]
+        if wiring.after is None:
+            return results
+        return list(GlueModule(wiring.after)(*results))
+
+    def _half(self, tensor: torch.Tensor, branch: str) -> torch.Tensor:
+        """Pipelines with two-pass guidance stack the branches as [unconditional, conditional] in one batch of two."""
+        if len(self._branches) == 1 or tensor.ndim == 0 or tensor.shape[0] != 2:
+            return tensor
+        i = self._branches.index(branch)
+        return tensor[i : i + 1]
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=_RTOL, atol=_ATOL)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    return tensor.detach().contiguous().numpy().copy()

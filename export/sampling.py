@@ -1,0 +1,313 @@
+"""Finds the table of a generator's own sampler, for any step count: from its scheduler, or from its loop.
+
+Networks are replaced by stand-ins whose outputs are known numbers, so a run costs nothing but the sampler. What a
+pipeline does around its scheduler (its input scaling, its time values, how it mixes the network's output with the
+latent before ``step``) is read off by comparing numbers, and folded into the scheduler's table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.errors import ExportError, ScheduleError
+from fewstep.export.generator import Generator
+from fewstep.export.probe import Row, Watch, probe
+from fewstep.export.reference import Call, Run, Stub, noise_tensor, run
+from fewstep.export.short_form import solve_step
+from fewstep.manifest import DENOISER
+from fewstep.schedule import Schedule
+
+# The reference computes in float32; what it does to a latent between two calls is a few operations.
+_TOLERANCE = 1e-5
+_STUB_SEED = 1 << 40
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a recorded run tells about the loop: which arguments of the denoiser are the latent and times.
+
+    ``has_glue`` is True where tensor operations lie between the network's output and the scheduler's model output that
+    are no mere scaling; they belong to the network's program then.
+    """
+
+    latent: str | None
+    times: tuple[str, ...]
+    post: Callable[[torch.Tensor], torch.Tensor] | None
+    initial: Callable[[torch.Tensor], torch.Tensor]
+    initial_offset: int | None
+    guidance: float
+
+
+def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, Stub]:
+    """Returns a stub for every component of a recorded run: the denoiser's tensors are ``outputs(call, shape)``."""
+
+    def stub(component: str, first: Sequence[Call]) -> Stub:
+        def result(number: int, _: Any) -> Any:
+            call = first[min(number, len(first) - 1)]
+            if component != DENOISER:
+                return call.result
+            return replace_tensors(call.result, lambda t: outputs(number, tuple(t.shape)))
+
+        return result
+
+    return {name: stub(name, recorded.of(name)) for name in {call.component for call in recorded.calls}}
+
+
+def replace_tensors(value: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Returns a copy of a network's result with other tensors."""
+    if isinstance(value, torch.Tensor):
+        return make(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: replace_tensors(getattr(value, f.name), make) for f in dataclasses.fields(value)}
+        return type(value)(**changed)
+    if isinstance(value, Mapping):
+        return {key: replace_tensors(item, make) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(replace_tensors(item, make) for item in value)
+    return value
+
+
+def pipeline_schedule(
+    generator: Generator, recorded: Run, anatomy: Anatomy, steps: int, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> Schedule:
+    """Returns the table of a diffusers pipeline at a step count.
+
+    Raises:
+        ScheduleError: the scheduler is not a table, or the pipeline does more around it than a table can say.
+    """
+
+    def outputs(number: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return noise_tensor(_STUB_SEED, number, shape)
+
+    stubbed = run(
+        generator,
+        generator.prompts[0],
+        0,
+        steps=steps,
+        guidance=anatomy.guidance,
+        inputs=inputs,
+        stubs=stand_ins(recorded, outputs),
+    )
+    calls = stubbed.of(DENOISER)
+    if len(calls) != len(stubbed.states):
+        raise ScheduleError(
+            f"the pipeline calls its denoiser {len(calls)} times in {len(stubbed.states)} steps, expected once in each",
+            hint="a pipeline that skips or repeats calls cannot be expressed",
+        )
+    base = _probe(generator, stubbed, steps)
+    columns = _around_the_scheduler(stubbed, calls, anatomy, base)
+    times = {name: tuple(float(c.inputs[name].reshape(-1)[0]) for c in calls) for name in anatomy.times}
+    first = anatomy.times[0] if anatomy.times else None
+    return replace(
+        base,
+        timesteps=times.pop(first) if first else (0.0,) * len(calls),
+        timestep_dtype=str(calls[0].inputs[first].dtype).removeprefix("torch.") if first else "float32",
+        times=times,
+        **columns,
+        **_start(stubbed, anatomy),
+    )
+
+
+def _probe(generator: Generator, stubbed: Run, steps: int) -> Schedule:
+    """Returns the table of the scheduler as the pipeline uses it."""
+    args, kwargs = stubbed.set_timesteps
+
+    def set_timesteps(scheduler: Any, _: int) -> None:
+        scheduler.set_timesteps(*args, **kwargs)
+        if stubbed.begin_index is not None:
+            scheduler.set_begin_index(stubbed.begin_index)
+
+    return probe(
+        copy.deepcopy(generator.pipeline.scheduler),
+        steps,
+        set_timesteps=set_timesteps,
+        eta=stubbed.step_options.get("eta"),
+        timesteps=torch.stack(stubbed.scheduler_times),
+    )
+
+
+def _around_the_scheduler(
+    stubbed: Run, calls: Sequence[Call], anatomy: Anatomy, base: Schedule
+) -> dict[str, tuple[float, ...]]:
+    """Returns the columns s, p and q with what the pipeline does around ``scheduler.step`` folded in."""
+    s, p, q = list(base.s), list(base.p), list(base.q)
+    for k, call in enumerate(calls):
+        x, given = stubbed.states[k], stubbed.model_outputs[k]
+        if anatomy.latent is not None:
+            s[k] = _nearest(s[k], *_coefficients(call.inputs[anatomy.latent], [x], f"input of step {k}"))
+        F = next(iter(call.outputs.values()))
+        F = F if anatomy.post is None else anatomy.post(F)
+        mixed, kept = _coefficients(given, [F, x], f"model output of step {k}")
+        mixed, kept = _nearest(1.0, mixed), _nearest(0.0, kept)
+        p[k], q[k] = p[k] + q[k] * kept, q[k] * mixed
+    return {"s": tuple(s), "p": tuple(p), "q": tuple(q)}
+
+
+def _start(stubbed: Run, anatomy: Anatomy) -> dict[str, float]:
+    """Returns the scales of the first latent's parts."""
+    x = stubbed.states[0]
+    if anatomy.initial_offset is None:
+        return {"init_scale": 1.0}
+    initial = anatomy.initial(stubbed.draws[anatomy.initial_offset])
+    if stubbed.noised is None:
+        return {"init_scale": _coefficients(x, [initial], "the first latent")[0]}
+    scale, anchor = _coefficients(x, [initial, stubbed.noised[0]], "the first latent")
+    return {"init_scale": scale, "init_anchor": anchor}
+
+
+def _coefficients(target: torch.Tensor, columns: Sequence[torch.Tensor], what: str) -> list[float]:
+    """Returns the numbers that combine the columns to the target.
+
+    Raises:
+        ScheduleError: none do, to float32 rounding.
+    """
+    if any(column.shape != target.shape for column in columns):
+        shapes = [list(column.shape) for column in columns]
+        raise ScheduleError(f"{what} is {list(target.shape)}, what it should be made of is {shapes}")
+    matrix = torch.stack([c.double().reshape(-1) for c in columns], dim=1)
+    wanted = target.double().reshape(-1)
+    solution = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
+    rest = (matrix @ solution - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)
+    if not float(rest) <= _TOLERANCE:
+        raise ScheduleError(
+            f"{what} is no combination of latent and network output: {float(rest):.1e} of it is left over",
+            hint="the pipeline does something between network and scheduler that a table cannot say",
+        )
+    return [float(value) for value in solution]
+
+
+def _nearest(exact: float, measured: float) -> float:
+    """Returns the exact number where the measured one is the same to float32 rounding."""
+    return exact if abs(measured - exact) <= 2 * _TOLERANCE * max(abs(exact), 0.1) else measured
+
+
+def is_scaled(value: torch.Tensor, by: torch.Tensor) -> bool:
+    """Returns whether one tensor is the other times a number."""
+    try:
+        _coefficients(value, [by], "")
+    except ScheduleError:
+        return False
+    return True
+
+
+class _LoopWatch(Watch):
+    """Notes between which network calls a clamp happens."""
+
+    def __init__(self, size: int, name: str, started: Callable[[], int]) -> None:
+        super().__init__(size, name)
+        self.by_step: dict[int, list[Row]] = {}
+        self._started = started
+
+    def note_clamp(self, row: Row) -> None:
+        """Keeps a clamped row with the number of network calls before it."""
+        self.by_step.setdefault(self._started() - 1, []).append(row)
+
+
+def loop_schedule(
+    generator: Generator, recorded: Run, anatomy: Anatomy, steps: int, inputs: Mapping[str, np.ndarray[Any, Any]]
+) -> Schedule:
+    """Returns the table of a loop in plain PyTorch, by running it once on symbols: see `fewstep.export.probe`.
+
+    Raises:
+        ScheduleError: the loop is not linear in noise, network outputs and one tensor that stays the same.
+    """
+    counted = run(
+        generator,
+        generator.prompts[0],
+        0,
+        steps=steps,
+        guidance=anatomy.guidance,
+        inputs=inputs,
+        stubs=stand_ins(recorded, lambda number, shape: noise_tensor(_STUB_SEED, number, shape)),
+    )
+    calls, shape = len(counted.states), tuple(counted.states[0].shape)
+    size = 2 + 2 * calls
+    numel = int(np.prod(shape))
+    if numel < size:
+        raise ScheduleError(f"the latent {list(shape)} is too small to probe {calls} steps, expected {size} numbers")
+
+    def symbol(index: int, wanted: tuple[int, ...]) -> torch.Tensor:
+        if wanted != shape:
+            return torch.zeros(wanted, dtype=torch.float64)
+        symbol = torch.zeros(numel, dtype=torch.float64)
+        symbol[index] = 1.0
+        return symbol.reshape(shape)
+
+    stubs = stand_ins(recorded, lambda number, wanted: symbol(1 + number, wanted))
+    anchors = [
+        name
+        for name in dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
+        if name != DENOISER and shape in {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()}
+    ]
+    for name in anchors:
+        result = recorded.of(name)[0].result
+        stubs[name] = lambda number, _, result=result: replace_tensors(
+            result, lambda t: symbol(size - 1, tuple(t.shape)) if tuple(t.shape) == shape else t
+        )
+    symbolic: list[Run] = []
+
+    def draw(offset: int, wanted: tuple[int, ...]) -> torch.Tensor:
+        return symbol(0 if offset == 0 else calls + offset, wanted)
+
+    with _LoopWatch(numel, generator.name, lambda: len(symbolic[0].states) if symbolic else 0) as watch:
+        traced = run(
+            generator,
+            generator.prompts[0],
+            0,
+            steps=steps,
+            guidance=anatomy.guidance,
+            inputs=inputs,
+            stubs=stubs,
+            draw=draw,
+            on_start=symbolic.append,
+        )
+    return _solve(generator, traced, counted, anatomy, watch, size)
+
+
+def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, watch: _LoopWatch, size: int) -> Schedule:
+    def row(tensor: torch.Tensor) -> Row:
+        flat = tensor.detach().double().reshape(-1).numpy()
+        if np.abs(flat[size:]).max(initial=0.0) > 0:
+            raise ScheduleError(
+                f"{generator.name}: a latent is not made element by element",
+                hint="move what mixes elements into a network",
+            )
+        return flat[:size].copy()
+
+    calls = len(traced.states)
+    x_SD = [row(x) for x in (*traced.states, traced.latents[-1])]
+    outputs = list(np.eye(size)[1 : 1 + calls])
+    clipped = [watch.by_step.get(k, []) for k in range(calls)]
+    clip = watch.clip if all(clipped) else None
+    x0_SD = [rows[0][:size] for rows in clipped] if clip is not None else outputs
+    solved = [solve_step(x_SD, x_SD[k], x0_SD, k, "clipped" if clip else "network output") for k in range(calls)]
+    rest = x_SD[0].copy()
+    rest[[0, -1]] = 0.0
+    if np.abs(rest).max() > 0:
+        raise ScheduleError(f"{generator.name}: the first latent depends on the network's output")
+    times = {name: tuple(float(c.inputs[name].reshape(-1)[0]) for c in counted.of(DENOISER)) for name in anatomy.times}
+    first = anatomy.times[0] if anatomy.times else None
+    dtype = str(counted.of(DENOISER)[0].inputs[first].dtype).removeprefix("torch.") if first else "float32"
+    return Schedule(
+        timesteps=times.pop(first) if first else (0.0,) * calls,
+        timestep_dtype=dtype,
+        init_scale=float(x_SD[0][0]) if anatomy.initial_offset is not None else 1.0,
+        init_anchor=float(x_SD[0][-1]),
+        **{name: tuple(getattr(step, name) for step in solved) for name in ("s", "p", "q", "a", "b", "c", "g")},
+        h=tuple(step.h for step in solved),
+        clip=clip,
+        source=f"{generator.name}'s own loop",
+        times=times,
+    )
+
+
+def refuse(what: str) -> ExportError:
+    """Returns the error for a pipeline whose loop does something that a bundle cannot say."""
+    return ExportError(what, hint="this pipeline does something between its networks that fewstep cannot express yet")
