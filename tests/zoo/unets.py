@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffusers import (
     CMStochasticIterativeScheduler,
@@ -39,21 +40,33 @@ def lcm(**overrides: object) -> LCMScheduler:
 
 def sd_unet(**overrides: object) -> UNet2DConditionModel:
     """Returns a UNet of Stable Diffusion 1 or 2, on 8x8 latents."""
-    return alive(tiny.unet(**overrides), seed=4)
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    }
+    return alive(UNet2DConditionModel(**(settings | overrides)), seed=4)
 
 
-def _sd(folder: Path, *, scheduler: SchedulerMixin, unet: UNet2DConditionModel | None = None) -> Path:
-    pipeline = StableDiffusionPipeline(
-        vae=vae(),
-        text_encoder=clip(),
-        tokenizer=clip_tokenizer(folder / "tokenizer"),
-        unet=unet or sd_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+def sd_parts(folder: Path) -> dict[str, Any]:
+    """Returns what the pipelines of Stable Diffusion share: autoencoder and text encoder, no safety checker."""
+    return {
+        "vae": vae(),
+        "text_encoder": clip(),
+        "tokenizer": clip_tokenizer(folder / "tokenizer"),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def _sd(folder: Path, *, scheduler: SchedulerMixin) -> Path:
+    StableDiffusionPipeline(**sd_parts(folder), unet=sd_unet(), scheduler=scheduler).save_pretrained(folder)
     return folder
 
 
