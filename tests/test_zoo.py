@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tests.zoo import FAMILIES, Family, Loop
 
+_DETERMINISTIC = ("fixed-start", "lotus")  # draw no noise
+
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_family(family: Family, tmp_path: Path) -> None:
@@ -21,7 +23,8 @@ def test_family(family: Family, tmp_path: Path) -> None:
         output = family.run(loaded)
     assert output.isfinite().all()
     assert output.std() > 1e-3
-    assert _differs(output, family.run(loaded, seed=1)), "the same for another seed"
+    if family.name not in _DETERMINISTIC:
+        assert _differs(output, family.run(loaded, seed=1)), "the same for another seed"
     for name in family.inputs:
         assert _differs(output, family.run(loaded, variants={name: 1})), f"the same for another {name}"
     _depends_on_every_input(_denoiser(loaded), *call)

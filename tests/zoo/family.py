@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +135,7 @@ class Family:
                     {k: i.tensor((variants or {}).get(k, 0)) for k, i in self.inputs.items()},
                     steps=steps,
                     guidance=self.call_kwargs.get("guidance", 1.0),
-                    noise=lambda shape: torch.randn(shape, generator=generator),
+                    noise=partial(torch.randn, generator=generator),
                 )
             result = loaded(**self.arguments(steps, variants), generator=generator, output_type="np")
         first = next(iter(result.values()))
