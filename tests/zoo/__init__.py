@@ -1,0 +1,10 @@
+"""A zoo of tiny few-step generators with random weights: one for every family that fewstep serves."""
+
+from __future__ import annotations
+
+from tests.zoo import dits, images, loops, unets
+from tests.zoo.family import Family, Input, Loop
+
+__all__ = ["FAMILIES", "Family", "Input", "Loop"]
+
+FAMILIES: tuple[Family, ...] = (*unets.FAMILIES, *dits.FAMILIES, *images.FAMILIES, *loops.FAMILIES)
