@@ -13,8 +13,8 @@ import torch
 
 from fewstep.export.generator import Generator
 from fewstep.export.reference import SCALED, Run, Text, name_inputs, result_tensor, run
-from fewstep.export.sampling import Anatomy, is_scaled, loop_schedule, pipeline_schedule, refuse
-from fewstep.export.tape import MADE, GlueModule
+from fewstep.export.sampling import Anatomy, is_scaled, loop_schedule, pipeline_schedule, probe_run, refuse
+from fewstep.export.tape import MADE, Glue, GlueModule, Ref
 from fewstep.export.wiring import (
     Wiring,
     glue_component,
@@ -95,7 +95,10 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     if guidance.kind == "two_pass":
         plain = 0.0
         recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs)
-    reader = _Reader(generator, recorded, guidance, plain)
+    others = [
+        probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})
+    ]
+    reader = _Reader(generator, recorded, guidance, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
     schedules = {n: schedule(generator, recorded, reader.anatomy, n, inputs) for n in steps}
     contract, wirings = reader.read()
@@ -107,8 +110,11 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
 class _Reader:
     """Reads one recorded run, without two-pass guidance."""
 
-    def __init__(self, generator: Generator, recorded: Run, guidance: Guidance, plain: float) -> None:
+    def __init__(
+        self, generator: Generator, recorded: Run, guidance: Guidance, plain: float, others: Sequence[Run]
+    ) -> None:
         self._generator, self._run, self._guidance = generator, recorded, guidance
+        self._others = others
         calls = recorded.of(DENOISER)
         if len(calls) != len(recorded.states):
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
@@ -122,6 +128,7 @@ class _Reader:
             initial=self._initial[1],
             initial_offset=self._initial[0],
             guidance=plain,
+            clips=recorded.clips,
         )
 
     # --- the loop
@@ -154,7 +161,8 @@ class _Reader:
         return sorted(found, key=lambda name: "timestep" not in name)
 
     def _moves(self, component: str, name: str) -> bool:
-        values = [c.inputs[name] for c in self._run.of(component)]
+        """Whether an argument differs from step to step, or from step count to step count."""
+        values = [c.inputs[name] for r in (self._run, *self._others) for c in r.of(component)]
         return any(not torch.equal(v, values[0]) for v in values[1:])
 
     def _originals(self, component: str, k: int) -> dict[str, torch.Tensor]:
@@ -187,8 +195,11 @@ class _Reader:
             glue = run.tape.cut([run.noised[1]], what="the initial noise", through=LATENT)
         else:
             glue = run.tape.cut([x], what="the first latent", through=LATENT)
-        if not glue.leaves:
+        if not glue.leaves or glue.leaves == (LATENT,):
             return None, lambda noise: noise
+        anchor = self._plain_anchor()
+        if anchor is not None and set(glue.leaves) <= {anchor, f"{NOISE}0"}:
+            return 0, lambda noise: noise
         if len(glue.leaves) > 1 or not glue.leaves[0].startswith(NOISE):
             anchors = [leaf for leaf in glue.leaves if not leaf.startswith(NOISE)]
             raise refuse(f"the first latent is made of {', '.join(anchors)}, expected noise and one clean latent")
@@ -334,11 +345,13 @@ class _Reader:
     def _initial_component(self) -> Wiring | None:
         run = self._run
         target = run.noised[1] if run.noised is not None else run.states[0]
+        if self._initial[0] is None:
+            glue = Glue((), (), (target,), (Ref(("constant", 0)),))
+            return glue_component(INITIAL, glue, ["latent"], BEFORE)
+        draw = run.draws.get(self._initial[0])
+        if draw is None or torch.equal(self._initial[1](draw), draw):
+            return None
         glue = run.tape.cut([target], what="the first latent", through=LATENT)
-        if self._initial[0] is not None:
-            draw = run.draws[self._initial[0]]
-            if torch.equal(self._initial[1](draw), draw):
-                return None
         return glue_component(INITIAL, glue, ["latent"], BEFORE)
 
     def _ends(self, after: Sequence[Any]) -> tuple[list[Wiring], Contract]:

@@ -48,7 +48,8 @@ class Generator:
     """A diffusers pipeline or a `Loop` with what the compiler must know beside it.
 
     ``guidance`` is the scale w that samples use; 0 means that the pipeline runs without guidance. ``inputs`` are what
-    its user gives; ``options`` further arguments of every call (``strength``, ``height``, ...).
+    its user gives; ``options`` further arguments of every call (``strength``, ``height``, ...), each a value or a
+    function of the step count.
     """
 
     name: str
@@ -179,14 +180,24 @@ class Generator:
 
 
 def _refuse_incomplete(pipeline: Any, modules: Mapping[str, torch.nn.Module]) -> None:
-    """Raises SourceError for what `model_index.json` left out although this pipeline needs it."""
-    optional = set(getattr(pipeline, "_optional_components", ()))
-    for attribute, component in pipeline.components.items():
-        if component is None and attribute not in optional and attribute not in _LEFT_OUT:
-            raise SourceError(
-                f"{type(pipeline).__name__} has no {attribute}, expected all of: {', '.join(pipeline.components)}",
-                hint=f"{attribute} must be in model_index.json, with its folder",
-            )
+    """Raises SourceError for what a pipeline cannot do without although ``model_index.json`` leaves it out.
+
+    Pipelines with several text encoders do without some of them, but then without their tokenizers too.
+    """
+    components = pipeline.components
+    missing = [name for name in ("vae", "scheduler") if name in components and components[name] is None]
+    encoders = [name for name in components if name.startswith("text_encoder")]
+    for name in encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        pair = {name: name in modules, tokenizer: components.get(tokenizer) is not None}
+        missing += [n for n, there in pair.items() if not there and any(pair.values())]
+    if encoders and not any(name in modules for name in encoders) and not missing:
+        missing.append(encoders[0])
+    if missing:
+        raise SourceError(
+            f"{type(pipeline).__name__} has no {missing[0]}, expected all of: {', '.join(components)}",
+            hint=f"{missing[0]} must be in model_index.json, with its folder",
+        )
 
 
 def _inputs(pipeline: Any, denoiser: torch.nn.Module, options: Mapping[str, Any]) -> tuple[InputSpec, ...]:

@@ -28,13 +28,13 @@ _SOURCE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def load(source: str, *, guidance: float | None = None) -> Generator:
-    """Returns the generator that ``source`` names, with ``guidance`` as its scale if one is given.
+def load(source: str | Generator, *, guidance: float | None = None) -> Generator:
+    """Returns the generator that ``source`` names or is, with ``guidance`` as its scale if one is given.
 
     Raises:
         SourceError: nothing there, a component missing or damaged, an unknown class, or weights only as pickles.
     """
-    generator = _load(source)
+    generator = source if isinstance(source, Generator) else _load(source)
     return generator if guidance is None else replace(generator, guidance=guidance)
 
 

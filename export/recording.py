@@ -38,7 +38,15 @@ def record(
     Raises:
         ExportError: this run gives the networks other conditions than the description computes.
     """
-    recorded = run(generator, prompt, seed, steps=steps, guidance=guidance, inputs=inputs)
+    recorded = run(
+        generator,
+        prompt,
+        seed,
+        steps=steps,
+        guidance=guidance,
+        inputs=inputs,
+        clips=described.anatomy.clips,
+    )
     feeds = tuple(_Reader(generator, described, recorded).feeds(steps))
     latents = tuple(x.float().numpy().copy() for x in recorded.latents)
     assert recorded.output is not None

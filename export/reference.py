@@ -31,6 +31,8 @@ _INPUT_NAMES = {("vae_decoder", "z"): "latent_sample", ("vae_decoder", "x"): "la
 _OUTPUT_NAMES = {"unet": ("out_sample",), "transformer": ("out_sample",), "vae_decoder": ("sample",)}
 # The result of `scale_model_input`, if the pipeline calls it.
 SCALED = "scaled_latent"
+# The clean latent that a scheduler's step reports beside the next one.
+CLEAN = "clean_latent"
 _SCHEDULER_METHODS = ("set_timesteps", "step", "scale_model_input", "add_noise", "scale_noise")
 
 Stub = Callable[[int, Any], Any]
@@ -87,6 +89,10 @@ class Run:
     begin_index: int | None = None
     noised: tuple[torch.Tensor, torch.Tensor] | None = None
     """The clean latent and the noise that the pipeline made its first latent of."""
+    clips: bool = False
+    clean: torch.Tensor | None = None
+    ends_clean: bool = False
+    """Whether the pipeline decodes the clean latent that the last step reports, and not the next one."""
     steps_done: int = 0
     result: Any = None
     output: np.ndarray[Any, Any] | None = None
@@ -108,6 +114,7 @@ def run(
     stubs: Mapping[str, Stub] | None = None,
     draw: Callable[[int, tuple[int, ...]], torch.Tensor] | None = None,
     on_start: Callable[[Run], object] | None = None,
+    clips: bool | None = None,
 ) -> Run:
     """Returns a run of the generator with fewstep's noise.
 
@@ -121,6 +128,8 @@ def run(
         stubs: (number of the call, its arguments) -> result, by component; stands in for a network.
         draw: (offset, shape) -> noise, in place of the seed's.
         on_start: told the run before it begins.
+        clips: whether a loop in plain PyTorch clips x0, so that a clamp after the last call is part of the last step;
+            None: it is if there is a clamp after every call of several.
     """
     recorded = Run(guidance, generator.is_loop)
     if on_start is not None:
@@ -131,7 +140,8 @@ def run(
             module = generator.module(component)
             listener = _Listener(component, part.folder, getattr(module, part.method), recorded, (stubs or {}))
             stack.enter_context(mock.patch.object(module, part.method, listener))
-        for name, tokenizer in generator.tokenizers.items():
+        takes_text = any(spec.kind == TEXT for spec in generator.inputs)
+        for name, tokenizer in generator.tokenizers.items() if takes_text else ():
             stack.enter_context(_listen_to_tokenizer(name, tokenizer, recorded))
         for name, array in (inputs or {}).items():
             recorded.inputs[name] = torch.from_numpy(np.array(array))
@@ -144,21 +154,44 @@ def run(
             call = functools.partial(_call_pipeline, generator, prompt, recorded, steps, guidance)
         stack.enter_context(recorded.tape)
         recorded.result = call()
+    if recorded.clean is not None and _takes(recorded, CLEAN):
+        recorded.ends_clean = True
+        recorded.latents[-1] = recorded.clean
+        recorded.tape.rename(LATENT, recorded.clean)
     if recorded.is_loop:
+        recorded.clips = _clips(recorded) if clips is None else clips
         _find_last_latent(recorded)
     recorded.output = _output_array(recorded.result, generator.kind, signed=recorded.is_loop)
     return recorded
 
 
+def _takes(recorded: Run, leaf: str) -> bool:
+    """Returns whether what runs after the loop is given a leaf."""
+    after = [c for c in recorded.calls if c.steps_done == len(recorded.states)]
+    for call in after[:1]:
+        tensors = [t for _, t in flatten_tensors(dict(call.arguments), "")]
+        return leaf in recorded.tape.cut(tensors, what=call.component).leaves
+    return False
+
+
+def _clips(recorded: Run) -> bool:
+    starts = [c.position for c in recorded.of(DENOISER)]
+    ends = [*starts[1:], recorded.tape.position]
+    clamps = recorded.tape.clamps
+    return len(starts) > 1 and all(any(a <= c < b for c in clamps) for a, b in zip(starts, ends, strict=True))
+
+
 def _find_last_latent(recorded: Run) -> None:
-    """Notes what a loop in plain PyTorch ends with: what its last step makes, before it is scaled or reshaped."""
+    """Notes what a loop in plain PyTorch ends with: what it hands on, before it is reshaped or clipped to be shown."""
     after = [c for c in recorded.calls if c.steps_done == len(recorded.states)]
     tensors = [t for c in after[:1] for _, t in flatten_tensors(dict(c.arguments), "") if recorded.tape.varies(t)]
     shape = recorded.states[0].shape
-    last = current = tensors[0] if tensors else recorded.result
-    while len(parents := recorded.tape.parents(current)) == 1:
-        current = parents[0]
-        last = current if current.shape == shape else last
+    last = tensors[0] if tensors else recorded.result
+    while last.shape != shape or (recorded.tape.is_clamp(last) and not recorded.clips):
+        parents = recorded.tape.parents(last)
+        if len(parents) != 1:
+            break
+        last = parents[0]
     if last.shape != shape:
         raise ExportError(
             f"the loop ends with {list(last.shape)}, expected a latent {list(shape)} as its denoiser takes",
@@ -212,7 +245,8 @@ class _Listener:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run, position = self._run, self._run.tape.position
-        arguments = self._bind(args, kwargs)
+        # Networks may empty the lists that they are given.
+        arguments = _copied_containers(self._bind(args, kwargs))
         tensors = name_inputs(self._folder, arguments)
         if run.is_loop and self._component == DENOISER:
             # Schedulers name the latent; in plain PyTorch it is what the network is given first.
@@ -225,10 +259,13 @@ class _Listener:
             instance = self._component if same == 0 else f"{self._component}-{same + 1}"
             result = self._original(*args, **kwargs) if self._stub is None else self._stub(number, arguments)
             outputs = name_outputs(self._folder, result)
-            for name, tensor in outputs.items():
+            varies = self._component == DENOISER or any(map(run.tape.varies, tensors.values()))
+            for name, tensor in outputs.items() if varies else ():
                 run.tape.leaf(f"{instance}.{name}", tensor)
             copies = {name: tensor.detach().clone() for name, tensor in outputs.items()}
-        run.calls.append(Call(self._component, instance, run.steps_done, position, arguments, result, inputs, copies))
+        if varies:  # what gives the same in every run is a constant, not a component
+            call = Call(self._component, instance, run.steps_done, position, arguments, result, inputs, copies)
+            run.calls.append(call)
         run.steps_done += run.is_loop and self._component == DENOISER
         return result
 
@@ -239,6 +276,14 @@ class _Listener:
         for name in variable:
             arguments.update(bound.arguments.get(name, {}))
         return arguments
+
+
+def _copied_containers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied_containers(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied_containers(item) for item in value)
+    return value
 
 
 @contextmanager
@@ -283,14 +328,19 @@ def _listen_to_scheduler(scheduler: Any, recorded: Run) -> Iterator[None]:
             result = original["step"](model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
         tape.leaf(LATENT, following)
+        clean = result[-1] if isinstance(result, tuple) else getattr(result, "pred_original_sample", None)
+        if clean is not None and clean is not following:
+            tape.leaf(CLEAN, clean)
+            recorded.clean = clean
         recorded.latents.append(following)
         recorded.steps_done += 1
         return result
 
-    def scale_model_input(*args: Any, **kwargs: Any) -> Any:
+    def scale_model_input(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with tape.paused():
-            result = original["scale_model_input"](*args, **kwargs)
-        tape.leaf(SCALED, result)
+            result = original["scale_model_input"](sample, *args, **kwargs)
+        if result is not sample:
+            tape.leaf(SCALED, result)
         return result
 
     def add_noise(clean: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -370,7 +420,8 @@ def _call_pipeline(generator: Generator, prompt: str, recorded: Run, steps: int,
     arguments = {name: value for name, value in wanted.items() if name in parameters}
     for spec in generator.inputs:
         arguments[spec.name] = prompt if spec.kind == TEXT else recorded.inputs[spec.name]
-    return pipeline(**arguments, **generator.options)
+    options = {name: value(steps) if callable(value) else value for name, value in generator.options.items()}
+    return pipeline(**{**arguments, **options})
 
 
 def _call_loop(

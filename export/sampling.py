@@ -43,6 +43,7 @@ class Anatomy:
     initial: Callable[[torch.Tensor], torch.Tensor]
     initial_offset: int | None
     guidance: float
+    clips: bool = False
 
 
 def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, Stub]:
@@ -58,6 +59,21 @@ def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Ten
         return result
 
     return {name: stub(name, recorded.of(name)) for name in {call.component for call in recorded.calls}}
+
+
+def probe_run(
+    generator: Generator,
+    recorded: Run,
+    steps: int,
+    guidance: float,
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    clips: bool | None = None,
+) -> Run:
+    """Returns a run at another step count in which no network runs: its outputs are random numbers."""
+    stubs = stand_ins(recorded, lambda number, shape: noise_tensor(_STUB_SEED, number, shape))
+    prompt = generator.prompts[0] if generator.prompts else ""
+    return run(generator, prompt, 0, steps=steps, guidance=guidance, inputs=inputs, stubs=stubs, clips=clips)
 
 
 def replace_tensors(value: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -82,19 +98,7 @@ def pipeline_schedule(
     Raises:
         ScheduleError: the scheduler is not a table, or the pipeline does more around it than a table can say.
     """
-
-    def outputs(number: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return noise_tensor(_STUB_SEED, number, shape)
-
-    stubbed = run(
-        generator,
-        generator.prompts[0],
-        0,
-        steps=steps,
-        guidance=anatomy.guidance,
-        inputs=inputs,
-        stubs=stand_ins(recorded, outputs),
-    )
+    stubbed = probe_run(generator, recorded, steps, anatomy.guidance, inputs)
     calls = stubbed.of(DENOISER)
     if len(calls) != len(stubbed.states):
         raise ScheduleError(
@@ -105,6 +109,13 @@ def pipeline_schedule(
     columns = _around_the_scheduler(stubbed, calls, anatomy, base)
     times = {name: tuple(float(c.inputs[name].reshape(-1)[0]) for c in calls) for name in anatomy.times}
     first = anatomy.times[0] if anatomy.times else None
+    if stubbed.ends_clean:
+        last = {"a": 0.0, "b": 1.0, "c": 0.0, "g": 0.0}
+        base = replace(
+            base,
+            **{name: (*getattr(base, name)[:-1], value) for name, value in last.items()},
+            h=(*base.h[:-1], ()),
+        )
     return replace(
         base,
         timesteps=times.pop(first) if first else (0.0,) * len(calls),
@@ -218,15 +229,7 @@ def loop_schedule(
     Raises:
         ScheduleError: the loop is not linear in noise, network outputs and one tensor that stays the same.
     """
-    counted = run(
-        generator,
-        generator.prompts[0],
-        0,
-        steps=steps,
-        guidance=anatomy.guidance,
-        inputs=inputs,
-        stubs=stand_ins(recorded, lambda number, shape: noise_tensor(_STUB_SEED, number, shape)),
-    )
+    counted = probe_run(generator, recorded, steps, anatomy.guidance, inputs, clips=anatomy.clips)
     calls, shape = len(counted.states), tuple(counted.states[0].shape)
     size = 2 + 2 * calls
     numel = int(np.prod(shape))
@@ -267,13 +270,22 @@ def loop_schedule(
             stubs=stubs,
             draw=draw,
             on_start=symbolic.append,
+            clips=anatomy.clips,
         )
     return _solve(generator, traced, counted, anatomy, watch, size)
 
 
 def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, watch: _LoopWatch, size: int) -> Schedule:
+    start = counted.states[0].double().reshape(-1).numpy() if anatomy.initial_offset is None else None
+
     def row(tensor: torch.Tensor) -> Row:
         flat = tensor.detach().double().reshape(-1).numpy()
+        if start is not None:
+            # A first latent that is always the same is no symbol: its coefficient is what the other elements show.
+            share = float(flat[size:] @ start[size:] / (start[size:] @ start[size:]))
+            flat = flat - share * start
+            flat = np.where(np.abs(flat) > _TOLERANCE * np.abs(start).max(), flat, 0.0)
+            flat[0] += share
         if np.abs(flat[size:]).max(initial=0.0) > 0:
             raise ScheduleError(
                 f"{generator.name}: a latent is not made element by element",
@@ -285,7 +297,7 @@ def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, wa
     x_SD = [row(x) for x in (*traced.states, traced.latents[-1])]
     outputs = list(np.eye(size)[1 : 1 + calls])
     clipped = [watch.by_step.get(k, []) for k in range(calls)]
-    clip = watch.clip if all(clipped) else None
+    clip = watch.clip if anatomy.clips and all(clipped) else None
     x0_SD = [rows[0][:size] for rows in clipped] if clip is not None else outputs
     solved = [solve_step(x_SD, x_SD[k], x0_SD, k, "clipped" if clip else "network output") for k in range(calls)]
     rest = x_SD[0].copy()

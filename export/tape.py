@@ -27,6 +27,9 @@ MADE = "made."
 _ALIASES = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default})
 
 
+_CLAMPS = frozenset({torch.ops.aten.clamp.default, torch.ops.aten.clip.default})
+
+
 @dataclass(frozen=True, eq=False)
 class _Node:
     """One recorded operation, its tensor arguments as they were."""
@@ -103,6 +106,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.position = 0
+        self.clamps: list[int] = []
         self._names: dict[tuple[int, int], str] = {}
         self._leaves: dict[str, torch.Tensor] = {}
         self._made_by: dict[tuple[int, int], _Node] = {}
@@ -130,6 +134,11 @@ class Tape(TorchDispatchMode):
         """Returns what varies among the arguments of the operation that made a tensor; of a leaf, nothing."""
         made = self._made_by.get(self._key(tensor))
         return [] if made is None else [h.tensor for h in _held(made) if self.varies(h.tensor)]
+
+    def is_clamp(self, tensor: torch.Tensor) -> bool:
+        """Returns whether a tensor was made by clamping another."""
+        made = self._made_by.get(self._key(tensor))
+        return made is not None and made.op in _CLAMPS
 
     def varies(self, tensor: torch.Tensor) -> bool:
         """Returns whether a tensor is a leaf or depends on one."""
@@ -169,6 +178,8 @@ class Tape(TorchDispatchMode):
         result = func(*args, **kwargs)
         results = tuple(result) if isinstance(result, (list, tuple)) else (result,)
         node = _Node(self.position, op, *held, self._hold(results))
+        if op in _CLAMPS:
+            self.clamps.append(self.position)
         self.position += 1
         for tensor in results:
             self._made_by.setdefault(self._key(tensor), node)
@@ -248,7 +259,8 @@ class Tape(TorchDispatchMode):
                     stack.pop()
                 else:
                     place(stack.pop())
-        return Glue(tuple(leaves), tuple(steps), tuple(constants), tuple(follow(head) for head in heads))
+        ends = tuple(follow(head) for head in heads)
+        return Glue(tuple(leaves), tuple(steps), tuple(constants), ends)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

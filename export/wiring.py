@@ -59,7 +59,8 @@ class Wiring:
         for argument, direct in zip(self.arguments, self.before.origins, strict=True):
             if direct == origin:
                 return argument
-        return origin.replace(":", "_")
+        name = origin.replace(":", "_")
+        return f"{name}_in" if name in self.outputs else name
 
 
 class WiredModule(torch.nn.Module):
@@ -147,7 +148,7 @@ def wire(
     flat = name_inputs(folder, call.arguments)
     known = dict(direct or {})
     varying = [name for name, tensor in flat.items() if name not in known and tape.varies(tensor)]
-    glue = tape.cut([flat[name] for name in varying], what=call.component, since=since)
+    glue = shorten(tape.cut([flat[name] for name in varying], what=call.component, since=since), tape)
     references = {name: Ref(("leaf", origin)) for name, origin in known.items()}
     references |= dict(zip(varying, glue.targets, strict=True))
     arguments = tuple(name for name in flat if name in references)
@@ -161,7 +162,7 @@ def wire(
         folder=folder + call.instance.removeprefix(call.component),
         call=call,
         arguments=arguments,
-        before=shorten(replace(glue, leaves=tuple(leaves), targets=targets), tape),
+        before=replace(glue, leaves=tuple(leaves), targets=targets),
         results=results,
         after=None,
         outputs=results,
@@ -277,7 +278,33 @@ def trace(generator: Generator, wiring: Wiring, spec: ComponentSpec) -> Program:
             f"{type(error).__name__}: {first_line}",
             hint="does torch.export.export trace this module on its own? data-dependent branches are the usual cause",
         ) from error
+    _normalise(exported)
     return Program(wiring.component, wiring.folder, exported, spec)
+
+
+def _normalise(exported: torch.export.ExportedProgram) -> None:
+    """Removes from a traced program what backends take another way than PyTorch does, in place.
+
+    Attention's traced kernel leaves its result in another order of memory than its decomposition, and views that were
+    right for the one are impossible for the other. Squeezing a dimension that is not 1 does nothing in PyTorch, and is
+    an error elsewhere.
+    """
+    aten = torch.ops.aten
+    for node in list(exported.graph.nodes):
+        if node.target is aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+            node.replace_all_uses_with(node.args[0])
+            exported.graph.erase_node(node)
+            continue
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif node.target is aten.scaled_dot_product_attention.default:
+            with exported.graph.inserting_after(node):
+                dense = exported.graph.call_function(
+                    aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                )
+            dense.meta = {**node.meta, "val": node.meta["val"].contiguous()}
+            node.replace_all_uses_with(dense, delete_user_cb=lambda user, dense=dense: user is not dense)
+    exported.graph_module.recompile()
 
 
 def _example(spec: TensorSpec) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Options:
 
 
 def build(
-    source: str,
+    source: str | Generator,
     recipe: str | Recipe = "fp32",
     targets: Sequence[str] = ("onnxruntime",),
     out: str | Path = "bundle",
@@ -52,7 +52,7 @@ def build(
     """Returns the bundle of a generator, compiled for every target and verified against PyTorch.
 
     Args:
-        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``.
+        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``; or a `Generator`.
         recipe: a preset's name, a TOML file, or a `Recipe`.
         targets: runtimes to compile for.
         out: where the bundle goes. It appears when everything is done, or not at all.
@@ -77,7 +77,7 @@ def build(
     check_targets(targets)
     cache = StageCache(options.cache_root)
 
-    with stage(progress, f"load {source}"):
+    with stage(progress, f"load {source if isinstance(source, str) else source.name}"):
         original = load(source, guidance=recipe.guidance if guidance is None else guidance)
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")

@@ -135,6 +135,8 @@ def _usable_source(bundle: Bundle, against: str | None) -> tuple[str | None, str
             return None, f"{package} is not installed"
     if bundle.manifest.source.kind == "diffusers" and not Path(uri).is_dir():
         return None, f"the source {uri} is not on this machine"
+    if bundle.manifest.source.kind == "python":
+        return None, f"the source {uri} was assembled in Python, and only the process that did so has it"
     return uri, ""
 
 

@@ -54,7 +54,11 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
     main = [
         (a, b) for a, b in zip(verified.references, verified.results, strict=True) if a.steps == manifest.default_steps
     ]
-    psnr = {c.sample: c.value for c in verified.report.checks if (c.error, c.metric) == ("lowering", "PSNR dB")}
+    psnr = {
+        c.sample: c.value
+        for c in verified.report.checks
+        if (c.error, c.level) == ("lowering", "picture") and c.metric.endswith("dB")
+    }
     profile = profiles[0] if profiles else None
     counts = ", ".join(str(n) for n in sorted(manifest.schedules))
     return ReportData(
