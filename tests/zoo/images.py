@@ -53,7 +53,7 @@ def _controlnet(folder: Path) -> Path:
         conditioning_embedding_out_channels=(8, 16),
     )
     StableDiffusionControlNetPipeline(
-        **sd_parts(folder), unet=unet, controlnet=alive(controlnet, seed=20), scheduler=lcm()
+        **sd_parts(folder), unet=unet, controlnet=alive(controlnet, seed=20, gain=1.5), scheduler=lcm()
     ).save_pretrained(folder)
     return folder
 

@@ -56,7 +56,7 @@ def _edm(net: Callable[..., Tensor], x: Tensor, sigma: float, **conditions: Tens
 
 
 def mean_flow(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """z_r = z_t - (t - r) u(z_t, r, t): Eq. 12 and Algorithm 2 of Geng et al. (2025), arXiv:2505.13447."""
+    """z_r = z_t - (t - r) u(z_t, r, t): Algorithm 2 of Geng et al. (2025), arXiv:2505.13447."""
     z = noise(LATENT)
     times = _grid(steps)
     for t, r in pairwise(times):
@@ -67,8 +67,8 @@ def mean_flow(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise:
 def moment_matching(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
     """Pushforward x_s = f(x_t, t, s): Algorithm 2 of Zhou et al. (2025), arXiv:2503.07565.
 
-    Flow-matching schedule with the simple Euler parametrisation f = x - (t - s) sigma_data F(c_in x, 1000 s, 1000 t)
-    of its Section 5, guided with the null label of Section 5 (F_w = w F_c + (1 - w) F_null).
+    The Euler-FM form of its Section 4: x_t = (1 - t) x_0 + t sigma_data n, f = x - (t - s) sigma_data F(c_in x, t, s),
+    guided with a null label, F = w F_label + (1 - w) F_null.
     """
     x = SIGMA_DATA * noise(LATENT)
     times = _grid(steps, 0.994, 0.006)
@@ -92,7 +92,7 @@ def shortcut(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: 
 
 
 def trajectory(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise, gamma: float = 0.5) -> Tensor:
-    """Gamma-sampling: Algorithm 3 of Kim et al. (2023), arXiv:2310.02279, with G of its Eq. 4.
+    """Gamma-sampling of consistency trajectory models: Kim et al. (2023), arXiv:2310.02279, Section 4.
 
     G(x, t, s) = s/t x + (1 - s/t) g(x, t, s); every jump goes to sqrt(1 - gamma^2) times the next time, and noise of
     strength gamma leads back to it.
@@ -123,7 +123,7 @@ def consistency(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, nois
 
 
 def one_call(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """G(sigma z) with sigma = 2.5: Eq. 22 and Section 4 of Zhou et al. (2024), arXiv:2404.04057."""
+    """G(sigma z) with sigma = 2.5: score identity distillation, Zhou et al. (2024), arXiv:2404.04057."""
     return _edm(nets["denoiser"], 2.5 * noise(PICTURE), 2.5, label=inputs["class_label"]).clamp(-1.0, 1.0)
 
 
@@ -154,7 +154,7 @@ def euler_step(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise
 
 
 def acceleration(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """x += v dt + a(x, t, v) t' dt with t' in the middle of the step: Park et al. (2024), arXiv:2411.00322, Section 4.
+    """x += v dt + a(x, t, v) t' dt, t' in the middle of the step: Eq. 13 of Park et al. (2024), arXiv:2411.00322.
 
     The velocity network is called once, on the noise. The times go from noise at 0 to data at 1.
     """
@@ -167,7 +167,7 @@ def acceleration(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noi
 
 
 def without_time(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """Euler steps of a flow whose network is not told the time: Sun et al. (2025), arXiv:2502.13129, Eq. 4."""
+    """Euler steps of a flow whose network is not told the time: Sun et al. (2025), arXiv:2502.13129."""
     x = noise(PICTURE)
     for _ in range(steps):
         x = x - nets["denoiser"](x) / steps
@@ -180,14 +180,13 @@ def fixed_start(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, nois
     for i in range(steps):
         t = 999 - 1000 * i // steps
         signal, following = _alpha_bar(t), _alpha_bar(999 - 1000 * (i + 1) // steps) if i < steps - 1 else 1.0
-        predicted = nets["denoiser"](x, t=_time(float(t)), image=inputs["image"] * 2 - 1)
-        clean = (x - math.sqrt(1 - signal) * predicted) / math.sqrt(signal)
-        x = math.sqrt(following) * clean + math.sqrt(1 - following) * predicted
+        clean = nets["denoiser"](x, t=_time(float(t)), image=inputs["image"] * 2 - 1)
+        x = math.sqrt(following) * clean + math.sqrt((1 - following) / (1 - signal)) * (x - math.sqrt(signal) * clean)
     return x.clamp(-1.0, 1.0)
 
 
 def residual_shift(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """From the small picture with noise to the large one: Eqs. 5-7 and 10 of Yue et al. (2023), arXiv:2307.12348.
+    """From the small picture with noise to the large one: ResShift of Yue et al. (2023), arXiv:2307.12348.
 
     x_T = y + kappa sqrt(eta_T) n; x_(t-1) = eta_(t-1)/eta_t x_t + alpha_t/eta_t f(x_t, y, t) + kappa sqrt(eta_(t-1)
     alpha_t/eta_t) n, alpha_t = eta_t - eta_(t-1), in latents of the picture made as large as the result.
@@ -209,7 +208,7 @@ def residual_shift(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, n
 
 
 def audio(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """Euler steps of a rectified flow of mel spectrograms: Liu et al. (2024), arXiv:2410.12266 (FlashAudio), Eq. 3."""
+    """Euler steps of a rectified flow of mel spectrograms: Liu et al. (2024), arXiv:2410.12266 (FlashAudio)."""
     context = nets["text_encoder"](inputs["prompt"])
     mel = noise(MEL)
     for i in range(steps):
@@ -230,7 +229,7 @@ def depth(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noi
 
 
 def two_texts(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """Euler steps x += dt v, guided in two passes: Algorithm 1 of Liu et al. (2022), arXiv:2209.03003 (InstaFlow).
+    """Euler steps x += dt v, guided in two passes: Liu et al. (2023), arXiv:2309.06380 (InstaFlow).
 
     Text comes from two encoders, as tokens and as one vector; token 0 everywhere is the empty prompt.
     """
@@ -244,7 +243,7 @@ def two_texts(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise:
 
 
 def growing(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """The latents grow in the last step: Algorithm 1 of Starodubcev et al. (2025), arXiv:2503.16397 (SwD)."""
+    """The latents grow in the last step: scale-wise distillation of Starodubcev et al. (2025), arXiv:2503.16397."""
     context = nets["text_encoder"](inputs["prompt"])
     clean = x = noise((1, 4, 4, 4))
     for i in range(steps):
@@ -258,7 +257,7 @@ def growing(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: N
 
 
 def denoising_gan(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
-    """x_0 = G(x_t, z, t), then the posterior of x_(t-1): Eq. 4 of Xiao et al. (2021), arXiv:2112.07804.
+    """x_0 = G(x_t, z, t), then the posterior of x_(t-1): Xiao et al. (2021), arXiv:2112.07804 (DD-GAN).
 
     Every step draws twice: z for the generator, and the noise of the posterior.
     """
