@@ -25,6 +25,8 @@ VIDEO = (1, 4, 4, 8, 8)
 MEL = (1, 1, 8, 32)
 Z = (1, 32)
 
+BOUNDARY = torch.randn(PICTURE, generator=torch.Generator().manual_seed(60))
+
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX, RHO = 0.5, 0.002, 80.0, 7.0
 
 
@@ -85,12 +87,13 @@ def shortcut(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: 
     return nets["decoder"](x / 0.18215)
 
 
-def trajectory(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise, gamma: float = 0.5) -> Tensor:
+def trajectory(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
     """Gamma-sampling of consistency trajectory models: Kim et al. (2023), arXiv:2310.02279, Section 4.
 
     G(x, t, s) = s/t x + (1 - s/t) g(x, t, s); every jump goes to sqrt(1 - gamma^2) times the next time, and noise of
     strength gamma leads back to it.
     """
+    gamma = 0.5
     times = [*_sigmas(steps), 0.0]
     x = times[0] * noise(PICTURE)
     for i, (t, following) in enumerate(pairwise(times)):
@@ -168,9 +171,9 @@ def without_time(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noi
     return x.clamp(-1.0, 1.0)
 
 
-def fixed_start(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise, boundary: Tensor) -> Tensor:
+def fixed_start(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise: Noise) -> Tensor:
     """DDIM steps (arXiv:2010.02502, Eq. 12) from a stored x_T: Ma et al. (2023), arXiv:2305.15357."""
-    x = boundary
+    x = BOUNDARY
     for i in range(steps):
         t = 999 - 1000 * i // steps
         signal, following = _alpha_bar(t), _alpha_bar(999 - 1000 * (i + 1) // steps) if i < steps - 1 else 1.0
