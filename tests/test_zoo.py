@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.zoo import FAMILIES, Family, Loop
 
-_DETERMINISTIC = ("fixed-start", "lotus")  # draw no noise
+_DETERMINISTIC = ("fixed-start", "lotus", "s3diff")  # draw no noise
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

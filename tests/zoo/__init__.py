@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.zoo import dits, images, loops, unets
+from tests.zoo import dits, images, loops, media, unets
 from tests.zoo.family import Family, Input, Loop
 
 __all__ = ["FAMILIES", "Family", "Input", "Loop"]
 
-FAMILIES: tuple[Family, ...] = (*unets.FAMILIES, *dits.FAMILIES, *images.FAMILIES, *loops.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*unets.FAMILIES, *dits.FAMILIES, *images.FAMILIES, *media.FAMILIES, *loops.FAMILIES)

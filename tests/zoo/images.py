@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionUpscalePipeline,
+    StableDiffusionXLImg2ImgPipeline,
     T2IAdapter,
     UNet2DModel,
     VQModel,
@@ -25,7 +26,7 @@ from diffusers import (
 
 from tests.zoo.family import Family, Input
 from tests.zoo.parts import WIDTH, alive, clip, clip_tokenizer, vae
-from tests.zoo.unets import BETAS, PROMPT, euler, lcm, sd_parts, sd_unet
+from tests.zoo.unets import BETAS, PROMPT, euler, lcm, sd_parts, sd_unet, sdxl
 
 IMAGE = Input("image", (1, 3, 16, 16))
 
@@ -53,7 +54,7 @@ def _controlnet(folder: Path) -> Path:
         conditioning_embedding_out_channels=(8, 16),
     )
     StableDiffusionControlNetPipeline(
-        **sd_parts(folder), unet=unet, controlnet=alive(controlnet, seed=20), scheduler=lcm()
+        **sd_parts(folder), unet=unet, controlnet=alive(controlnet, seed=20, gain=1.5), scheduler=lcm()
     ).save_pretrained(folder)
     return folder
 
@@ -148,6 +149,16 @@ FAMILIES = (
         {"guidance_scale": 0.0, "strength": 0.5},
         {**PROMPT, "image": IMAGE},
         note="half of the steps, from a noised picture; the latents of the picture are drawn",
+    ),
+    Family(
+        "img2img-sdxl-turbo",
+        "image in",
+        "diffusers",
+        partial(sdxl, scheduler=euler(), pipeline_class=StableDiffusionXLImg2ImgPipeline),
+        (2, 4),
+        {"guidance_scale": 0.0, "strength": 0.5},
+        {**PROMPT, "image": IMAGE},
+        note="half of the steps, from a noised picture; two text encoders",
     ),
     Family(
         "inpaint",

@@ -166,6 +166,49 @@ class VideoUNet(UNet):
         return self.body(torch.cat([x, image[:, :, None].expand(-1, -1, x.shape[2], -1, -1)], dim=1), t)
 
 
+class LowRankUNet(UNet):
+    """A UNet whose last layer has a low-rank branch that a vector scales: x A diag(degradation) B."""
+
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0) -> None:
+        super().__init__(inputs, 8, scale=scale)
+        self.dense = nn.Conv2d(8, outputs, 1)
+        self.reduce, self.expand = nn.Conv2d(8, 4, 1, bias=False), nn.Conv2d(4, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor, degradation: Tensor) -> Tensor:
+        y = self.body(x, t)
+        return self.dense(y) + self.expand(self.reduce(y) * degradation[:, :, None, None])
+
+
+class Estimator(nn.Module):
+    """How poor a picture is, in four numbers: [B, C, H, W] -> [B, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(F.silu(self.first(image)).mean(dim=(2, 3)))
+
+
+class TrajectoryNet(nn.Module):
+    """x at four times from noise: [1, C, H, W] -> [4, C, H, W], mixed by a Fourier convolution over the times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.times = nn.Parameter(torch.zeros(4, 16))
+        self.weights = nn.Parameter(torch.zeros(2, 3, 16, 16))  # real and imaginary, for each of three frequencies
+        self.norm = nn.GroupNorm(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.silu(self.first(x) + self.times[:, :, None, None])
+        spectrum = torch.fft.rfft(features, dim=0, norm="ortho")
+        mixed = torch.einsum("fchw,fcd->fdhw", spectrum, torch.complex(self.weights[0], self.weights[1]))
+        features = features + torch.fft.irfft(mixed, n=4, dim=0, norm="ortho")
+        return self.last(F.silu(self.norm(features)))
+
+
 class DiTBlock(nn.Module):
     """Attention and MLP behind the gates of adaLN-zero, and cross-attention to a context if there is one."""
 
@@ -188,10 +231,18 @@ class DiTBlock(nn.Module):
 class DiT(nn.Module):
     """A diffusion transformer on patches. Subclasses name its inputs; a mel spectrogram is a picture of one channel."""
 
-    def __init__(self, channels: int, size: tuple[int, int] = (8, 8), *, times: int = 1, classes: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, ...] = (8, 8),
+        *,
+        times: int = 1,
+        classes: int = 0,
+        scale: float = 10.0,
+    ) -> None:
         super().__init__()
         rows, columns = size[0] // 2, size[1] // 2
-        self.times = nn.ModuleList(Time(10.0) for _ in range(times))
+        self.times = nn.ModuleList(Time(scale) for _ in range(times))
         self.labels = nn.Embedding(classes, WIDTH) if classes else None
         self.first = nn.Conv2d(channels, WIDTH, 2, stride=2)
         self.positions = nn.Parameter(torch.zeros(1, rows * columns, WIDTH))
@@ -240,6 +291,11 @@ class StrideDiT(DiT):
 class TextDiT(DiT):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return self.body(x, t, context_BLE=context)
+
+
+class GuidedJumpDiT(DiT):
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, context: Tensor, w: Tensor) -> Tensor:
+        return self.body(x, t, s, w, context_BLE=context)
 
 
 class PooledTextDiT(DiT):

@@ -14,6 +14,7 @@ from diffusers import (
     LCMScheduler,
     SchedulerMixin,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     TCDScheduler,
     UNet2DConditionModel,
@@ -91,8 +92,16 @@ def sdxl_unet(**overrides: object) -> UNet2DConditionModel:
     return alive(network, seed=5)
 
 
-def _sdxl(folder: Path, *, scheduler: SchedulerMixin, guidance_embedding: bool = False) -> Path:
-    pipeline = StableDiffusionXLPipeline(
+def sdxl(
+    folder: Path,
+    *,
+    scheduler: SchedulerMixin,
+    guidance_embedding: bool = False,
+    pipeline_class: type[StableDiffusionXLPipeline]
+    | type[StableDiffusionXLImg2ImgPipeline] = StableDiffusionXLPipeline,
+) -> Path:
+    """Writes a pipeline of SDXL."""
+    pipeline = pipeline_class(
         vae=vae(scaling_factor=0.13025),
         text_encoder=clip(),
         text_encoder_2=clip(projection=True, seed=6),
@@ -150,10 +159,20 @@ FAMILIES = (
         PROMPT,
     ),
     Family(
+        "lcm-lora",
+        "consistency",
+        "diffusers",
+        partial(_sd, scheduler=lcm()),
+        (1, 2, 4),
+        {"guidance_scale": 1.5, "negative_prompt": "blurry"},
+        PROMPT,
+        note="LCM-LoRA, merged: guided in two passes with a negative prompt",
+    ),
+    Family(
         "lcm-sdxl",
         "consistency",
         "diffusers",
-        partial(_sdxl, scheduler=lcm(), guidance_embedding=True),
+        partial(sdxl, scheduler=lcm(), guidance_embedding=True),
         (1, 2, 4),
         {"guidance_scale": 8.0},
         PROMPT,
@@ -190,7 +209,7 @@ FAMILIES = (
         "sdxl-turbo",
         "one-call and adversarial",
         "diffusers",
-        partial(_sdxl, scheduler=euler()),
+        partial(sdxl, scheduler=euler()),
         (1, 2, 4),
         {"guidance_scale": 0.0},
         PROMPT,
@@ -200,7 +219,7 @@ FAMILIES = (
         "sdxl-lightning-1",
         "one-call and adversarial",
         "diffusers",
-        partial(_sdxl, scheduler=euler(prediction_type="sample")),
+        partial(sdxl, scheduler=euler(prediction_type="sample")),
         (1,),
         {"guidance_scale": 0.0},
         PROMPT,
@@ -210,7 +229,7 @@ FAMILIES = (
         "sdxl-lightning-4",
         "one-call and adversarial",
         "diffusers",
-        partial(_sdxl, scheduler=euler()),
+        partial(sdxl, scheduler=euler()),
         (4,),
         {"guidance_scale": 0.0},
         PROMPT,
@@ -220,7 +239,7 @@ FAMILIES = (
         "nitrofusion",
         "one-call and adversarial",
         "diffusers",
-        partial(_sdxl, scheduler=lcm(original_inference_steps=4)),
+        partial(sdxl, scheduler=lcm(original_inference_steps=4)),
         (1, 2, 4),
         {"guidance_scale": 0.0, "timesteps": _shifted},
         PROMPT,
