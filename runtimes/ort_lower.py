@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import rewriter
+from onnxscript.rewriter.rules.common import _no_op
 
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
@@ -58,6 +62,7 @@ def translate(program: Program) -> torch.onnx.ONNXProgram:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # the exporter warns about its own internals
             stack.enter_context(redirect_stdout(StringIO()))  # and prints; stdout is for results
+            stack.enter_context(_exact_rewrites())
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
             result = torch.onnx.export(
@@ -73,6 +78,19 @@ def translate(program: Program) -> torch.onnx.ONNXProgram:
             logger.setLevel(level)
     assert result is not None
     return result
+
+
+@contextmanager
+def _exact_rewrites() -> Iterator[None]:
+    """Keeps the exporter from removing arithmetic that is nearly nothing, for the length of a block.
+
+    Its rules take a constant within 1e-8 of 0 for 0: the epsilon of 1e-15 that keeps linear attention from dividing by
+    zero is gone, and the result is NaN. ONNX Runtime removes what really is nothing.
+    """
+    inexact = {id(rule) for rule in _no_op.rules}
+    kept = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if id(rule) not in inexact)
+    with mock.patch.object(rewriter, "_DEFAULT_REWRITE_RULES", kept):
+        yield
 
 
 def _store_halves(model: ir.Model) -> None:
