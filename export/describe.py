@@ -120,6 +120,7 @@ class _Reader:
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
         self._last = len(calls) - 1
         self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
+        self._initial: tuple[int | None, Any] = (0, None)
         self._initial = self._read_initial()
         self.anatomy = Anatomy(
             latent=self._latent_argument(),
@@ -201,8 +202,7 @@ class _Reader:
         if anchor is not None and set(glue.leaves) <= {anchor, f"{NOISE}0"}:
             return 0, lambda noise: noise
         if len(glue.leaves) > 1 or not glue.leaves[0].startswith(NOISE):
-            anchors = [leaf for leaf in glue.leaves if not leaf.startswith(NOISE)]
-            raise refuse(f"the first latent is made of {', '.join(anchors)}, expected noise and one clean latent")
+            return None, lambda noise: noise
         offset = int(glue.leaves[0].removeprefix(NOISE))
         draw = run.draws[offset]
         if draw.shape == x.shape and is_scaled(GlueModule(glue)(draw)[0], draw):
@@ -312,7 +312,7 @@ class _Reader:
             targets.append(self._run.noised[0])
         if not targets:
             return None, {}, self._plain_anchor()
-        glue = shorten(tape.cut(targets, what=CONDITIONS, through=MADE), tape)
+        glue = shorten(tape.cut(targets, what=CONDITIONS), tape)
         names = [n if not n.startswith(MADE) else f"condition_{i}" for i, n in enumerate(made.values())]
         names += ["anchor"] * (self._run.noised is not None)
         renames, anchor = {}, None
@@ -331,7 +331,7 @@ class _Reader:
 
     def _plain_anchor(self) -> str | None:
         """In a loop in plain PyTorch: an output of the latent's shape that was there before the loop."""
-        if not self._generator.is_loop:
+        if not self._generator.is_loop or self._initial[0] is None:
             return None
         shape = self._run.states[0].shape
         for call in self._run.calls:
@@ -346,7 +346,9 @@ class _Reader:
         run = self._run
         target = run.noised[1] if run.noised is not None else run.states[0]
         if self._initial[0] is None:
-            glue = Glue((), (), (target,), (Ref(("constant", 0)),))
+            glue = run.tape.cut([target], what="the first latent", through=LATENT)
+            if glue.leaves == (LATENT,):
+                glue = Glue((), (), (target,), (Ref(("constant", 0)),))
             return glue_component(INITIAL, glue, ["latent"], BEFORE)
         draw = run.draws.get(self._initial[0])
         if draw is None or torch.equal(self._initial[1](draw), draw):
@@ -440,7 +442,9 @@ def _guidance(generator: Generator, recorded: Run) -> Guidance:
     if embedded is not None and any(_is_embedding(t, embedded) for t in call.inputs.values()):
         return embedded
     batch = next(iter(call.outputs.values())).shape[0]
-    return Guidance("two_pass" if batch == 2 else "none", generator.guidance)
+    if batch == 2:
+        return Guidance("two_pass", generator.guidance, negative=str(generator.options.get("negative_prompt", "")))
+    return Guidance("none", generator.guidance)
 
 
 def embedded_guidance(generator: Generator) -> Guidance | None:

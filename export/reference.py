@@ -75,6 +75,8 @@ class Run:
     is_loop: bool
     tape: Tape = field(default_factory=Tape)
     calls: list[Call] = field(default_factory=list)
+    every_call: list[Call] = field(default_factory=list)
+    """``calls`` are those that depend on anything that varies."""
     texts: list[Text] = field(default_factory=list)
     draws: dict[int, torch.Tensor] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -96,6 +98,12 @@ class Run:
     steps_done: int = 0
     result: Any = None
     output: np.ndarray[Any, Any] | None = None
+
+    def note_state(self, latent: torch.Tensor) -> None:
+        """Keeps the latent of a step; the first one may be something else too, a picture for instance."""
+        if self.states:
+            self.tape.leaf(LATENT, latent)
+        self.states.append(latent)
 
     def of(self, component: str) -> list[Call]:
         """Returns the calls of one component, in order."""
@@ -250,12 +258,12 @@ class _Listener:
         tensors = name_inputs(self._folder, arguments)
         if run.is_loop and self._component == DENOISER:
             # Schedulers name the latent; in plain PyTorch it is what the network is given first.
-            run.states.append(next(iter(tensors.values())))
-            run.tape.leaf(LATENT, run.states[-1])
+            run.note_state(next(iter(tensors.values())))
         with run.tape.paused():
             inputs = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             earlier = run.of(self._component)
-            number, same = len(earlier), sum(call.steps_done == run.steps_done for call in earlier)
+            number = sum(call.component == self._component for call in run.every_call)
+            same = sum(call.steps_done == run.steps_done for call in earlier)
             instance = self._component if same == 0 else f"{self._component}-{same + 1}"
             result = self._original(*args, **kwargs) if self._stub is None else self._stub(number, arguments)
             outputs = name_outputs(self._folder, result)
@@ -263,8 +271,9 @@ class _Listener:
             for name, tensor in outputs.items() if varies else ():
                 run.tape.leaf(f"{instance}.{name}", tensor)
             copies = {name: tensor.detach().clone() for name, tensor in outputs.items()}
+        call = Call(self._component, instance, run.steps_done, position, arguments, result, inputs, copies)
+        run.every_call.append(call)
         if varies:  # what gives the same in every run is a constant, not a component
-            call = Call(self._component, instance, run.steps_done, position, arguments, result, inputs, copies)
             run.calls.append(call)
         run.steps_done += run.is_loop and self._component == DENOISER
         return result
@@ -320,10 +329,9 @@ def _listen_to_scheduler(scheduler: Any, recorded: Run) -> Iterator[None]:
         if not recorded.states:
             recorded.begin_index = getattr(scheduler, "_begin_index", None)
             recorded.step_options = {k: float(v) for k, v in kwargs.items() if _is_number(v)}
-        recorded.states.append(sample)
+        recorded.note_state(sample)
         recorded.model_outputs.append(model_output)
         recorded.scheduler_times.append(torch.as_tensor(timestep).clone())
-        tape.leaf(LATENT, sample)
         with tape.paused():
             result = original["step"](model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample

@@ -58,7 +58,10 @@ def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Ten
 
         return result
 
-    return {name: stub(name, recorded.of(name)) for name in {call.component for call in recorded.calls}}
+    calls: dict[str, list[Call]] = {}
+    for call in recorded.every_call:
+        calls.setdefault(call.component, []).append(call)
+    return {name: stub(name, of_component) for name, of_component in calls.items()}
 
 
 def probe_run(
@@ -122,7 +125,7 @@ def pipeline_schedule(
         timestep_dtype=str(calls[0].inputs[first].dtype).removeprefix("torch.") if first else "float32",
         times=times,
         **columns,
-        **_start(stubbed, anatomy),
+        **_start(recorded, stubbed, anatomy),
     )
 
 
@@ -161,10 +164,14 @@ def _around_the_scheduler(
     return {"s": tuple(s), "p": tuple(p), "q": tuple(q)}
 
 
-def _start(stubbed: Run, anatomy: Anatomy) -> dict[str, float]:
+def _start(recorded: Run, stubbed: Run, anatomy: Anatomy) -> dict[str, float]:
     """Returns the scales of the first latent's parts."""
     x = stubbed.states[0]
     if anatomy.initial_offset is None:
+        if not torch.allclose(x, recorded.states[0], rtol=_TOLERANCE, atol=_TOLERANCE):
+            raise ScheduleError(
+                "the first latent depends on the step count and is no mixture of noise and one clean latent"
+            )
         return {"init_scale": 1.0}
     initial = anatomy.initial(stubbed.draws[anatomy.initial_offset])
     if stubbed.noised is None:
@@ -247,7 +254,7 @@ def loop_schedule(
     anchors = [
         name
         for name in dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
-        if name != DENOISER and shape in {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()}
+        if anatomy.initial_offset is not None and name != DENOISER and shape in {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()}
     ]
     for name in anchors:
         result = recorded.of(name)[0].result

@@ -207,11 +207,12 @@ class Tape(TorchDispatchMode):
         constants: list[torch.Tensor] = []
         steps: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         known: dict[tuple[int, int], Ref] = {}
+        transparent = (MADE, through) if through else (MADE,)
 
         def made_by(held: _Held) -> _Node | None:
             name = self._names.get(held.key)
             made = self._made_by.get(held.key)
-            if made is None or (name is not None and not (through and name.startswith(through))):
+            if made is None or (name is not None and not name.startswith(transparent)):
                 return None
             return made if made.position >= since else None
 

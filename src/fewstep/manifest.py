@@ -103,8 +103,8 @@ class Guidance:
     """How the guidance scale w reaches the network.
 
     ``none``: not at all. ``embedded``: an input of the network, [sin(a_0) ... sin(a_n) cos(a_0) ... cos(a_n)] with
-    a_i = ``factor`` (w - 1) ``frequencies[i]`` in float32. ``two_pass``: F = F_u + w (F_c - F_u), with the empty prompt
-    for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the last bit of
+    a_i = ``factor`` (w - 1) ``frequencies[i]`` in float32. ``two_pass``: F = F_u + w (F_c - F_u), with the prompt
+    ``negative`` for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the last bit of
     an ``exp`` moves a sine by 1e-4.
     """
 
@@ -112,6 +112,7 @@ class Guidance:
     scale: float
     frequencies: tuple[float, ...] = ()
     factor: float = 1000.0
+    negative: str = ""
 
 
 @dataclass(frozen=True)

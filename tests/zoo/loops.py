@@ -60,12 +60,14 @@ FAMILIES = (
     _family(
         "imm",
         "two times",
-        lambda: {"denoiser": N.JumpDiT(4, times=2, classes=11), "decoder": N.Decoder()},
+        lambda: {
+            "denoiser": N.NullGuided(N.JumpDiT(4, times=2, classes=11), null=10, scale=1.5),
+            "decoder": N.Decoder(),
+        },
         S.moment_matching,
         (1, 2, 4),
         LABEL,
-        guidance=1.5,
-        note="guided in two passes with a null label",
+        note="guided with a null label, both passes in the network",
     ),
     _family(
         "shortcut",
@@ -138,14 +140,13 @@ FAMILIES = (
         lambda: {
             "text_encoder": N.TextEncoder(),
             "text_encoder_2": N.TextEncoder(pooled=True),
-            "denoiser": N.PooledTextDiT(4),
+            "denoiser": N.TextGuided(N.PooledTextDiT(4), scale=3.0),
             "decoder": N.Decoder(),
         },
         S.two_texts,
         (1, 2, 4),
         PROMPT,
-        guidance=3.0,
-        note="two text encoders, guided in two passes with an empty prompt",
+        note="two text encoders, guided with an empty prompt, both passes in the network",
     ),
     _family(
         "without-time",

@@ -6,6 +6,7 @@ Legend: B batch (always 1), C channels, H rows, W columns, F frames, L tokens, M
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -268,7 +269,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, embedding, context_BLE)
         pixels = self.last(self.norm(tokens)).transpose(1, 2)
-        return F.pixel_shuffle(pixels.reshape(1, -1, patches.shape[2], patches.shape[3]), 2)
+        return F.pixel_shuffle(pixels.reshape(len(pixels), -1, patches.shape[2], patches.shape[3]), 2)
 
 
 class MeanDiT(DiT):
@@ -363,3 +364,31 @@ class Vocoder(nn.Module):
         for layer in self.grow:
             x = layer(F.leaky_relu(x, 0.1))
         return self.last(F.leaky_relu(x, 0.1)).tanh()
+
+
+class NullGuided(nn.Module):
+    """A class-conditional network with guidance inside: both passes are one batch of two, the null label second."""
+
+    def __init__(self, network: nn.Module, null: int, scale: float) -> None:
+        super().__init__()
+        self.network, self.null, self.scale = network, null, scale
+
+    def forward(self, x: Tensor, *, label: Tensor, **times: Tensor) -> Tensor:
+        """Returns w F_c + (1 - w) F_null."""
+        labels = torch.cat([label, torch.full_like(label, self.null)])
+        both = self.network(torch.cat([x, x]), label=labels, **{k: t.expand(2) for k, t in times.items()})
+        return self.scale * both[:1] + (1 - self.scale) * both[1:]
+
+
+class TextGuided(nn.Module):
+    """A text-conditional network with guidance inside: both passes are one batch of two."""
+
+    def __init__(self, network: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, x: Tensor, *, t: Tensor, bound: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> Tensor:
+        """Returns F_free + w (F_bound - F_free)."""
+        texts = {name: torch.cat([bound[name], free[name]]) for name in bound}
+        both = self.network(torch.cat([x, x]), t=t.expand(2), **texts)
+        return both[1:] + self.scale * (both[:1] - both[1:])

@@ -68,13 +68,10 @@ def moment_matching(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, 
     """
     x = SIGMA_DATA * noise(LATENT)
     times = _grid(steps, 0.994, 0.006)
-    null = torch.full_like(inputs["class_label"], 10)
     for t, s in pairwise(times):
         scaled = x / (SIGMA_DATA * math.sqrt((1 - t) ** 2 + t**2))
         given = {"t": _time(t), "s": _time(s)}
-        free = nets["denoiser"](scaled, label=null, **given)
-        bound = nets["denoiser"](scaled, label=inputs["class_label"], **given)
-        x = x - (t - s) * SIGMA_DATA * (guidance * bound + (1 - guidance) * free)
+        x = x - (t - s) * SIGMA_DATA * nets["denoiser"](scaled, label=inputs["class_label"], **given)
     return nets["decoder"](x / SIGMA_DATA)
 
 
@@ -234,8 +231,7 @@ def two_texts(nets: Nets, inputs: Inputs, *, steps: int, guidance: float, noise:
     texts = [{"context": nets["text_encoder"](p), "pooled": nets["text_encoder_2"](p)} for p in prompts]
     x = noise(LATENT)
     for i in range(steps):
-        bound, free = (nets["denoiser"](x, t=_time(i / steps), **text) for text in texts)
-        x = x + (free + guidance * (bound - free)) / steps
+        x = x + nets["denoiser"](x, t=_time(i / steps), bound=texts[0], free=texts[1]) / steps
     return nets["decoder"](x / 0.18215)
 
 
