@@ -18,6 +18,7 @@ from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.manifest import Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_steps, load_recipe
+from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.export import Description, Generator
@@ -38,11 +39,13 @@ class Options:
 
 
 def build(
-    source: str,
+    source: str | SourceSpec,
     recipe: str | Recipe = "fp32",
     targets: Sequence[str] = ("onnxruntime",),
     out: str | Path = "bundle",
     *,
+    loras: Sequence[str | Lora] = (),
+    decoder: str | None = None,
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     options: Options | None = None,
@@ -51,10 +54,13 @@ def build(
     """Returns the bundle of a generator, compiled for every target and verified against PyTorch.
 
     Args:
-        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``.
+        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``; or a `SourceSpec`, which also names
+            single-file checkpoints with their configurations, and files for single components.
         recipe: a preset's name, a TOML file, or a `Recipe`.
         targets: runtimes to compile for.
         out: where the bundle goes. It appears when everything is done, or not at all.
+        loras: LoRA files to merge, ``FILE`` or ``FILE=SCALE``; none takes the source's, then the recipe's.
+        decoder: folder of a decoder to use instead; None takes the source's, then the recipe's, then its own.
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
         options: how much to verify, and where to cache.
@@ -76,8 +82,10 @@ def build(
     check_targets(targets)
     cache = StageCache(options.cache_root)
 
-    with stage(progress, f"load {source}"):
-        original = load(source, guidance=recipe.guidance if guidance is None else guidance)
+    given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
+    spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
+    with stage(progress, f"load {spec}"):
+        original = load(spec, guidance=recipe.guidance if guidance is None else guidance)
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
