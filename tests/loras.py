@@ -85,17 +85,18 @@ def branches(root: torch.nn.Module, names: tuple[str, ...], *, rank: int, alpha:
 def write(path: Path, style: str, unet: Mapping[str, Branch], text: Mapping[str, Branch] | None = None) -> Path:
     """Writes branches in one style: peft, peft_bare, diffusers, processor, kohya, or ldm."""
     tensors: dict[str, torch.Tensor] = {}
-    alphas = {}
+    configs: dict[str, object] = {}
     for network, found in (("unet", unet), ("text_encoder", text or {})):
         for name, branch in found.items():
             down, up, alpha = _keys(style, network, name)
-            tensors[down], tensors[up] = branch.down.contiguous(), branch.up.contiguous()
+            # Old diffusers files and bare PEFT ones have no place for alpha: it is in the weights.
+            folded = branch.scale if style in ("diffusers", "processor", "peft_bare") else 1.0
+            tensors[down], tensors[up] = branch.down.contiguous(), (branch.up * folded).contiguous()
             if alpha:
                 tensors[alpha] = torch.tensor(branch.alpha)
-            alphas[network] = branch.alpha
-    metadata = None
-    if style == "peft":
-        metadata = {"lora_adapter_metadata": json.dumps({f"{n}.lora_alpha": a for n, a in alphas.items()})}
+            configs[f"{network}.r"], configs[f"{network}.lora_alpha"] = branch.down.shape[0], branch.alpha
+            configs[f"{network}.target_modules"] = list(found)
+    metadata = {"lora_adapter_metadata": json.dumps(configs)} if style == "peft" else None
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -117,7 +118,7 @@ def _keys(style: str, network: str, name: str) -> tuple[str, str, str]:
     stem = f"{network}.{name}"
     if not stem.endswith("_lora"):
         stem += ".lora_linear_layer" if text else ".lora"
-    return f"{stem}.down.weight", f"{stem}.up.weight", re.sub(r"[._]lora(_linear_layer)?$", "", stem) + ".alpha"
+    return f"{stem}.down.weight", f"{stem}.up.weight", ""
 
 
 def _ldm(name: str) -> str:

@@ -63,7 +63,7 @@ def test_merged_weights_compute_what_branches_compute(generator: Generator, tmp_
 
 
 def test_a_file_without_alpha_means_its_product(generator: Generator, tmp_path: Path) -> None:
-    unet = unet_branches(generator, rank=4, alpha=4.0)
+    unet = unet_branches(generator)
     path = loras.write(tmp_path / "lora.safetensors", "peft_bare", unet)
     with loras.beside(generator.pipeline.unet, unet, 1.0):
         expected = denoise(generator)
