@@ -36,16 +36,15 @@ _FACTOR = re.compile(
     r")\.weight$"
 )
 _ALPHA = ".alpha"
-# Adapters that are no product of two matrices, by a piece of their keys.
+# Adapters that are more or else than a product of two matrices, by what is in their keys.
 _OTHERS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon with a Tucker core",
-    "oft_": "OFT",
-    ".diff": "a difference of whole weights",
-    ".bias": "a bias beside a LoRA",
+    r"\.dora_scale$|\.lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.lora_mid\.": "LoCon with a Tucker core",
+    r"\.diff(_b)?$": "a difference of whole weights",
+    r"\.lora_([AB](\.\w+)?|up|down)\.bias$": "a bias beside a LoRA",
 }
 
 
@@ -105,7 +104,7 @@ def read_lora(path: Path, networks: Mapping[str, torch.nn.Module]) -> dict[str, 
 
 def _split(path: Path, key: str) -> tuple[str | None, str]:
     """Returns the module's name as the file has it, and which of ``down``, ``up`` and ``alpha`` a key is."""
-    other = next((kind for piece, kind in _OTHERS.items() if piece in key), None)
+    other = next((kind for pattern, kind in _OTHERS.items() if re.search(pattern, key)), None)
     if other is not None:
         raise SourceError(
             f"{path}: {key} belongs to {other}, expected LoRA matrices (down and up, or lora_A and lora_B)",

@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors.torch import load_file
 
 from fewstep.errors import SourceError
 from fewstep.export.weights import check_weights_file
+
+# diffusers raises any of these for a file that is not what its configuration says.
+_FAILURES = (
+    SingleFileComponentError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+)
 
 
 def load_single_file(path: Path, class_name: str, config: Path, left_out: dict[str, Any]) -> Any:
@@ -36,8 +49,7 @@ def load_single_file(path: Path, class_name: str, config: Path, left_out: dict[s
         )
     try:
         pipeline = pipeline_class.from_single_file(str(path), config=str(config), local_files_only=True, **left_out)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        # diffusers raises any of these for a file that is not what its configuration says.
+    except _FAILURES as error:
         raise SourceError(
             f"{path}: diffusers cannot load it as {config} describes it: {_first_line(error)}",
             hint="is --config the folder of the same base model, and does the file hold the whole pipeline?",
@@ -68,7 +80,7 @@ def load_component(path: Path, name: str, module: Any) -> torch.nn.Module:
         module.save_config(folder)
         try:
             replaced = type(module).from_single_file(str(path), config=folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except _FAILURES as error:
             raise _other_weights(path, name, module, weights, expected) from error
     check_complete(path, name, replaced)
     return replaced.to(next(module.parameters()).dtype)

@@ -22,7 +22,7 @@ from fewstep.recipe import Limits, Recipe, load_recipe
 from fewstep.runtimes.measure import Profile, profile
 from fewstep.runtimes.parity import Check, ParityReport
 from fewstep.schedule import Schedule
-from fewstep.source import Lora, SourceSpec
+from fewstep.source import Lora, Replacement, SourceSpec
 from fewstep.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "ParityReport",
     "Profile",
     "Recipe",
+    "Replacement",
     "Sample",
     "Schedule",
     "SourceSpec",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fewstep.export import Description, Generator
 
 PROMPTS, SEEDS = 8, 2
+# How many samples are decoded again to look for values beyond fp16.
+FP16_SAMPLES = 2
 # How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
 GOLDEN_WITH_FEEDS, GOLDEN_BYTES = 2, 32 << 20
 
@@ -36,6 +38,8 @@ class Options:
     seeds: int = SEEDS
     profile: bool = True
     cache_root: Path | None = None
+    check_fp16: bool = False
+    """Look for decoder values beyond fp16 whatever the recipe; recipes with fp16 weights always do."""
 
 
 def build(
@@ -116,8 +120,9 @@ def build(
             versions=versions(),
         )
         manifest = write_manifest(folder, manifest)
+        caveats = _caveats(optimized, lowered_from, recipe, options)
         verified = verify_against(
-            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, progress=progress
+            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
         )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
@@ -242,6 +247,16 @@ def _record(
 
     entry, _ = cache.get_or_make("reference", key, make)
     return load_samples(entry)
+
+
+def _caveats(generator: Generator, samples: Sequence[Sample], recipe: Recipe, options: Options) -> list[str]:
+    """What parity on this machine does not show: values that a phone would lose in fp16."""
+    from fewstep.calibration import overflow_caveat
+
+    if recipe.weights != "fp16" and not options.check_fp16:
+        return []
+    caveat = overflow_caveat(generator, samples[:FP16_SAMPLES])
+    return [] if caveat is None else [caveat]
 
 
 def _write_golden(samples: Sequence[Sample], folder: Path) -> None:

@@ -159,6 +159,9 @@ def cli() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
+@click.option(
+    "--check-fp16", is_flag=True, help="Look for decoder values beyond fp16, as recipes with fp16 weights do."
+)
 @_json
 def build(
     source: SourceSpec,
@@ -169,10 +172,11 @@ def build(
     out: Path,
     prompts: int,
     seeds: int,
+    check_fp16: bool,
     as_json: bool,
 ) -> None:
     """Build a verified bundle from SOURCE."""
-    options = fewstep.Options(prompts=prompts, seeds=seeds)
+    options = fewstep.Options(prompts=prompts, seeds=seeds, check_fp16=check_fp16)
     with _progress() as progress:
         bundle = fewstep.build(
             source, recipe, targets, out, steps=steps, guidance=guidance, options=options, progress=progress
