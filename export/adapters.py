@@ -11,8 +11,9 @@ import torch
 
 from fewstep.errors import SourceError
 from fewstep.export.generator import Generator
-from fewstep.export.lora_keys import Factors, read_lora
+from fewstep.export.lora_keys import Factors, config_beside, read_lora
 from fewstep.export.weights import check_weights_file
+from fewstep.hashing import file_sha256, value_sha256
 from fewstep.source import Lora
 
 
@@ -41,7 +42,14 @@ def merge_loras(generator: Generator, loras: Sequence[Lora]) -> Generator:
 def component_names(generator: Generator) -> dict[str, str]:
     """Returns the generator's component names by the pipeline's names for them, which are those of files."""
     attributes = {id(module): name for name, module in generator.pipeline.components.items()}
-    return {attributes[id(generator.module(name))]: name for name in generator.parts}
+    modules = {name: generator.module(name) for name in generator.parts}
+    return {attributes[id(module)]: name for name, module in modules.items() if id(module) in attributes}
+
+
+def lora_sha256(path: Path) -> str:
+    """Returns the hash of all that a LoRA's weights come from: the file, and PEFT's configuration beside it."""
+    beside = config_beside(path)
+    return file_sha256(path) if beside is None else value_sha256([file_sha256(path), file_sha256(beside)])
 
 
 def _merged(

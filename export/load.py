@@ -46,11 +46,12 @@ def load(source: str | SourceSpec, *, guidance: float | None = None) -> Generato
 def missing(source: SourceInfo) -> str | None:
     """Returns what of a source is not on this machine, or None if all is there."""
     spec = source.spec()
-    paths = {"source": spec.uri} if source.kind in ("diffusers", "single-file") else {}
-    paths |= {"configuration": spec.config or ".", "decoder": spec.decoder or "."}
-    paths |= {f"component {r.component},": r.path for r in spec.replacements}
-    paths |= {"LoRA": next((lora.path for lora in spec.loras if not Path(lora.path).exists()), ".")}
-    gone = next((f"the {what} {path}" for what, path in paths.items() if not Path(path).exists()), None)
+    parts = [("source", spec.uri)] if source.kind in ("diffusers", "single-file") else []
+    parts += [("configuration", spec.config)] if spec.config else []
+    parts += [("decoder", spec.decoder)] if spec.decoder else []
+    parts += [(f"component {r.component},", r.path) for r in spec.replacements]
+    parts += [("LoRA", lora.path) for lora in spec.loras]
+    gone = next((f"the {what} {path}" for what, path in parts if not Path(path).exists()), None)
     if gone is None and source.kind == "hub":
         try:
             download(spec.uri, SUFFIXES, local_only=True)

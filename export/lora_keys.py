@@ -36,6 +36,7 @@ _FACTOR = re.compile(
     r")\.weight$"
 )
 _ALPHA = ".alpha"
+_PEFT = "base_model.model."
 # Adapters that are more or else than a product of two matrices, by what is in their keys.
 _OTHERS = {
     r"\.dora_scale$|\.lora_magnitude_vector": "DoRA",
@@ -78,8 +79,11 @@ def read_lora(path: Path, networks: Mapping[str, torch.nn.Module]) -> dict[str, 
     tables = {name: _aliases(name, module) for name, module in networks.items()}
     entries: dict[tuple[str, str], _Entry] = {}
     strangers = []
+    beside = config_beside(path)
     with safe_open(path, framework="pt") as stream:
         metadata = _metadata(path, (stream.metadata() or {}).get("lora_adapter_metadata"))
+        if beside is not None:
+            metadata = dict.fromkeys(networks, _json(beside, beside.read_text(encoding="utf-8")))
         keys = list(stream.keys())
         for key in keys:
             named, role = _split(path, key)
@@ -102,6 +106,24 @@ def read_lora(path: Path, networks: Mapping[str, torch.nn.Module]) -> dict[str, 
     return found_factors
 
 
+def config_beside(path: Path) -> Path | None:
+    """Returns the file that holds alpha where PEFT itself wrote the LoRA, or None for every other kind of file.
+
+    Raises:
+        SourceError: it is not there.
+    """
+    with safe_open(path, framework="pt") as stream:
+        if not any(key.startswith(_PEFT) for key in stream.keys()):
+            return None
+    config = path.with_name("adapter_config.json")
+    if not config.is_file():
+        raise SourceError(
+            f"{path} was saved by PEFT, which keeps alpha in adapter_config.json; expected it in {path.parent}",
+            hint="copy it there from where the LoRA came from",
+        )
+    return config
+
+
 def _split(path: Path, key: str) -> tuple[str | None, str]:
     """Returns the module's name as the file has it, and which of ``down``, ``up`` and ``alpha`` a key is."""
     other = next((kind for pattern, kind in _OTHERS.items() if re.search(pattern, key)), None)
@@ -122,7 +144,7 @@ def _split(path: Path, key: str) -> tuple[str | None, str]:
 
 def _find(named: str, tables: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
     """Returns the network and the module that a file's name means."""
-    named = named.removeprefix("base_model.model.")
+    named = named.removeprefix(_PEFT)
     for prefix, candidates in _KOHYA.items():
         if named.startswith(prefix):
             return _lookup(named.removeprefix(prefix), candidates, tables, flat=True)
@@ -226,15 +248,19 @@ def _ldm_names(unet: torch.nn.Module) -> dict[str, str]:
 
 def _metadata(path: Path, text: str | None) -> dict[str, dict[str, Any]]:
     """Returns the LoRA configurations by network that diffusers keeps in a file's header, if it has any."""
-    try:
-        values = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{path}: lora_adapter_metadata is not JSON: {error}", hint="download it again") from error
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, value in _json(path, text or "{}").items():
         network, _, name = key.partition(".")
         configs.setdefault(network, {})[name] = value
     return configs
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}: the LoRA's configuration is not JSON: {error}", hint="download it again") from error
+    return values
 
 
 def _factors(path: Path, module: str, entry: _Entry, config: Mapping[str, Any]) -> Factors:
@@ -246,7 +272,7 @@ def _factors(path: Path, module: str, entry: _Entry, config: Mapping[str, Any]) 
             f"{path}: {entry.key} has {have} without {lacks}, expected both", hint="the file is damaged: get it again"
         )
     rank = entry.down.shape[0]
-    # Without an alpha, files mean up @ down as it is.
+    # Without an alpha anywhere, files mean up @ down as it is.
     alpha = entry.alpha if entry.alpha is not None else _configured_alpha(module, config, rank)
     return Factors(module, entry.down, entry.up, alpha / (rank**0.5 if config.get("use_rslora") else rank))
 

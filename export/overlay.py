@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import SourceError
-from fewstep.export.adapters import component_names, merge_loras
+from fewstep.export.adapters import component_names, lora_sha256, merge_loras
 from fewstep.export.generator import Generator
 from fewstep.export.single_file import load_component
 from fewstep.export.weights import check_weights_folder
@@ -96,7 +96,7 @@ def _recorded(source: SourceInfo, spec: SourceSpec) -> SourceInfo:
     """Returns the source with everything that was laid over it, in its records and in its hash."""
     decoder = None if spec.decoder is None else SourcePart(spec.decoder, _decoder_sha256(Path(spec.decoder)))
     components = {r.component: SourcePart(r.path, file_sha256(Path(r.path))) for r in spec.replacements}
-    loras = tuple(MergedLora(lora.path, lora.scale, file_sha256(Path(lora.path))) for lora in spec.loras)
+    loras = tuple(MergedLora(lora.path, lora.scale, lora_sha256(Path(lora.path))) for lora in spec.loras)
     if decoder is None and not components and not loras:
         return source
     covered = {

@@ -83,28 +83,30 @@ def branches(root: torch.nn.Module, names: tuple[str, ...], *, rank: int, alpha:
 
 
 def write(path: Path, style: str, unet: Mapping[str, Branch], text: Mapping[str, Branch] | None = None) -> Path:
-    """Writes branches in one style: peft, peft_bare, diffusers, processor, kohya, or ldm."""
+    """Writes branches in one style: peft (alpha in a file beside), header, bare, diffusers, processor, kohya, ldm."""
     tensors: dict[str, torch.Tensor] = {}
     configs: dict[str, object] = {}
     for network, found in (("unet", unet), ("text_encoder", text or {})):
         for name, branch in found.items():
             down, up, alpha = _keys(style, network, name)
-            # Old diffusers files and bare PEFT ones have no place for alpha: it is in the weights.
-            folded = branch.scale if style in ("diffusers", "processor", "peft_bare") else 1.0
+            # Files of diffusers have no place for alpha, except in newer headers: it is in the weights.
+            folded = branch.scale if style in ("diffusers", "processor", "bare") else 1.0
             tensors[down], tensors[up] = branch.down.contiguous(), (branch.up * folded).contiguous()
             if alpha:
                 tensors[alpha] = torch.tensor(branch.alpha)
             configs[f"{network}.r"], configs[f"{network}.lora_alpha"] = branch.down.shape[0], branch.alpha
             configs[f"{network}.target_modules"] = list(found)
-    metadata = {"lora_adapter_metadata": json.dumps(configs)} if style == "peft" else None
+    metadata = {"lora_adapter_metadata": json.dumps(configs)} if style == "header" else None
+    if style == "peft":
+        path.with_name("adapter_config.json").write_text(json.dumps({"lora_alpha": next(iter(unet.values())).alpha}))
     save_file(tensors, path, metadata=metadata)
     return path
 
 
 def _keys(style: str, network: str, name: str) -> tuple[str, str, str]:
     text = network == "text_encoder"
-    if style in ("peft", "peft_bare"):
-        stem = f"{network}.{name}" if style == "peft" else f"base_model.model.{name}"
+    if style in ("peft", "header", "bare"):
+        stem = f"base_model.model.{name}" if style == "peft" else f"{network}.{name}"
         return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", ""
     name = f"text_model.{name}" if text else name
     if style in ("kohya", "ldm"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def merged(*given: fewstep.Lora) -> Generator:
     return load(fewstep.SourceSpec(str(built("turbo").source), loras=given))
 
 
-@pytest.mark.parametrize("style", ["peft", "diffusers", "processor", "kohya", "ldm"])
+@pytest.mark.parametrize("style", ["header", "bare", "diffusers", "processor", "kohya", "ldm"])
 def test_merged_weights_compute_what_branches_compute(generator: Generator, tmp_path: Path, style: str) -> None:
     unet, text = unet_branches(generator), text_branches(generator)
     path = loras.write(tmp_path / "lora.safetensors", style, unet, text)
@@ -62,19 +63,26 @@ def test_merged_weights_compute_what_branches_compute(generator: Generator, tmp_
     assert torch.equal(denoise(generator), plain_picture), "merging edited the generator that it was given"
 
 
-def test_a_file_without_alpha_means_its_product(generator: Generator, tmp_path: Path) -> None:
+def test_peft_keeps_alpha_in_a_file_beside(generator: Generator, tmp_path: Path) -> None:
     unet = unet_branches(generator)
-    path = loras.write(tmp_path / "lora.safetensors", "peft_bare", unet)
+    path = loras.write(tmp_path / "adapter_model.safetensors", "peft", unet)
     with loras.beside(generator.pipeline.unet, unet, 1.0):
         expected = denoise(generator)
-    assert sqnr_db(expected.numpy(), denoise(merged(fewstep.Lora(str(path)))).numpy()) >= 110
+    one = merged(fewstep.Lora(str(path)))
+    assert sqnr_db(expected.numpy(), denoise(one).numpy()) >= 110
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"lora_alpha": 7}))
+    assert merged(fewstep.Lora(str(path))).source.sha256 != one.source.sha256
+    config.unlink()
+    with pytest.raises(SourceError, match=r"saved by PEFT, which keeps alpha in adapter_config\.json; expected it in"):
+        merged(fewstep.Lora(str(path)))
 
 
 def test_several_loras_add_up_in_any_order_with_one_rounding(generator: Generator, tmp_path: Path) -> None:
     first, second = unet_branches(generator, seed=1), unet_branches(generator, seed=2, rank=5, alpha=5.0)
     given = (
         fewstep.Lora(str(loras.write(tmp_path / "a.safetensors", "kohya", first)), 0.5),
-        fewstep.Lora(str(loras.write(tmp_path / "b.safetensors", "peft", second)), -0.25),
+        fewstep.Lora(str(loras.write(tmp_path / "b.safetensors", "bare", second)), -0.25),
     )
     one, other = merged(*given), merged(*reversed(given))
     for name in loras.UNET_MODULES:
@@ -92,7 +100,7 @@ def test_untouched_weights_are_shared_and_others_are_not(generator: Generator, t
     from fewstep.export.adapters import merge_loras
 
     name = "mid_block.resnets.1.conv2"
-    path = loras.write(tmp_path / "a.safetensors", "peft", {name: unet_branches(generator)[name]})
+    path = loras.write(tmp_path / "a.safetensors", "header", {name: unet_branches(generator)[name]})
     other = merge_loras(generator, [fewstep.Lora(str(path))])
     assert other.pipeline.text_encoder is generator.pipeline.text_encoder
     assert other.pipeline.unet.conv_in.weight is generator.pipeline.unet.conv_in.weight
@@ -111,9 +119,9 @@ def test_a_linear_lora_fits_a_convolution_of_1x1(generator: Generator, tmp_path:
 
 
 def test_hash_covers_content_and_scale(generator: Generator, tmp_path: Path) -> None:
-    path = loras.write(tmp_path / "a.safetensors", "peft", unet_branches(generator))
+    path = loras.write(tmp_path / "a.safetensors", "header", unet_branches(generator))
     hashes = {generator.source.sha256, *(merged(fewstep.Lora(str(path), s)).source.sha256 for s in (1.0, 0.5))}
-    loras.write(path, "peft", unet_branches(generator, seed=5))
+    loras.write(path, "header", unet_branches(generator, seed=5))
     hashes.add(merged(fewstep.Lora(str(path))).source.sha256)
     assert len(hashes) == 4
 
@@ -182,8 +190,6 @@ def test_other_adapters_are_refused_by_name(generator: Generator, tmp_path: Path
 
 
 def test_rank_stabilized_lora_of_the_header(generator: Generator, tmp_path: Path) -> None:
-    import json
-
     branch = unet_branches(generator, rank=4)["conv_in"]
     path = tmp_path / "a.safetensors"
     config = {"unet.lora_alpha": 8, "unet.use_rslora": True, "unet.alpha_pattern": {"conv_in": 6}}

@@ -111,10 +111,8 @@ def test_not_a_source(run: Run, tmp_path: Path) -> None:
 
 
 def test_hub_without_a_network(run: Run, tmp_path: Path) -> None:
-    assert (
-        "someone/something is not in the local cache of the hub, and HF_HUB_OFFLINE forbids to download it"
-        in refused(run, "someone/something", tmp_path)
-    )
+    text = refused(run, "someone/something", tmp_path)
+    assert "someone/something is not in the local cache of the hub, and HF_HUB_OFFLINE forbids to download it" in text
 
 
 def test_unknown_recipe(run: Run, source: Path, tmp_path: Path) -> None:

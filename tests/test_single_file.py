@@ -141,3 +141,6 @@ def test_component_that_does_not_fit(generator: Generator, tmp_path: Path) -> No
 def test_component_is_not_name_and_file() -> None:
     with pytest.raises(SourceError, match="component 'unet' is not NAME=FILE"):
         fewstep.Replacement.parse("unet")
+    one = fewstep.Replacement("unet", "a.safetensors")
+    with pytest.raises(SourceError, match="component 'unet' is given twice, expected one file for it"):
+        fewstep.SourceSpec("x", replacements=(one, one))

@@ -80,6 +80,12 @@ class SourceSpec:
     replacements: tuple[Replacement, ...] = ()
     config: str | None = None
 
+    def __post_init__(self) -> None:
+        names = [r.component for r in self.replacements]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise SourceError(f"component {twice!r} is given twice, expected one file for it", hint="give one of them")
+
     @classmethod
     def of(cls, source: str | SourceSpec) -> SourceSpec:
         """Returns the source itself, or that of a URI with nothing laid over it."""

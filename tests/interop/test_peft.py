@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # "processor" is left to the other oracle: diffusers itself no longer reads convolutions in that style.
-@pytest.mark.parametrize("style", ["peft", "diffusers", "processor", "kohya", "ldm"])
+@pytest.mark.parametrize("style", ["header", "bare", "diffusers", "processor", "kohya", "ldm"])
 def test_same_weights(source: Path, tmp_path: Path, style: str) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
     unet = loras.branches(pipeline.unet, loras.UNET_MODULES, rank=3, alpha=2.0, seed=0)
