@@ -1,6 +1,7 @@
 """diffusers with PEFT merges the same LoRA files to the same weights.
 
-An oracle that we did not write: ``load_lora_weights`` and ``fuse_lora``, with PEFT, which the compiler does without.
+An oracle that we did not write: ``load_lora_weights`` and ``fuse_lora``, with PEFT, which the compiler does without. Where
+PEFT is installed beside the compiler: ``pytest tests/interop/test_peft.py -W default``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.turbo_folder(tmp_path_factory.mktemp("peft") / "source")
 
 
-# "processor" is left to the other oracle: diffusers itself no longer reads convolutions in that style.
 @pytest.mark.parametrize("style", ["header", "bare", "diffusers", "processor", "kohya", "ldm"])
 def test_same_weights(source: Path, tmp_path: Path, style: str) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(source, safety_checker=None)
