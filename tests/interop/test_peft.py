@@ -1,7 +1,7 @@
 """diffusers with PEFT merges the same LoRA files to the same weights.
 
-An oracle that we did not write: ``load_lora_weights`` and ``fuse_lora``, with PEFT, which the compiler does without. Where
-PEFT is installed beside the compiler: ``pytest tests/interop/test_peft.py -W default``.
+An oracle that we did not write: ``load_lora_weights`` and ``fuse_lora``, with PEFT, which the compiler does without.
+Where PEFT is installed beside the compiler: ``pytest tests/interop/test_peft.py -W default``.
 """
 
 from __future__ import annotations
