@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.calibration.fp16_range import overflow_caveat
 from fewstep.calibration.record import SampleRequest, record_samples
 
-__all__ = ["SampleRequest", "record_samples"]
+__all__ = ["SampleRequest", "overflow_caveat", "record_samples"]

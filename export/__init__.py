@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fewstep.export.describe import Description, describe, diffusers_files, write_tokenizers
 from fewstep.export.generator import Generator
-from fewstep.export.load import load
+from fewstep.export.load import load, missing
 from fewstep.export.loop import SampleFunction
+from fewstep.export.overlay import lay_over
 from fewstep.export.recording import record
 from fewstep.export.wiring import trace
 
@@ -15,7 +16,9 @@ __all__ = [
     "SampleFunction",
     "describe",
     "diffusers_files",
+    "lay_over",
     "load",
+    "missing",
     "record",
     "trace",
     "write_tokenizers",

@@ -95,9 +95,7 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     if guidance.kind == "two_pass":
         plain = 0.0
         recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs)
-    others = [
-        probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})
-    ]
+    others = [probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})]
     reader = _Reader(generator, recorded, guidance, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
     schedules = {n: schedule(generator, recorded, reader.anatomy, n, inputs) for n in steps}

@@ -1,4 +1,4 @@
-"""Loads a generator from a diffusers folder, a hub id, ``module:function`` or the name of the built-in one.
+"""Loads a generator from a folder, a single file, the hub, ``module:function`` or the name of the built-in one.
 
 Nothing is unpickled: weights are safetensors or they are refused.
 """
@@ -8,48 +8,81 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import struct
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import SourceError
 from fewstep.export.generator import Generator
-from fewstep.hashing import folder_sha256
+from fewstep.export.hub import download, is_hub_id
+from fewstep.export.overlay import lay_over
+from fewstep.export.single_file import load_single_file
+from fewstep.export.weights import PICKLES, check_weights_file, check_weights_folder
+from fewstep.hashing import file_sha256, folder_sha256, value_sha256
 from fewstep.manifest import SourceInfo
+from fewstep.source import SourceSpec
 
 BUILT_IN = {"stickers": "fewstep.stickers:generator"}
 
-_HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 _FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)$")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_SOURCE_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
+SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 # Filters of pictures that a bundle neither contains nor needs.
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def load(source: str | Generator, *, guidance: float | None = None) -> Generator:
+def load(source: str | SourceSpec | Generator, *, guidance: float | None = None) -> Generator:
     """Returns the generator that ``source`` names or is, with ``guidance`` as its scale if one is given.
 
     Raises:
-        SourceError: nothing there, a component missing or damaged, an unknown class, or weights only as pickles.
+        SourceError: nothing there, a component missing or damaged, an unknown class, weights only as pickles, or an
+            adapter that does not fit.
     """
-    generator = source if isinstance(source, Generator) else _load(source)
+    if isinstance(source, Generator):
+        generator = source
+    else:
+        spec = SourceSpec.of(source)
+        generator = lay_over(_load(spec), spec)
     return generator if guidance is None else replace(generator, guidance=guidance)
 
 
-def _load(source: str) -> Generator:
-    if source in BUILT_IN:
-        return _from_function(BUILT_IN[source])
-    folder = Path(source)
-    if folder.is_dir():
-        return from_folder(folder, uri=source)
-    if _FUNCTION.match(source):
-        return _from_function(source)
-    if _HUB_ID.match(source) and not folder.exists():
-        return from_folder(_download(source), uri=source)
+def missing(source: SourceInfo) -> str | None:
+    """Returns what of a source is not on this machine, or None if all is there."""
+    spec = source.spec()
+    parts = [("source", spec.uri)] if source.kind in ("diffusers", "single-file") else []
+    parts += [("configuration", spec.config)] if spec.config else []
+    parts += [("decoder", spec.decoder)] if spec.decoder else []
+    parts += [(f"component {r.component},", r.path) for r in spec.replacements]
+    parts += [("LoRA", lora.path) for lora in spec.loras]
+    gone = next((f"the {what} {path}" for what, path in parts if not Path(path).exists()), None)
+    if gone is None and source.kind == "hub":
+        try:
+            download(spec.uri, SUFFIXES, local_only=True)
+        except SourceError:
+            return f"the source {spec.uri}"
+    return gone
+
+
+def _load(spec: SourceSpec) -> Generator:
+    uri, path = spec.uri, Path(spec.uri)
+    if path.suffix == ".safetensors" or (path.suffix in PICKLES and path.is_file()):
+        return from_file(path, spec.config)
+    if spec.config is not None:
+        raise SourceError(
+            f"--config describes a single-file checkpoint, and source {uri!r} is not a .safetensors file",
+            hint="leave --config out, or give the checkpoint's file",
+        )
+    if uri in BUILT_IN:
+        return _from_function(BUILT_IN[uri])
+    if path.is_dir():
+        return from_folder(path, uri=uri)
+    if _FUNCTION.match(uri):
+        return _from_function(uri)
+    if is_hub_id(uri) and not path.exists():
+        return _from_hub(uri)
     raise SourceError(
-        f"source {source!r} is not a folder, a hub id (owner/name), module:function or a built-in generator",
+        f"source {uri!r} is not a folder, a .safetensors file, a hub id (owner/name), module:function or a built-in "
+        "generator",
         hint=f"built-in generators: {', '.join(BUILT_IN)}",
     )
 
@@ -57,27 +90,66 @@ def _load(source: str) -> Generator:
 def from_folder(folder: Path, *, uri: str | None = None) -> Generator:
     """Returns the generator of a diffusers folder, in fp32."""
     check_folder(folder)
-    import torch
     from diffusers import DiffusionPipeline
 
     _quiet()
-    overrides: dict[str, Any] = {name: None for name in _LEFT_OUT if name in _model_index(folder)}
-    if "safety_checker" in overrides:
-        overrides["requires_safety_checker"] = False
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, **overrides
+            str(folder), use_safetensors=True, local_files_only=True, **_left_out(folder)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         # diffusers raises any of these for a folder that is not what its model_index.json says.
         raise SourceError(
             f"{folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?"
         ) from error
+    source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, _files(folder, SUFFIXES)))
+    return _generator(pipeline, source, folder.resolve().name)
+
+
+def from_file(path: Path, config: str | None) -> Generator:
+    """Returns the generator of a single-file checkpoint, in fp32.
+
+    ``config`` is a diffusers folder of the same base model: what a checkpoint does not hold. Its weights are not read.
+    """
+    check_weights_file(path, "checkpoint")
+    if config is None:
+        raise SourceError(
+            f"{path} is a single-file checkpoint: it holds weights alone, expected --config FOLDER beside it",
+            hint="FOLDER is a diffusers folder of the same base model; its model_index.json, tokenizer/, scheduler/ "
+            "and the components' config.json are needed, its weights are not",
+        )
+    folder = Path(config)
+    class_name = str(_model_index(folder).get("_class_name"))
+    _quiet()
+    pipeline = load_single_file(path, class_name, folder, _left_out(folder))
+    described = folder_sha256(folder, _files(folder, tuple(set(SUFFIXES) - {".safetensors"})))
+    sha256 = value_sha256({"checkpoint": file_sha256(path), "config": described})
+    return _generator(pipeline, SourceInfo(str(path), "single-file", sha256, config=config), path.stem)
+
+
+def _from_hub(hub_id: str) -> Generator:
+    snapshot = download(hub_id, SUFFIXES)
+    generator = from_folder(snapshot.folder, uri=hub_id)
+    source = replace(generator.source, kind="hub", revision=snapshot.revision)
+    return replace(generator, source=source, name=snapshot.repository.partition("/")[2])
+
+
+def _left_out(folder: Path) -> dict[str, Any]:
+    """Returns the arguments that keep diffusers from loading what a bundle does not need."""
+    arguments: dict[str, Any] = {name: None for name in _LEFT_OUT if name in _model_index(folder)}
+    return {**arguments, "requires_safety_checker": False} if "safety_checker" in arguments else arguments
+
+
+def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.suffix in suffixes]
+
+
+def _generator(pipeline: Any, source: SourceInfo, name: str) -> Generator:
+    import torch
+
     pipeline.to(torch.float32)  # by itself, transformers keeps the precision of the file
     pipeline.set_progress_bar_config(disable=True)
-    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix in _SOURCE_SUFFIXES]
-    source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, files))
-    return Generator.from_pipeline(pipeline, source, name=folder.resolve().name)
+    return Generator.from_pipeline(pipeline, source, name=name)
 
 
 def _quiet() -> None:
@@ -111,44 +183,7 @@ def check_folder(folder: Path) -> None:
                 f"{folder}: component {name} ({class_name}) is missing, expected folder {name}/",
                 hint="copy the whole checkpoint; model_index.json lists its parts",
             )
-        _check_weights(folder / name)
-
-
-def _check_weights(folder: Path) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles and not weights:
-        raise SourceError(
-            f"{folder} has weights only as a pickle ({pickles[0].name}), expected safetensors: unpickling can run code",
-            hint="convert it on a machine you can spare: load it in diffusers, then save_pretrained",
-        )
-    if not weights and (folder / "config.json").is_file():
-        raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")
-    for path in weights:
-        check_safetensors(path)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises SourceError unless the file's length is what its header promises."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
-        header = None
-    tensors = header if isinstance(header, dict) else {}
-    expected = (
-        8 + length + max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
-        if tensors
-        else None
-    )
-    if expected is None:
-        raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint="download it again")
-    if size != expected:
-        raise SourceError(
-            f"{path} has {size} bytes, expected {expected}", hint="the file is truncated: download it again"
-        )
+        check_weights_folder(folder / name)
 
 
 def _model_index(folder: Path) -> dict[str, Any]:
@@ -179,19 +214,3 @@ def _from_function(reference: str) -> Generator:
             hint="make one with fewstep.export.Generator.from_pipeline",
         )
     return generator
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    match = _HUB_ID.match(hub_id)
-    assert match is not None
-    patterns = [f"*{suffix}" for suffix in _SOURCE_SUFFIXES]
-    try:
-        return Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise SourceError(
-            f"cannot download {hub_id} from the hub: {type(error).__name__}",
-            hint="check the name and the network, or give a local folder; pin a revision as owner/name@revision",
-        ) from error

@@ -254,7 +254,9 @@ def loop_schedule(
     anchors = [
         name
         for name in dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
-        if anatomy.initial_offset is not None and name != DENOISER and shape in {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()}
+        if anatomy.initial_offset is not None
+        and name != DENOISER
+        and shape in {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()}
     ]
     for name in anchors:
         result = recorded.of(name)[0].result

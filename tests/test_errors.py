@@ -103,7 +103,7 @@ def test_broken_safetensors_header(run: Run, source: Path, tmp_path: Path, conte
 
 
 def test_not_a_source(run: Run, tmp_path: Path) -> None:
-    assert "is not a folder, a hub id (owner/name)" in refused(run, tmp_path / "nothing", tmp_path)
+    assert "is not a folder, a .safetensors file, a hub id (owner/name)" in refused(run, tmp_path / "nothing", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "has no model_index.json, expected a diffusers folder" in refused(run, tmp_path / "empty", tmp_path)
     assert "cannot import nowhere:make" in refused(run, "nowhere:make", tmp_path)
@@ -111,7 +111,8 @@ def test_not_a_source(run: Run, tmp_path: Path) -> None:
 
 
 def test_hub_without_a_network(run: Run, tmp_path: Path) -> None:
-    assert "cannot download someone/something from the hub" in refused(run, "someone/something", tmp_path)
+    text = refused(run, "someone/something", tmp_path)
+    assert "someone/something is not in the local cache of the hub, and HF_HUB_OFFLINE forbids to download it" in text
 
 
 def test_unknown_recipe(run: Run, source: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fewstep.recipe import Limits, Recipe, load_recipe
 from fewstep.runtimes.measure import Profile, profile
 from fewstep.runtimes.parity import Check, ParityReport
 from fewstep.schedule import Schedule
+from fewstep.source import Lora, Replacement, SourceSpec
 from fewstep.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -33,13 +34,16 @@ __all__ = [
     "Contract",
     "FewstepError",
     "Limits",
+    "Lora",
     "Manifest",
     "Options",
     "ParityReport",
     "Profile",
     "Recipe",
+    "Replacement",
     "Sample",
     "Schedule",
+    "SourceSpec",
     "StepFeed",
     "Verification",
     "build",

@@ -18,12 +18,15 @@ from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.manifest import Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_steps, load_recipe
+from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
     from fewstep.export import Description, Generator
 
 PROMPTS, SEEDS = 8, 2
+# How many samples are decoded again to look for values beyond fp16.
+FP16_SAMPLES = 2
 # How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
 GOLDEN_WITH_FEEDS, GOLDEN_BYTES = 2, 32 << 20
 
@@ -36,14 +39,18 @@ class Options:
     seeds: int = SEEDS
     profile: bool = True
     cache_root: Path | None = None
+    check_fp16: bool = False
+    """Look for decoder values beyond fp16 whatever the recipe; recipes with fp16 weights always do."""
 
 
 def build(
-    source: str | Generator,
+    source: str | SourceSpec | Generator,
     recipe: str | Recipe = "fp32",
     targets: Sequence[str] = ("onnxruntime",),
     out: str | Path = "bundle",
     *,
+    loras: Sequence[str | Lora] = (),
+    decoder: str | None = None,
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     options: Options | None = None,
@@ -52,10 +59,13 @@ def build(
     """Returns the bundle of a generator, compiled for every target and verified against PyTorch.
 
     Args:
-        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``; or a `Generator`.
+        source: a diffusers folder, a hub id, ``module:function`` or ``stickers``; or a `SourceSpec`, which also names
+            single-file checkpoints with their configurations, and files for single components; or a `Generator`.
         recipe: a preset's name, a TOML file, or a `Recipe`.
         targets: runtimes to compile for.
         out: where the bundle goes. It appears when everything is done, or not at all.
+        loras: LoRA files to merge, ``FILE`` or ``FILE=SCALE``; none takes the source's, then the recipe's.
+        decoder: folder of a decoder to use instead; None takes the source's, then the recipe's, then its own.
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
         options: how much to verify, and where to cache.
@@ -65,7 +75,7 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, load, write_tokenizers
+    from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
@@ -77,8 +87,13 @@ def build(
     check_targets(targets)
     cache = StageCache(options.cache_root)
 
-    with stage(progress, f"load {source if isinstance(source, str) else source.name}"):
-        original = load(source, guidance=recipe.guidance if guidance is None else guidance)
+    given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
+    with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
+        w = recipe.guidance if guidance is None else guidance
+        if isinstance(source, (str, SourceSpec)):
+            original = load(given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters), guidance=w)
+        else:
+            original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
@@ -109,8 +124,9 @@ def build(
             versions=versions(),
         )
         manifest = write_manifest(folder, manifest)
+        caveats = _caveats(optimized, lowered_from, recipe, options)
         verified = verify_against(
-            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, progress=progress
+            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
         )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
@@ -237,6 +253,16 @@ def _record(
 
     entry, _ = cache.get_or_make("reference", key, make)
     return load_samples(entry)
+
+
+def _caveats(generator: Generator, samples: Sequence[Sample], recipe: Recipe, options: Options) -> list[str]:
+    """What parity on this machine does not show: values that a phone would lose in fp16."""
+    from fewstep.calibration import overflow_caveat
+
+    if recipe.weights != "fp16" and not options.check_fp16:
+        return []
+    caveat = overflow_caveat(generator, samples[:FP16_SAMPLES])
+    return [] if caveat is None else [caveat]
 
 
 def _write_golden(samples: Sequence[Sample], folder: Path) -> None:

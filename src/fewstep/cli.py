@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +26,7 @@ from fewstep.feeds import Sample
 from fewstep.progress import Advance, Progress
 from fewstep.report import images
 from fewstep.runtimes import RUNTIMES
+from fewstep.source import Lora, Replacement, SourceSpec
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False)
@@ -85,7 +88,48 @@ def _steps(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-_source = click.argument("source")
+
+
+def _adapters(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options that lay something over a source; the command gets them as ``over``, without a URI."""
+
+    @click.option("--lora", "loras", multiple=True, metavar="FILE[=SCALE]", help="LoRA to merge; may be repeated.")
+    @click.option("--decoder", metavar="FOLDER", help="Another decoder for the same latents, e.g. a tiny autoencoder.")
+    @click.option(
+        "--component",
+        "components",
+        multiple=True,
+        metavar="NAME=FILE",
+        help="Weights of one component, e.g. unet=FILE.",
+    )
+    @click.option("--config", metavar="FOLDER", help="Configurations of a single-file checkpoint: a diffusers folder.")
+    @functools.wraps(command)
+    def with_adapters(
+        *args: Any,
+        loras: tuple[str, ...],
+        decoder: str | None,
+        components: tuple[str, ...],
+        config: str | None,
+        **kwargs: Any,
+    ) -> None:
+        over = SourceSpec("", tuple(map(Lora.of, loras)), decoder, tuple(map(Replacement.parse, components)), config)
+        command(*args, over=over, **kwargs)
+
+    return with_adapters
+
+
+def _source(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds SOURCE and its adapters; the command gets one `SourceSpec`."""
+
+    @click.argument("source")
+    @_adapters
+    @functools.wraps(command)
+    def with_source(*args: Any, source: str, over: SourceSpec, **kwargs: Any) -> None:
+        command(*args, source=replace(over, uri=source), **kwargs)
+
+    return with_source
+
+
 _bundle = click.argument("bundle", type=click.Path(path_type=Path))
 _recipe = click.option("--recipe", default="fp32", show_default=True, help="Preset (fp32, fp16) or a TOML file.")
 _targets = click.option(
@@ -101,7 +145,8 @@ _runtime = click.option("--runtime", help="Which of the bundle's runtimes; its f
 def cli() -> None:
     """Compile few-step generators for devices, with proof.
 
-    SOURCE is a diffusers folder, a hub id (owner/name@revision), module:function, or stickers, the built-in generator.
+    SOURCE is a diffusers folder, a single-file checkpoint (with --config), a hub id (owner/name@revision),
+    module:function, or stickers, the built-in generator.
     """
 
 
@@ -114,9 +159,12 @@ def cli() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
+@click.option(
+    "--check-fp16", is_flag=True, help="Look for decoder values beyond fp16, as recipes with fp16 weights do."
+)
 @_json
 def build(
-    source: str,
+    source: SourceSpec,
     targets: tuple[str, ...],
     recipe: str,
     steps: tuple[int, ...] | None,
@@ -124,10 +172,11 @@ def build(
     out: Path,
     prompts: int,
     seeds: int,
+    check_fp16: bool,
     as_json: bool,
 ) -> None:
     """Build a verified bundle from SOURCE."""
-    options = fewstep.Options(prompts=prompts, seeds=seeds)
+    options = fewstep.Options(prompts=prompts, seeds=seeds, check_fp16=check_fp16)
     with _progress() as progress:
         bundle = fewstep.build(
             source, recipe, targets, out, steps=steps, guidance=guidance, options=options, progress=progress
@@ -176,7 +225,12 @@ def generate(
 
 @cli.command()
 @_bundle
-@click.option("--against", metavar="SOURCE", help="Compare with this source instead of the one it was built from.")
+@click.option(
+    "--against",
+    metavar="SOURCE",
+    help="Compare with this source instead of the one it was built from; the same for the adapters below.",
+)
+@_adapters
 @_runtime
 @click.option("--prompts", default=8, show_default=True)
 @click.option("--seeds", default=2, show_default=True)
@@ -187,6 +241,7 @@ def verify(
     context: click.Context,
     bundle: Path,
     against: str | None,
+    over: SourceSpec,
     runtime: str | None,
     prompts: int,
     seeds: int,
@@ -195,9 +250,16 @@ def verify(
 ) -> None:
     """Compare BUNDLE with PyTorch again, on this machine."""
     opened = fewstep.Bundle.open(bundle)
+    given = replace(over, uri=against or "")
     with _progress() as progress:
         result = fewstep.verify(
-            opened, against=against, runtime=runtime, prompts=prompts, seeds=seeds, bisect=bisect, progress=progress
+            opened,
+            against=given if given != SourceSpec("") else None,
+            runtime=runtime,
+            prompts=prompts,
+            seeds=seeds,
+            bisect=bisect,
+            progress=progress,
         )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
@@ -240,11 +302,11 @@ def profile(
 
 
 @cli.command()
-@click.argument("path")
+@_source
 @_json
-def inspect(path: str, as_json: bool) -> None:
-    """Show what is in a bundle or a source."""
-    found = stages.inspect(path)
+def inspect(source: SourceSpec, as_json: bool) -> None:
+    """Show what is in SOURCE, or in a bundle."""
+    found = stages.inspect(source)
     if as_json:
         return _print_json(found)
     for key, value in found.items():
@@ -275,7 +337,7 @@ def runtimes(as_json: bool) -> None:
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for contract.json and .pt2 files."
 )
-def export(source: str, steps: tuple[int, ...] | None, guidance: float | None, out: Path) -> None:
+def export(source: SourceSpec, steps: tuple[int, ...] | None, guidance: float | None, out: Path) -> None:
     """Trace every component of SOURCE: the first stage of a build."""
     with _progress() as progress:
         _listed(stages.export(source, out, steps=steps, guidance=guidance, progress=progress))
@@ -288,7 +350,9 @@ def export(source: str, steps: tuple[int, ...] | None, guidance: float | None, o
 @click.option("--prompts", default=8, show_default=True)
 @click.option("--seeds", default=2, show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for safetensors shards.")
-def calibrate(source: str, steps: int | None, guidance: float | None, prompts: int, seeds: int, out: Path) -> None:
+def calibrate(
+    source: SourceSpec, steps: int | None, guidance: float | None, prompts: int, seeds: int, out: Path
+) -> None:
     """Record every network call of SOURCE on its own trajectory, keyed by step and time."""
     with _progress() as progress:
         _listed(
@@ -302,7 +366,7 @@ def calibrate(source: str, steps: int | None, guidance: float | None, prompts: i
 @_source
 @_recipe
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Diffusers folder to write.")
-def optimize(source: str, recipe: str, out: Path) -> None:
+def optimize(source: SourceSpec, recipe: str, out: Path) -> None:
     """Apply a recipe's passes to SOURCE and write the result as a diffusers folder."""
     with _progress() as progress:
         _listed(stages.optimize(source, out, recipe=recipe, progress=progress))
@@ -316,7 +380,7 @@ def optimize(source: str, recipe: str, out: Path) -> None:
 @_guidance
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the artifacts.")
 def compile_(
-    source: str,
+    source: SourceSpec,
     targets: tuple[str, ...],
     recipe: str,
     steps: tuple[int, ...] | None,

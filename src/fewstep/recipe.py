@@ -5,6 +5,8 @@ A recipe is a preset (``fp32``, ``fp16``) or a TOML file::
     weights = "fp16"            # fp32 | fp16
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
     guidance = 3.0              # guidance scale that samples use unless told otherwise
+    loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
+    decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -21,7 +23,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fewstep.errors import RecipeError
+from fewstep.errors import RecipeError, SourceError
+from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
 MAX_STEPS = 64
@@ -49,7 +52,14 @@ class Recipe:
     weights: str = "fp32"
     steps: tuple[int, ...] | None = None
     guidance: float | None = None
+    loras: tuple[Lora, ...] = ()
+    decoder: str | None = None
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def adapters(self) -> SourceSpec:
+        """What the recipe lays over a source that names nothing else."""
+        return SourceSpec("", self.loras, self.decoder)
 
     def to_json(self) -> dict[str, object]:
         """Returns the recipe as JSON-ready values."""
@@ -86,11 +96,11 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}", hint="check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}", hint="see the recipe page of the guide") from error
-    return parse_recipe(values, where=str(path), name=path.stem)
+    return parse_recipe(values, where=str(path), name=path.stem, folder=path.parent)
 
 
-def parse_recipe(values: Mapping[str, object], *, where: str, name: str) -> Recipe:
-    """Returns the recipe that a parsed TOML file describes."""
+def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder: Path = Path()) -> Recipe:
+    """Returns the recipe that a parsed TOML file describes; its paths are relative to ``folder``."""
     known = [f.name for f in dataclasses.fields(Recipe)]
     _refuse_unknown(values, known, where)
     weights = values.get("weights", "fp32")
@@ -111,6 +121,8 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str) -> Reci
         weights=str(weights),
         steps=_steps(values.get("steps"), where),
         guidance=None if values.get("guidance") is None else _number(values["guidance"], f"{where}: guidance"),
+        loras=_loras(values.get("loras", []), where, folder),
+        decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -134,6 +146,23 @@ def _steps(value: object, where: str) -> tuple[int, ...] | None:
     if not isinstance(value, list) or not value:
         raise RecipeError(f"{where}: steps is {value!r}, expected a list such as [1, 2, 4]", hint="edit the recipe")
     return check_steps(value, f"{where}: steps")
+
+
+def _loras(value: object, where: str, folder: Path) -> tuple[Lora, ...]:
+    if not isinstance(value, list):
+        raise RecipeError(
+            f"{where}: loras is {value!r}, expected a list such as ['lcm.safetensors=0.8']", hint="edit the recipe"
+        )
+    try:
+        return tuple(Lora.of(_path(item, f"{where}: loras", folder)) for item in value)
+    except SourceError as error:
+        raise RecipeError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _path(value: object, where: str, folder: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"{where} has {value!r}, expected a path in quotes", hint="edit the recipe")
+    return str(folder / value)
 
 
 def _number(value: object, where: str) -> float:

@@ -17,6 +17,7 @@ from fewstep.feeds import Sample, save_sample
 from fewstep.progress import Progress, stage
 from fewstep.recipe import check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler
+from fewstep.source import SourceSpec
 
 
 def draw(
@@ -39,13 +40,14 @@ def draw(
         sampler.close()
 
 
-def inspect(path: str) -> dict[str, Any]:
+def inspect(source: str | SourceSpec) -> dict[str, Any]:
     """Returns what is in a bundle, or, by loading and running it once, in a source."""
-    if (Path(path) / MANIFEST).is_file():
-        return Bundle.open(path).manifest.to_json()
+    spec = SourceSpec.of(source)
+    if spec == SourceSpec(spec.uri) and (Path(spec.uri) / MANIFEST).is_file():
+        return Bundle.open(spec.uri).manifest.to_json()
     from fewstep.export import describe, load
 
-    generator = load(path)
+    generator = load(spec)
     described = describe(generator, generator.steps)
     sizes = {
         name: sum(p.numel() for p in generator.module(wiring.part).parameters())
@@ -65,7 +67,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 
 def export(
-    source: str, out: Path, *, steps: Sequence[int] | None, guidance: float | None, progress: Progress
+    source: str | SourceSpec, out: Path, *, steps: Sequence[int] | None, guidance: float | None, progress: Progress
 ) -> list[Path]:
     """Writes every component as a ``torch.export`` program beside ``contract.json``, and returns the paths."""
     import torch
@@ -93,7 +95,7 @@ def export(
 
 
 def calibrate(
-    source: str,
+    source: str | SourceSpec,
     out: Path,
     *,
     steps: int | None,
@@ -121,15 +123,16 @@ def calibrate(
     return [out / name for name in names]
 
 
-def optimize(source: str, out: Path, *, recipe: str, progress: Progress) -> list[Path]:
+def optimize(source: str | SourceSpec, out: Path, *, recipe: str, progress: Progress) -> list[Path]:
     """Writes the optimized generator as a diffusers folder with the passes' notes, and returns the paths."""
     from fewstep.export import load
     from fewstep.optimize import optimize as apply
 
     chosen = load_recipe(recipe)
     with _new_folder(out) as folder:
-        with stage(progress, f"load {source}"):
-            generator = load(source, guidance=chosen.guidance)
+        spec = SourceSpec.of(source).otherwise(chosen.adapters)
+        with stage(progress, f"load {spec}"):
+            generator = load(spec, guidance=chosen.guidance)
         with stage(progress, f"apply {chosen.name}"):
             optimized, notes = apply(generator, chosen)
             optimized.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -138,7 +141,7 @@ def optimize(source: str, out: Path, *, recipe: str, progress: Progress) -> list
 
 
 def compile(
-    source: str,
+    source: str | SourceSpec,
     out: Path,
     *,
     targets: Sequence[str],
@@ -154,8 +157,9 @@ def compile(
     chosen = load_recipe(recipe)
     check_targets(targets)
     with _new_folder(out) as folder:
-        with stage(progress, f"load {source}"):
-            original = load(source, guidance=chosen.guidance if guidance is None else guidance)
+        spec = SourceSpec.of(source).otherwise(chosen.adapters)
+        with stage(progress, f"load {spec}"):
+            original = load(spec, guidance=chosen.guidance if guidance is None else guidance)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
+from fewstep.manifest import SourceInfo
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe
 from fewstep.runtimes.parity import COMPRESSION, ParityReport, compare_components, compare_samples
 from fewstep.runtimes.sampler import open_sampler
+from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.runtimes.ort_bisect import Departure
@@ -37,7 +38,7 @@ class Verification:
 def verify(
     bundle: Bundle,
     *,
-    against: str | None = None,
+    against: str | SourceSpec | None = None,
     runtime: str | None = None,
     prompts: int = 8,
     seeds: int = 2,
@@ -48,8 +49,8 @@ def verify(
 
     Args:
         bundle: the bundle.
-        against: the source to compare with; None takes the one it was built from if it can be loaded and has not
-            changed, else the golden pack, and says which in the report.
+        against: the source to compare with; None takes the one it was built from if it is on this machine, else the
+            golden pack, and says which in the report. What it leaves out (LoRAs, a decoder) is as the bundle was built.
         runtime: which of the bundle's runtimes; None takes the first.
         prompts: how many of the generator's prompts, with live references.
         seeds: how many seeds of each.
@@ -126,22 +127,24 @@ def verify_against(
     )
 
 
-def _usable_source(bundle: Bundle, against: str | None) -> tuple[str | None, str]:
+def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[SourceSpec | None, str]:
+    """Returns the source to compare with, or None and why there is none."""
+    built_from = bundle.manifest.source
     if against is not None:
-        return against, ""
-    uri = bundle.manifest.source.uri
+        return SourceSpec.of(against).otherwise(built_from.spec()), ""
     for package in ("torch", "diffusers"):
         if util.find_spec(package) is None:
             return None, f"{package} is not installed"
-    if bundle.manifest.source.kind == "diffusers" and not Path(uri).is_dir():
-        return None, f"the source {uri} is not on this machine"
-    if bundle.manifest.source.kind == "python":
-        return None, f"the source {uri} was assembled in Python, and only the process that did so has it"
-    return uri, ""
+    if built_from.kind == "python":
+        return None, f"{built_from.uri} was assembled in Python, and only the process that did so has it"
+    from fewstep.export import missing
+
+    gone = missing(built_from)
+    return (built_from.spec(), "") if gone is None else (None, f"{gone} is not on this machine")
 
 
 def _live_references(
-    bundle: Bundle, source: str, prompts: int, seeds: int, progress: Progress
+    bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
 ) -> tuple[list[Sample], list[Sample] | None]:
     from fewstep.calibration import SampleRequest, record_samples
     from fewstep.export import describe, load
@@ -150,7 +153,7 @@ def _live_references(
     manifest = bundle.manifest
     with stage(progress, f"load {source}"):
         original = load(source, guidance=manifest.contract.guidance.scale)
-        _check_same(bundle, original.source.sha256, source)
+        _check_same(bundle.manifest.source, original.source)
         optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
         described = describe(optimized, sorted(manifest.schedules))
     w = manifest.contract.guidance.scale
@@ -168,18 +171,25 @@ def _live_references(
     return run(optimized), run(original) if notes else None
 
 
-def _check_same(bundle: Bundle, sha256: str, source: str) -> None:
-    built_from = bundle.manifest.source
-    if sha256 != built_from.sha256:
+def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
+    if found.sha256 != built_from.sha256:
         raise ContractError(
-            f"{source} (sha256 {sha256[:16]}...) is not what this bundle was built from "
-            f"({built_from.uri}, sha256 {built_from.sha256[:16]}...)",
+            f"{found.spec()} (sha256 {found.sha256[:16]}...) is not what this bundle was built from "
+            f"({built_from.spec()}, sha256 {built_from.sha256[:16]}...){_first_difference(built_from, found)}",
             hint="verify against the original source, or build the bundle again from this one",
         )
 
 
+def _first_difference(built_from: SourceInfo, found: SourceInfo) -> str:
+    """Names the first LoRA that is another one, which a name alone would hide."""
+    for was, now in zip(built_from.loras, found.loras, strict=False):
+        if (was.sha256, was.scale) != (now.sha256, now.scale):
+            return f": LoRA {now.path} differs in {'scale' if was.sha256 == now.sha256 else 'content'}"
+    return ""
+
+
 def _bisect(
-    bundle: Bundle, source: str, verified: Verification, runtime: str, limits: Limits
+    bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
     from fewstep.export import describe, load, trace
     from fewstep.optimize import optimize
