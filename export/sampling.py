@@ -251,13 +251,11 @@ def loop_schedule(
         return symbol.reshape(shape)
 
     stubs = stand_ins(recorded, lambda number, wanted: symbol(1 + number, wanted))
-    anchors = [
-        name
-        for name in dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
-        if anatomy.initial_offset is not None
-        and name != DENOISER
-        and shape in {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()}
-    ]
+    anchors: list[str] = []
+    if anatomy.initial_offset is not None:
+        early = dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
+        shapes = {name: {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()} for name in early}
+        anchors = [name for name in early if name != DENOISER and shape in shapes[name]]
     for name in anchors:
         result = recorded.of(name)[0].result
         stubs[name] = lambda number, _, result=result: replace_tensors(

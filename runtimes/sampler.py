@@ -102,10 +102,8 @@ class Sampler:
         feeds: list[StepFeed] = []
         latents: list[Array] = []
         branches = ("uncond", "cond") if contract.guidance.kind == "two_pass" else ("cond",)
-        values = {
-            b: self._before(prompt if b == "cond" else contract.guidance.negative, given, seed, b, feeds)
-            for b in branches
-        }
+        texts = {"cond": prompt, "uncond": contract.guidance.negative}
+        values = {branch: self._before(texts[branch], given, seed, branch, feeds) for branch in branches}
         shape = (1, *contract.latent_shape)
         anchor = values["cond"][contract.anchor] if contract.anchor else None
 

@@ -132,9 +132,10 @@ def main(names: Iterable[str]) -> None:
         if not names or family.name in names:
             row = build_family(family)
             rows.append(row)
-            print(json.dumps(asdict(row)), flush=True)
+            sys.stdout.write(json.dumps(asdict(row)) + "\n")
+            sys.stdout.flush()
     failed = [row.family for row in rows if row.error]
-    print(f"{len(rows) - len(failed)} of {len(rows)} families; failed: {failed}", file=sys.stderr)
+    sys.stderr.write(f"{len(rows) - len(failed)} of {len(rows)} families; failed: {failed}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.calibration import SampleRequest, overflow_caveat, record_samples
 from fewstep.calibration.fp16_range import decoder_peaks
-from fewstep.export import load
+from fewstep.export import describe, load
 from fewstep.export.generator import Generator
 from fewstep.feeds import Sample
 from tests.bundles import built
@@ -22,7 +22,7 @@ def generator() -> Generator:
 
 @pytest.fixture(scope="module")
 def samples(generator: Generator) -> list[Sample]:
-    return list(record_samples(generator, [SampleRequest("cat", 0, 1, 0.0)]))
+    return list(record_samples(generator, describe(generator, [1]), [SampleRequest("cat", 0, 1, 0.0)]))
 
 
 def scaled(generator: Generator, factor: float) -> Generator:

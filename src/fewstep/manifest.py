@@ -105,8 +105,8 @@ class Guidance:
 
     ``none``: not at all. ``embedded``: an input of the network, [sin(a_0) ... sin(a_n) cos(a_0) ... cos(a_n)] with
     a_i = ``factor`` (w - 1) ``frequencies[i]`` in float32. ``two_pass``: F = F_u + w (F_c - F_u), with the prompt
-    ``negative`` for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the last bit of
-    an ``exp`` moves a sine by 1e-4.
+    ``negative`` for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the
+    last bit of an ``exp`` moves a sine by 1e-4.
     """
 
     kind: str
