@@ -38,7 +38,11 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
     Raises:
         ExportError: the component has an op that cannot be lowered, or a weight does not fit in fp16.
     """
-    model = translate(program, halves=weights == "fp16").model
+    return save(program, translate(program, halves=weights == "fp16").model, folder, weights)
+
+
+def save(program: Program, model: ir.Model, folder: Path, weights: str) -> Artifact:
+    """Returns the artifact of a translated component: see `lower`, whose second half it is."""
     if weights == "fp16":
         _store_halves(model)
     path = folder / program.folder / MODEL
