@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import SourceError
 from fewstep.export.generator import Generator
+from fewstep.export.stored import read_header
 from fewstep.hashing import folder_sha256
 from fewstep.manifest import SourceInfo
 
@@ -125,30 +125,7 @@ def _check_weights(folder: Path) -> None:
     if not weights and (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")
     for path in weights:
-        check_safetensors(path)
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises SourceError unless the file's length is what its header promises."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
-        header = None
-    tensors = header if isinstance(header, dict) else {}
-    expected = (
-        8 + length + max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
-        if tensors
-        else None
-    )
-    if expected is None:
-        raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint="download it again")
-    if size != expected:
-        raise SourceError(
-            f"{path} has {size} bytes, expected {expected}", hint="the file is truncated: download it again"
-        )
+        read_header(path)
 
 
 def _model_index(folder: Path) -> dict[str, Any]:

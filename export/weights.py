@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
 
 from fewstep.errors import SourceError
@@ -61,9 +63,6 @@ def component_class(folder: Path) -> type[torch.nn.Module]:
     Raises:
         SourceError: there is no such file, or no such class.
     """
-    import diffusers
-    import transformers
-
     config = _config(folder)
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     library = diffusers if "_class_name" in config else transformers
@@ -95,7 +94,7 @@ def meta_module(folder: Path, cls: type[torch.nn.Module] | None = None) -> torch
         raise SourceError(
             f"{folder / 'config.json'} does not fit {cls.__name__}: {error}", hint="does it load in diffusers alone?"
         ) from error
-    if hasattr(module, "tie_weights"):
+    if isinstance(module, transformers.PreTrainedModel):
         module.tie_weights()
     return module.float().eval().requires_grad_(False)
 
@@ -207,7 +206,7 @@ def _refuse_left_over(folder: Path, module: torch.nn.Module, keys: Iterable[str]
 
 
 def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other tensors"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -222,7 +221,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _from_config(cls: Any, folder: Path, config: Mapping[str, Any]) -> torch.nn.Module:
-    if hasattr(cls, "config_class"):
+    if issubclass(cls, transformers.PreTrainedModel):
         module: torch.nn.Module = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
     else:
         module = cls.from_config(dict(config))

@@ -15,6 +15,7 @@ import torch
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
+from fewstep.runtimes.ort_files import save_model
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -48,7 +49,7 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str) -> Artif
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{MODEL}.data" if size > _ONE_FILE_BYTES else None)
+    save_model(model, path, external=size > _ONE_FILE_BYTES)
     total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
     return Artifact("onnxruntime", program.component, f"{program.folder}/{MODEL}", weights, "fp32", total)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype, to_torch_dtype
 
 from fewstep.errors import ExportError
 
@@ -21,9 +21,7 @@ class StoredInitializer(ir.LazyTensor):
         shape: its shape.
     """
 
-    def __init__(
-        self, name: str, read: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]
-    ) -> None:
+    def __init__(self, name: str, read: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]) -> None:
         super().__init__(
             lambda: TorchTensor(read().to(dtype).contiguous(), name),
             dtype=from_torch_dtype(dtype),
@@ -31,20 +29,16 @@ class StoredInitializer(ir.LazyTensor):
             name=name,
         )
         self.read = read
+        self._sizes = tuple(shape)
 
     def transposed(self, name: str, axes: Sequence[int]) -> StoredInitializer:
         """Returns the initializer with its axes in another order."""
-        shape = [int(self.shape[axis]) for axis in axes]
-        return StoredInitializer(name, lambda: self.read().permute(*axes), self.raw_dtype, shape)
+        shape = [self._sizes[axis] for axis in axes]
+        return StoredInitializer(name, lambda: self.read().permute(*axes), to_torch_dtype(self.dtype), shape)
 
     def in_halves(self, name: str) -> StoredInitializer:
         """Returns the initializer in fp16."""
-        return StoredInitializer(name, self.read, torch.float16, [int(size) for size in self.shape])
-
-    @property
-    def raw_dtype(self) -> torch.dtype:
-        """Returns the precision as torch has it."""
-        return ir.tensor_adapters.to_torch_dtype(self.dtype)
+        return StoredInitializer(name, self.read, torch.float16, self._sizes)
 
 
 def attach(model: ir.Model, weights: Mapping[str, torch.Tensor], *, halves: bool) -> None:
@@ -55,12 +49,13 @@ def attach(model: ir.Model, weights: Mapping[str, torch.Tensor], *, halves: bool
         weights: values by the names of parameters and buffers, in the precision of their files.
         halves: rounds floating-point values to the nearest fp16 value.
     """
+    names = set(weights)  # a mapping may read a value to say whether it has it
     for name, value in model.graph.initializers.items():
         fake = value.const_value
-        if name in weights and fake is not None:
+        if name in names and fake is not None:
             read = _rounded(weights, name) if halves and fake.dtype.is_floating_point() else _as_stored(weights, name)
-            dtype = ir.tensor_adapters.to_torch_dtype(fake.dtype)
-            value.const_value = StoredInitializer(name, read, dtype, [int(size) for size in fake.shape])
+            dtype = to_torch_dtype(fake.dtype)
+            value.const_value = StoredInitializer(name, read, dtype, fake.shape.numpy())
     _fold_transposes(model.graph)
 
 

@@ -50,9 +50,7 @@ def _autoencoder() -> Network:
         norm_num_groups=8,
         sample_size=16,
     )
-    return Network(
-        module, Part("vae", "decode", "vae_decoder"), {"z": torch.randn(1, 4, 8, 8), "return_dict": False}
-    )
+    return Network(module, Part("vae", "decode", "vae_decoder"), {"z": torch.randn(1, 4, 8, 8), "return_dict": False})
 
 
 def _clip() -> Network:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +28,6 @@ class Component:
     config: Mapping[str, Any]
     part: Part
     arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """The components of one generator."""
-
-    components: Mapping[str, Component] = field(default_factory=dict)
 
 
 def tensors(arguments: Any) -> Any:
@@ -115,22 +108,18 @@ _SDXL_CONDITIONS = {
     }
 }
 
-CASES: dict[str, Case] = {
-    "small": Case({"denoiser": _unet(64, 768, _SMALL)}),
-    "middle": Case({"denoiser": _unet(64, 768, _MIDDLE)}),
-    "sd15": Case(
-        {
-            "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
-            "denoiser": _unet(64, 768, _SD15),
-            "decoder": _decoder(64),
-        }
-    ),
-    "sdxl": Case(
-        {
-            "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
-            "text_encoder_2": _clip("CLIPTextModelWithProjection", _TEXT_2, **_CLIP_G),
-            "denoiser": _unet(128, 2048, _SDXL, **_SDXL_CONDITIONS),
-            "decoder": _decoder(128),
-        }
-    ),
+CASES: dict[str, dict[str, Component]] = {
+    "small": {"denoiser": _unet(64, 768, _SMALL)},
+    "middle": {"denoiser": _unet(64, 768, _MIDDLE)},
+    "sd15": {
+        "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
+        "denoiser": _unet(64, 768, _SD15),
+        "decoder": _decoder(64),
+    },
+    "sdxl": {
+        "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
+        "text_encoder_2": _clip("CLIPTextModelWithProjection", _TEXT_2, **_CLIP_G),
+        "denoiser": _unet(128, 2048, _SDXL, **_SDXL_CONDITIONS),
+        "decoder": _decoder(128),
+    },
 }
