@@ -24,17 +24,19 @@ from fewstep.runtimes.ort_files import save_model
 from tests.networks import NETWORKS, Network, network
 
 LIMIT_DB = 120.0  # two float32 executions of one graph with one set of weights
-# A network takes seconds to compile: one of each kind of weights for every run, the others with the slow tests.
-QUICK = ("unet", "t5")
+# Compiling a network twice takes seconds: two for every run, the others with the slow tests.
+QUICK = (("unet", "fp16"), ("t5", "fp32"))
+CASES = [(name, weights) for name in NETWORKS for weights in ("fp32", "fp16")]
 Values = dict[str, np.ndarray[Any, Any]]
 
 
-@pytest.fixture
-def unet(tmp_path: Path) -> Program:
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """Returns a tiny UNet traced from its folder."""
     made = network("unet")
-    made.module.save_pretrained(tmp_path / "source")
-    return stored_program(tmp_path / "source", "denoiser", made.part, made.arguments)
+    folder = tmp_path_factory.mktemp("unet")
+    made.module.save_pretrained(folder)
+    return stored_program(folder, "denoiser", made.part, made.arguments)
 
 
 def with_values(made: Network, program: Program, *, halves: bool) -> Program:
@@ -62,9 +64,8 @@ def run(path: Path, program: Program, made: Network) -> dict[str, np.ndarray[Any
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-@pytest.mark.parametrize("weights", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+    ("name", "weights"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_lazy_lowering_is_the_eager_one(name: str, weights: str, tmp_path: Path) -> None:
     made = network(name)

@@ -1,7 +1,7 @@
 """Measures compiling networks of growing size and writes the figures as JSON and Markdown.
 
-``python -m benchmarks.scale small middle sd15 sdxl`` goes on where it was interrupted: what is in ``figures.json`` is not
-measured again.
+``python -m benchmarks.scale small middle sd15 sdxl`` goes on where it was interrupted: what is in ``figures.json``
+is not measured again.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def markdown(figures: Figures) -> str:
     lines = [
         "# Compiling networks of full size",
         "",
-        "Real architectures with random fp16 weights to ONNX with fp16 weights, each component in a process of its own; "
-        "written by `python -m benchmarks.scale`.",
+        "Real architectures with random fp16 weights to ONNX with fp16 weights, each component in a process of its "
+        "own; written by `python -m benchmarks.scale`.",
         "",
         f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']} GiB; {machine['system']}, "
         f"Python {machine['python']}, {versions}. The machine was shared: CPU seconds compare, wall seconds are upper "
