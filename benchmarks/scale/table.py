@@ -91,8 +91,12 @@ def _verdicts(compiled: Figures) -> list[str]:
         peak = max(figure["total_peak_bytes"] for figure in compiled["sd15"].values())
         limit = 1.3 * 2 * max(figure["parameters"] for figure in compiled["sd15"].values()) + _GIB
         seconds = sum(figure["total_seconds"] for figure in compiled["sd15"].values())
+        cpu_seconds = sum(sum(figure["cpu_seconds"].values()) for figure in compiled["sd15"].values())
         texts.append(f"SD 1.5 size: peak {peak / _MIB:.0f} MiB, limit {limit / _MIB:.0f}: {_kept(peak <= limit)}")
-        texts.append(f"SD 1.5 size: {seconds:.0f} s, limit 600: {_kept(seconds <= 600)}")
+        texts.append(
+            f"SD 1.5 size: {cpu_seconds:.0f} CPU s ({seconds:.0f} s on this machine), limit 600 on an idle one: "
+            f"{_kept(cpu_seconds <= 600)}"
+        )
     if "sdxl" in compiled:
         peak = max(figure["total_peak_bytes"] for figure in compiled["sdxl"].values())
         texts.append(f"SDXL size: peak {peak / _MIB:.0f} MiB, limit {24 * _GIB // _MIB}: {_kept(peak <= 24 * _GIB)}")
