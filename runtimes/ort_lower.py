@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fewstep.errors import ExportError
+from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
@@ -83,7 +83,7 @@ def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgr
             assert result is not None
             if program.weights is not None:
                 attach(result.model, program.weights, halves=halves)
-                result.optimize()
+                _optimize(result)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
             f"{program.component} cannot be lowered to ONNX: {str(error).strip().splitlines()[0]}",
@@ -93,6 +93,19 @@ def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgr
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     return result
+
+
+def _optimize(result: torch.onnx.ONNXProgram) -> None:
+    """Runs the exporter's optimizer, whose passes wrap the errors of reading weights in their own."""
+    try:
+        result.optimize()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, FewstepError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _store_halves(model: ir.Model) -> None:

@@ -117,9 +117,9 @@ CASES: dict[str, dict[str, Component]] = {
         "decoder": _decoder(64),
     },
     "sdxl": {
-        "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
-        "text_encoder_2": _clip("CLIPTextModelWithProjection", _TEXT_2, **_CLIP_G),
         "denoiser": _unet(128, 2048, _SDXL, **_SDXL_CONDITIONS),
+        "text_encoder_2": _clip("CLIPTextModelWithProjection", _TEXT_2, **_CLIP_G),
+        "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
         "decoder": _decoder(128),
     },
 }
