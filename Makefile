@@ -110,6 +110,13 @@ stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on tw
 	$(TRAIN).package
 	$(TRAIN).evaluate
 
+# --- benchmarks --------------------------------------------------------------------------------------------------------
+
+CASES ?= small middle sd15
+.PHONY: bench-scale
+bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on where it was interrupted); CASES=sdxl needs 15 GB of disk
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
+
 # --- distribution ------------------------------------------------------------------------------------------------------
 
 .PHONY: wheel

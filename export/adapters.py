@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from fewstep.errors import SourceError
+from fewstep.export.checks import check_weights_file
 from fewstep.export.generator import Generator
 from fewstep.export.lora_keys import Factors, config_beside, read_lora
-from fewstep.export.weights import check_weights_file
 from fewstep.hashing import file_sha256, value_sha256
 from fewstep.source import Lora
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import SourceError
+from fewstep.export.checks import PICKLES, check_weights_file, check_weights_folder
 from fewstep.export.generator import Generator
 from fewstep.export.hub import download, is_hub_id
 from fewstep.export.overlay import lay_over
 from fewstep.export.single_file import load_single_file
-from fewstep.export.weights import PICKLES, check_weights_file, check_weights_folder
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
 from fewstep.manifest import SourceInfo
 from fewstep.source import SourceSpec

@@ -9,9 +9,9 @@ from typing import Any
 
 from fewstep.errors import SourceError
 from fewstep.export.adapters import component_names, lora_sha256, merge_loras
+from fewstep.export.checks import check_weights_folder
 from fewstep.export.generator import Generator
 from fewstep.export.single_file import load_component
-from fewstep.export.weights import check_weights_folder
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
 from fewstep.manifest import DECODER, MergedLora, SourceInfo, SourcePart
 from fewstep.source import Replacement, SourceSpec

@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors.torch import load_file
 
 from fewstep.errors import SourceError
-from fewstep.export.weights import check_weights_file
+from fewstep.export.checks import check_weights_file
 
 # diffusers raises any of these for a file that is not what its configuration says.
 _FAILURES = (

@@ -16,9 +16,11 @@ import torch
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
-from fewstep.errors import ExportError
+from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
+from fewstep.runtimes.ort_files import save_model
+from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
 # protobuf refuses files over 2 GiB; below a quarter of that, one file is easier to handle than two.
@@ -35,24 +37,34 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
         folder: the bundle's ``onnxruntime`` folder.
         weights: ``fp32``, or ``fp16`` to store as halves every weight whose values are halves already (a lossless
             step: rounding them is an optimization's decision, taken in the torch graph). Arithmetic stays in fp32:
-            ONNX Runtime's CPU provider has no fp16 kernels.
+            ONNX Runtime's CPU provider has no fp16 kernels. Weights that are read from ``program.weights`` are rounded
+            here, each as it is written.
 
     Raises:
-        ExportError: the component has an op that cannot be lowered.
+        ExportError: the component has an op that cannot be lowered, or a weight does not fit in fp16.
     """
-    model = translate(program).model
+    return save(program, translate(program, halves=weights == "fp16").model, folder, weights)
+
+
+def save(program: Program, model: ir.Model, folder: Path, weights: str) -> Artifact:
+    """Returns the artifact of a translated component: see `lower`, whose second half it is."""
     if weights == "fp16":
         _store_halves(model)
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{MODEL}.data" if size > _ONE_FILE_BYTES else None)
+    save_model(model, path, external=size > _ONE_FILE_BYTES)
     total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
     return Artifact("onnxruntime", program.component, f"{program.folder}/{MODEL}", weights, "fp32", total)
 
 
-def translate(program: Program) -> torch.onnx.ONNXProgram:
-    """Returns the ONNX model beside the decomposed program whose values it is named after."""
+def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:
+    """Returns the ONNX model beside the decomposed program whose values it is named after.
+
+    Args:
+        program: the traced component.
+        halves: rounds the values of ``program.weights`` to fp16.
+    """
     names_in = [spec.name for spec in program.spec.inputs]
     names_out = [spec.name for spec in program.spec.outputs]
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
@@ -66,8 +78,17 @@ def translate(program: Program) -> torch.onnx.ONNXProgram:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
             result = torch.onnx.export(
-                program.exported, dynamo=True, input_names=names_in, output_names=names_out, verbose=False
+                program.exported,
+                dynamo=True,
+                input_names=names_in,
+                output_names=names_out,
+                verbose=False,
+                optimize=program.weights is None,
             )
+            assert result is not None
+            if program.weights is not None:
+                attach(result.model, program.weights, halves=halves)
+                _optimize(result)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
             f"{program.component} cannot be lowered to ONNX: {str(error).strip().splitlines()[0]}",
@@ -76,7 +97,6 @@ def translate(program: Program) -> torch.onnx.ONNXProgram:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-    assert result is not None
     return result
 
 
@@ -93,29 +113,44 @@ def _exact_rewrites() -> Iterator[None]:
         yield
 
 
+def _optimize(result: torch.onnx.ONNXProgram) -> None:
+    """Runs the exporter's optimizer, whose passes wrap the errors of reading weights in their own."""
+    try:
+        result.optimize()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, FewstepError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
 def _store_halves(model: ir.Model) -> None:
     """Replaces fp32 initializers whose values are exact in fp16 by halves and a Cast back, in place."""
     graph = model.graph
     for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < _SMALLEST_HALF_TENSOR:
+        name = f"{value.name}.fp16"
+        halves = _halves(value.const_value, name)
+        if halves is None:
             continue
-        array = tensor.numpy()
-        with np.errstate(over="ignore"):
-            halves = array.astype(np.float16)
-        if not np.array_equal(halves.astype(np.float32), array):
-            continue
-        stored = ir.Value(
-            name=f"{value.name}.fp16",
-            type=ir.TensorType(ir.DataType.FLOAT16),
-            shape=value.shape,
-            const_value=ir.tensor(halves, name=f"{value.name}.fp16"),
-        )
+        stored = ir.Value(name=name, type=ir.TensorType(halves.dtype), shape=value.shape, const_value=halves)
         widen = ir.node("Cast", [stored], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{value.name}.widen")
-        name = str(value.name)
-        graph.initializers.pop(name)
-        widen.outputs[0].name = name
+        graph.initializers.pop(str(value.name))
+        widen.outputs[0].name = value.name
         widen.outputs[0].type, widen.outputs[0].shape = value.type, value.shape
         value.replace_all_uses_with(widen.outputs[0])
-        graph.initializers[str(stored.name)] = stored
+        graph.initializers[name] = stored
         graph.insert_before(graph[0], widen)
+
+
+def _halves(tensor: ir.TensorProtocol | None, name: str) -> ir.TensorProtocol | None:
+    """Returns a tensor in fp16, or None where that is not exact or does not pay."""
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < _SMALLEST_HALF_TENSOR:
+        return None
+    if isinstance(tensor, StoredInitializer):
+        return tensor.in_halves(name)
+    array = tensor.numpy()
+    with np.errstate(over="ignore"):
+        halves = array.astype(np.float16)
+    return ir.tensor(halves, name=name) if np.array_equal(halves.astype(np.float32), array) else None

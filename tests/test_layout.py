@@ -17,7 +17,9 @@ STAGES = ("export", "calibration", "optimize", "runtimes")
 LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../apps/stickers"}
 COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
+    "fewstep.runtimes.ort_files",
     "fewstep.runtimes.ort_lower",
+    "fewstep.runtimes.ort_weights",
     "fewstep.runtimes.pytorch_reference",
 }
 """Modules that only `fewstep[compile]` can import; `generate`, `profile` and `inspect` do without them."""

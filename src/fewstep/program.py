@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,3 +21,5 @@ class Program:
     """Folder name that ONNX Runtime users of diffusers models expect (``unet``, ``vae_decoder``, ...)."""
     exported: torch.export.ExportedProgram
     spec: ComponentSpec
+    weights: Mapping[str, torch.Tensor] | None = None
+    """Where the values of ``exported`` are read from, by name, if its parameters are fake."""

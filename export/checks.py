@@ -1,0 +1,37 @@
+"""Checks of weight files before a library reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.errors import SourceError
+from fewstep.export.stored import read_header
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def check_weights_file(path: Path, what: str) -> None:
+    """Raises SourceError unless ``path`` is a whole safetensors file; ``what`` says what it was given as."""
+    if not path.is_file():
+        raise SourceError(f"{what} {path} is not a file, expected a safetensors file", hint="check the path")
+    if path.suffix in PICKLES:
+        raise SourceError(
+            f"{what} {path} is a pickle, expected safetensors: unpickling can run code",
+            hint="convert it on a machine you can spare",
+        )
+    read_header(path)
+
+
+def check_weights_folder(folder: Path) -> None:
+    """Raises SourceError if a component's folder has no weights, or only pickles or damaged ones."""
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles and not weights:
+        raise SourceError(
+            f"{folder} has weights only as a pickle ({pickles[0].name}), expected safetensors: unpickling can run code",
+            hint="convert it on a machine you can spare: load it in diffusers, then save_pretrained",
+        )
+    if not weights and (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")
+    for path in weights:
+        read_header(path)

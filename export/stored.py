@@ -1,0 +1,149 @@
+"""Finds the safetensors files of a component and reads single tensors from them, each through its own mapping."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.errors import SourceError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# What diffusers and transformers call the weights of a component.
+_STEMS = ("diffusion_pytorch_model", "model")
+_VARIANTS = ("fp16", "bf16", "fp32")
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file."""
+
+    path: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """Returns its values, mapped: memory is taken while they are looked at and given back with the tensor."""
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        # Copy on write, because torch warns about tensors on memory that must not be written.
+        values = np.memmap(self.path, np.uint8, mode="c", offset=self.offset, shape=(self.nbytes,))
+        return torch.from_numpy(values).view(self.dtype).view(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file by key, without their values.
+
+    Raises:
+        SourceError: the file is not safetensors, or its length is not what its header promises.
+    """
+    header, start = _parse_header(path)
+    tensors = {key: _stored(path, key, entry, start) for key, entry in header.items()}
+    expected = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
+    size = path.stat().st_size
+    if size != expected:
+        raise SourceError(f"{path} has {size} bytes, expected {expected}", hint=f"the file is truncated: {_AGAIN}")
+    return tensors
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a component's folder by key, of one file or of the shards that its index names.
+
+    A file without a variant in its name is preferred, as by ``from_pretrained``; of several variants, fp16.
+
+    Raises:
+        SourceError: no weights, a shard is missing or not what the index says, or a file is damaged.
+    """
+    single = _choose(folder, "{stem}.safetensors", "{stem}.{variant}.safetensors")
+    if single is not None:
+        return read_header(single)
+    index = _choose(folder, "{stem}.safetensors.index.json", "{stem}.safetensors.index.{variant}.json")
+    if index is not None:
+        return _read_shards(folder, index)
+    raise SourceError(
+        f"{folder} has no weights, expected {_STEMS[0]}.safetensors, {_STEMS[1]}.safetensors or an index of shards",
+        hint="download the component again",
+    )
+
+
+def _choose(folder: Path, plain: str, varied: str) -> Path | None:
+    names = [plain.format(stem=stem) for stem in _STEMS]
+    names += [varied.format(stem=stem, variant=variant) for variant in _VARIANTS for stem in _STEMS]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index} is not an index of shards: it has no weight_map", hint=_AGAIN) from error
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for shard in shards:
+        if not re.fullmatch(r"[\w.-]+", shard) or not (folder / shard).is_file():
+            raise SourceError(f"{index} names the shard {shard!r}, which is not in {folder}", hint=_AGAIN)
+        headers[shard] = read_header(folder / shard)
+    for key, shard in weight_map.items():
+        if key not in headers[shard]:
+            raise SourceError(f"{folder / shard} lacks the tensor {key}, which {index.name} promises", hint=_AGAIN)
+    return {key: headers[shard][key] for key, shard in weight_map.items()}
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Returns the entries of a header by key and where the values start."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if 8 + length <= size else None
+    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+        header = None
+    if not isinstance(header, dict) or not header:
+        raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint=_AGAIN)
+    return {key: entry for key, entry in header.items() if key != "__metadata__"}, 8 + length
+
+
+def _stored(path: Path, key: str, entry: Mapping[str, Any], start: int) -> StoredTensor:
+    try:
+        begin, end = entry["data_offsets"]
+        name, shape = entry["dtype"], tuple(entry["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint=_AGAIN) from error
+    if name not in _DTYPES:
+        raise SourceError(
+            f"{path}: {key} is stored as {name}, expected one of {', '.join(_DTYPES)}",
+            hint="save the weights in fp32, fp16 or bf16; quantized checkpoints cannot be compiled",
+        )
+    tensor = StoredTensor(path, key, _DTYPES[name], shape, start + begin)
+    if end - begin != tensor.nbytes:
+        raise SourceError(
+            f"{path}: {key} has {end - begin} bytes, expected {tensor.nbytes} for {name} {list(shape)}", hint=_AGAIN
+        )
+    return tensor
