@@ -311,21 +311,16 @@ class _Reader:
         if not targets:
             return None, {}, self._plain_anchor()
         glue = shorten(tape.cut(targets, what=CONDITIONS), tape)
-        names = [n if not n.startswith(MADE) else f"condition_{i}" for i, n in enumerate(made.values())]
-        names += ["anchor"] * (self._run.noised is not None)
-        renames, anchor = {}, None
-        for name, leaf, origin in zip(names, glue.origins, [*made, None], strict=False):
-            new = leaf or f"{CONDITIONS}.{name}"
-            if origin is None:
-                anchor = new
-            else:
-                renames[origin] = new
+        names = _unique([n if not n.startswith(MADE) else "condition" for n in made.values()])
+        origins = [leaf or f"{CONDITIONS}.{name}" for leaf, name in zip(glue.origins, [*names, "anchor"], strict=False)]
+        renames = dict(zip(made, origins, strict=False))
+        anchor = origins[-1] if self._run.noised is not None else self._plain_anchor()
         kept = [i for i, leaf in enumerate(glue.origins) if leaf is None]
         if not kept:
-            return None, renames, anchor or self._plain_anchor()
+            return None, renames, anchor
         glue = replace(glue, targets=tuple(glue.targets[i] for i in kept))
-        component = glue_component(CONDITIONS, glue, [names[i] for i in kept], BEFORE)
-        return component, renames, anchor or self._plain_anchor()
+        outputs = [origins[i].removeprefix(f"{CONDITIONS}.") for i in kept]
+        return glue_component(CONDITIONS, glue, outputs, BEFORE), renames, anchor
 
     def _plain_anchor(self) -> str | None:
         """In a loop in plain PyTorch: an output of the latent's shape that was there before the loop."""
@@ -430,6 +425,16 @@ class _Reader:
         return specs
 
 
+def _unique(names: Sequence[str]) -> list[str]:
+    """Returns the names with a number at each that was there before."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return found
+
+
 def _agrees(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any] | None) -> bool:
     return b is not None and a.shape == b.shape and np.allclose(a, b, rtol=_RTOL, atol=_ATOL)
 
@@ -526,7 +531,7 @@ def diffusers_files(generator: Generator) -> dict[str, str]:
             entries[name] = list(value) if isinstance(value, tuple) else value
     files = {"model_index.json": json.dumps(entries, indent=2, default=str)}
     for component, part in generator.parts.items():
-        config = generator.module(component).config
+        config: Any = generator.module(component).config
         text = (
             config.to_json_string()
             if hasattr(config, "to_json_string")

@@ -24,7 +24,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fewstep.errors import ScheduleError
-from fewstep.export.short_form import Row, solve_step
+from fewstep.export.short_form import Row, columns, solve_step
 from fewstep.schedule import Schedule, advance
 
 # The table is checked in float64, but diffusers does some steps in float32 (Euler's `sample.to(float32)`): 6e-8 per
@@ -345,8 +345,7 @@ def _short_form(sampler: _Sampler, trace: _Trace, timestep_factor: float) -> Sch
             timesteps=tuple(float(t) * timestep_factor for t in sampler.timesteps),
             timestep_dtype=dtype if timestep_factor == 1.0 or "float" in dtype else "float32",
             init_scale=sampler.init_scale,
-            **{name: tuple(getattr(step, name) for step in steps) for name in ("s", "p", "q", "a", "b", "c", "g")},
-            h=tuple(step.h for step in steps),
+            **columns(steps),
             clip=trace.clip,
             source=sampler.name,
         )

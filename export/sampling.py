@@ -18,9 +18,9 @@ import torch
 
 from fewstep.errors import ExportError, ScheduleError
 from fewstep.export.generator import Generator
-from fewstep.export.probe import Row, Watch, probe
+from fewstep.export.probe import Watch, probe
 from fewstep.export.reference import Call, Run, Stub, noise_tensor, run
-from fewstep.export.short_form import solve_step
+from fewstep.export.short_form import Row, columns, solve_step
 from fewstep.manifest import DENOISER
 from fewstep.schedule import Schedule
 
@@ -109,24 +109,25 @@ def pipeline_schedule(
             hint="a pipeline that skips or repeats calls cannot be expressed",
         )
     base = _probe(generator, stubbed, steps)
-    columns = _around_the_scheduler(stubbed, calls, anatomy, base)
     times = {name: tuple(float(c.inputs[name].reshape(-1)[0]) for c in calls) for name in anatomy.times}
     first = anatomy.times[0] if anatomy.times else None
     if stubbed.ends_clean:
-        last = {"a": 0.0, "b": 1.0, "c": 0.0, "g": 0.0}
-        base = replace(
-            base,
-            **{name: (*getattr(base, name)[:-1], value) for name, value in last.items()},
-            h=(*base.h[:-1], ()),
-        )
+        base = _ending_clean(base)
     return replace(
         base,
         timesteps=times.pop(first) if first else (0.0,) * len(calls),
         timestep_dtype=str(calls[0].inputs[first].dtype).removeprefix("torch.") if first else "float32",
         times=times,
-        **columns,
+        **_around_the_scheduler(stubbed, calls, anatomy, base),
         **_start(recorded, stubbed, anatomy),
     )
+
+
+def _ending_clean(schedule: Schedule) -> Schedule:
+    """Returns the table whose last step ends with x0, whatever the scheduler would go on with."""
+    last = {"a": 0.0, "b": 1.0, "c": 0.0, "g": 0.0, "h": ()}
+    changed: dict[str, Any] = {name: (*getattr(schedule, name)[:-1], value) for name, value in last.items()}
+    return replace(schedule, **changed)
 
 
 def _probe(generator: Generator, stubbed: Run, steps: int) -> Schedule:
@@ -147,9 +148,7 @@ def _probe(generator: Generator, stubbed: Run, steps: int) -> Schedule:
     )
 
 
-def _around_the_scheduler(
-    stubbed: Run, calls: Sequence[Call], anatomy: Anatomy, base: Schedule
-) -> dict[str, tuple[float, ...]]:
+def _around_the_scheduler(stubbed: Run, calls: Sequence[Call], anatomy: Anatomy, base: Schedule) -> dict[str, Any]:
     """Returns the columns s, p and q with what the pipeline does around ``scheduler.step`` folded in."""
     s, p, q = list(base.s), list(base.p), list(base.q)
     for k, call in enumerate(calls):
@@ -164,7 +163,7 @@ def _around_the_scheduler(
     return {"s": tuple(s), "p": tuple(p), "q": tuple(q)}
 
 
-def _start(recorded: Run, stubbed: Run, anatomy: Anatomy) -> dict[str, float]:
+def _start(recorded: Run, stubbed: Run, anatomy: Anatomy) -> dict[str, Any]:
     """Returns the scales of the first latent's parts."""
     x = stubbed.states[0]
     if anatomy.initial_offset is None:
@@ -257,10 +256,7 @@ def loop_schedule(
         shapes = {name: {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()} for name in early}
         anchors = [name for name in early if name != DENOISER and shape in shapes[name]]
     for name in anchors:
-        result = recorded.of(name)[0].result
-        stubs[name] = lambda number, _, result=result: replace_tensors(
-            result, lambda t: symbol(size - 1, tuple(t.shape)) if tuple(t.shape) == shape else t
-        )
+        stubs[name] = _anchor_stub(recorded.of(name)[0].result, shape, symbol(size - 1, shape))
     symbolic: list[Run] = []
 
     def draw(offset: int, wanted: tuple[int, ...]) -> torch.Tensor:
@@ -280,6 +276,11 @@ def loop_schedule(
             clips=anatomy.clips,
         )
     return _solve(generator, traced, counted, anatomy, watch, size)
+
+
+def _anchor_stub(result: Any, shape: tuple[int, ...], anchor: torch.Tensor) -> Stub:
+    """Returns a stand-in for a component whose output of the latent's shape is the anchor."""
+    return lambda number, arguments: replace_tensors(result, lambda t: anchor if tuple(t.shape) == shape else t)
 
 
 def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, watch: _LoopWatch, size: int) -> Schedule:
@@ -319,8 +320,7 @@ def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, wa
         timestep_dtype=dtype,
         init_scale=float(x_SD[0][0]) if anatomy.initial_offset is not None else 1.0,
         init_anchor=float(x_SD[0][-1]),
-        **{name: tuple(getattr(step, name) for step in solved) for name in ("s", "p", "q", "a", "b", "c", "g")},
-        h=tuple(step.h for step in solved),
+        **columns(solved),
         clip=clip,
         source=f"{generator.name}'s own loop",
         times=times,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,11 @@ class StepCoefficients:
     c: float
     h: tuple[float, ...]
     g: float = 0.0
+
+
+def columns(steps: Sequence[StepCoefficients]) -> dict[str, Any]:
+    """Returns the columns of a table, by name."""
+    return {name: tuple(getattr(step, name) for step in steps) for name in ("s", "p", "q", "a", "b", "c", "g", "h")}
 
 
 def solve_step(x_SD: Sequence[Row], input_D: Row, x0_SD: Sequence[Row], k: int, kind: str) -> StepCoefficients:

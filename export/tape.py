@@ -80,11 +80,11 @@ class GlueModule(torch.nn.Module):
         def resolve(ref: Ref) -> torch.Tensor:
             kind, which = ref.key[:2]
             if kind == "leaf":
-                return named[which]
+                return named[str(which)]
             if kind == "constant":
                 constant: torch.Tensor = getattr(self, f"constant_{which}")
                 return constant
-            return values[which][ref.key[2]]
+            return values[int(which)][int(ref.key[2])]
 
         for op, args, kwargs in self.glue.steps:
             result = op(*tree_map_only(Ref, resolve, args), **tree_map_only(Ref, resolve, kwargs))
@@ -104,7 +104,7 @@ class Tape(TorchDispatchMode):
     """A context that records what its block does to leaves and to what was made of them, except where it is paused."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.position = 0
         self.clamps: list[int] = []
         self._names: dict[tuple[int, int], str] = {}

@@ -71,4 +71,4 @@ def _smooth_picture(shape: tuple[int, ...], index: int, grid: int = 4) -> npt.ND
 def _blend(grid: int, size: int) -> npt.NDArray[np.float64]:
     """Returns the weights of linear interpolation from ``grid`` points to ``size``, [size, grid]."""
     place = np.linspace(0, grid - 1, size)
-    return np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(grid)))
+    return np.asarray(np.maximum(0.0, 1 - np.abs(place[:, None] - np.arange(grid))))
