@@ -90,11 +90,12 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     # Two steps tell what varies from step to step from what does not.
     count = generator.default_steps if generator.default_steps in steps else max(steps)
     count = count if generator.is_loop else max(2, count)
-    recorded = run(generator, prompt, 0, steps=count, guidance=generator.guidance, inputs=inputs)
+    stubs = None if generator.stored is None else generator.stored.shapes(generator)
+    recorded = run(generator, prompt, 0, steps=count, guidance=generator.guidance, inputs=inputs, stubs=stubs)
     guidance, plain = _guidance(generator, recorded), generator.guidance
     if guidance.kind == "two_pass":
         plain = 0.0
-        recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs)
+        recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs, stubs=stubs)
     others = [probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})]
     reader = _Reader(generator, recorded, guidance, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
@@ -414,12 +415,11 @@ class _Reader:
                     inputs.append(calls[-1].inputs[argument])
                 else:
                     inputs.append(found[origin] if origin in found else run.tape.tensor(origin))
-            if wiring.call is None or wiring.after is not None:
-                flat = [t.reshape(1) if t.ndim == 0 else t for t in inputs]
-                with torch.no_grad():
-                    outputs = list(wired_module(self._generator, wiring)(*flat))
+            if wiring.call is None:
+                outputs = list(wired_module(self._generator, wiring)(*inputs))
             else:
                 outputs = [wiring.call.outputs[result] for result in wiring.results]
+                outputs = outputs if wiring.after is None else list(GlueModule(wiring.after)(*outputs))
             found.update({f"{name}.{output}": t for output, t in zip(wiring.outputs, outputs, strict=True)})
             specs[name] = spec_of(wiring, inputs, outputs)
         return specs

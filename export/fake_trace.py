@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fewstep.errors import ExportError
+from fewstep.export.fakes import fake_arguments, fake_trace, refused, with_fake_parameters
 from fewstep.export.generator import Part
 from fewstep.export.reference import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, Ref
@@ -62,12 +60,12 @@ def fake_call(module: torch.nn.Module, component: str, part: Part, arguments: Ma
         ExportError: the method does not take them.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    copied = _with_fake_parameters(module, mode)
+    copied = with_fake_parameters(module, mode)
     try:
         with torch.no_grad(), mode:
-            result = getattr(copied, part.method)(**_fake_arguments(arguments, mode))
+            result = getattr(copied, part.method)(**fake_arguments(arguments, mode))
     except Exception as error:  # whatever the module raises
-        raise _refused(f"{component} ({type(module).__name__})", "run", error) from error
+        raise refused(f"{component} ({type(module).__name__})", "run", error) from error
     inputs, outputs = name_inputs(part.folder, arguments), name_outputs(part.folder, result)
     return Call(component, component, 0, 0, arguments, result, inputs, outputs)
 
@@ -77,63 +75,6 @@ def _unglued(call: Call, part: Part) -> Wiring:
     names, results = tuple(call.inputs), tuple(call.outputs)
     glue = Glue(names, (), (), tuple(Ref(("leaf", name)) for name in names))
     return Wiring(call.component, call.component, part.folder, call, names, glue, results, None, results, "before")
-
-
-def fake_trace(module: torch.nn.Module, example: Sequence[torch.Tensor]) -> torch.export.ExportedProgram:
-    """Returns the trace of a module with parameters on the meta device; the module is left as it is.
-
-    The parameters of the program are fake: a runtime needs ``Program.weights`` to compile it.
-
-    Args:
-        module: buffers are real, see `fewstep.export.weights.meta_module`.
-        example: the inputs; only their shapes and dtypes count, so they may be on the meta device too.
-
-    Raises:
-        ExportError: ``torch.export`` cannot trace it.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export warns about its own internals
-            inputs = tuple(_fake(tensor, mode) for tensor in example)
-            return torch.export.export(_with_fake_parameters(module, mode), inputs)
-    except Exception as error:  # torch.export raises many classes, most of them private; all mean the same here
-        raise _refused(type(module).__name__, "be traced", error) from error
-
-
-def _refused(what: str, verb: str, error: Exception) -> ExportError:
-    first_line = str(error).strip().split("\n", 1)[0]
-    return ExportError(
-        f"{what} cannot {verb} without its weights: {type(error).__name__}: {first_line}",
-        hint="a module whose forward reads values of its weights must be traced with them",
-    )
-
-
-def _fake(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    with mode:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-
-def _fake_arguments(value: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _fake(value, mode)
-    if isinstance(value, Mapping):
-        return {key: _fake_arguments(item, mode) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_fake_arguments(item, mode) for item in value)
-    return value
-
-
-def _with_fake_parameters(module: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
-    copied = copy.deepcopy(module)
-    fakes: dict[int, torch.nn.Parameter] = {}  # a tied parameter stays one
-    for owner in copied.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in fakes:
-                    fakes[id(parameter)] = torch.nn.Parameter(_fake(parameter, mode), requires_grad=False)
-                owner._parameters[name] = fakes[id(parameter)]
-    return copied
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:

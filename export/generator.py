@@ -12,6 +12,7 @@ import torch
 
 from fewstep.errors import SourceError
 from fewstep.export.loop import Loop, SampleFunction
+from fewstep.export.stored_networks import StoredNetworks
 from fewstep.hashing import value_sha256
 from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec, SourceInfo
 
@@ -65,6 +66,8 @@ class Generator:
     options: Mapping[str, Any] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "picture"
+    stored: StoredNetworks | None = None
+    """Where the weights are, if the pipeline's modules have none."""
 
     @classmethod
     def from_pipeline(
@@ -172,10 +175,13 @@ class Generator:
     def with_modules(self, modules: Mapping[str, torch.nn.Module]) -> Generator:
         """Returns a generator whose pipeline holds other modules for some components; this one is left as it is."""
         pipeline = copy.copy(self.pipeline)
-        if not self.is_loop:
-            pipeline._internal_dict = dict(self.pipeline._internal_dict)
+        config = None if self.is_loop else self.pipeline._internal_dict
+        if config is not None:
+            pipeline._internal_dict = dict(config)  # diffusers writes the modules' names into it
         for component, module in modules.items():
             setattr(pipeline, self.parts[component].attribute, module)
+        if config is not None:
+            pipeline._internal_dict = type(config)(pipeline._internal_dict)
         return replace(self, pipeline=pipeline)
 
 

@@ -19,20 +19,25 @@ from fewstep.export.generator import Generator
 from fewstep.export.hub import download, is_hub_id
 from fewstep.export.overlay import lay_over
 from fewstep.export.single_file import load_single_file
+from fewstep.export.stored_networks import StoredNetworks
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
 from fewstep.manifest import SourceInfo
 from fewstep.source import SourceSpec
 
 BUILT_IN = {"stickers": "fewstep.stickers:generator"}
 
+STORED_BYTES = 1 << 30
 _FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)$")
 SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 # Filters of pictures that a bundle neither contains nor needs.
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def load(source: str | SourceSpec | Generator, *, guidance: float | None = None) -> Generator:
+def load(source: str | SourceSpec | Generator, *, guidance: float | None = None, eager: bool = False) -> Generator:
     """Returns the generator that ``source`` names or is, with ``guidance`` as its scale if one is given.
+
+    Weights of folders of `STORED_BYTES` and more stay in their files until a network runs, unless adapters must be
+    merged into them or ``eager`` asks for them.
 
     Raises:
         SourceError: nothing there, a component missing or damaged, an unknown class, weights only as pickles, or an
@@ -42,7 +47,8 @@ def load(source: str | SourceSpec | Generator, *, guidance: float | None = None)
         generator = source
     else:
         spec = SourceSpec.of(source)
-        generator = lay_over(_load(spec), spec)
+        whole = eager or bool(spec.loras or spec.decoder or spec.replacements)
+        generator = lay_over(_load(spec, eager=whole), spec)
     return generator if guidance is None else replace(generator, guidance=guidance)
 
 
@@ -63,7 +69,7 @@ def missing(source: SourceInfo) -> str | None:
     return gone
 
 
-def _load(spec: SourceSpec) -> Generator:
+def _load(spec: SourceSpec, *, eager: bool) -> Generator:
     uri, path = spec.uri, Path(spec.uri)
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and path.is_file()):
         return from_file(path, spec.config)
@@ -75,11 +81,11 @@ def _load(spec: SourceSpec) -> Generator:
     if uri in BUILT_IN:
         return _from_function(BUILT_IN[uri])
     if path.is_dir():
-        return from_folder(path, uri=uri)
+        return from_folder(path, uri=uri, eager=eager)
     if _FUNCTION.match(uri):
         return _from_function(uri)
     if is_hub_id(uri) and not path.exists():
-        return _from_hub(uri)
+        return _from_hub(uri, eager=eager)
     raise SourceError(
         f"source {uri!r} is not a folder, a .safetensors file, a hub id (owner/name), module:function or a built-in "
         "generator",
@@ -87,15 +93,18 @@ def _load(spec: SourceSpec) -> Generator:
     )
 
 
-def from_folder(folder: Path, *, uri: str | None = None) -> Generator:
-    """Returns the generator of a diffusers folder, in fp32."""
+def from_folder(folder: Path, *, uri: str | None = None, eager: bool = False) -> Generator:
+    """Returns the generator of a diffusers folder, in fp32; see `load` for ``eager``."""
     check_folder(folder)
     from diffusers import DiffusionPipeline
 
     _quiet()
+    size = sum(p.stat().st_size for p in _files(folder, (".safetensors",)))
+    stored = not eager and size >= STORED_BYTES
+    networks = _networks_without_values(folder) if stored else {}
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, **_left_out(folder)
+            str(folder), use_safetensors=True, local_files_only=True, **networks, **_left_out(folder)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         # diffusers raises any of these for a folder that is not what its model_index.json says.
@@ -103,7 +112,29 @@ def from_folder(folder: Path, *, uri: str | None = None) -> Generator:
             f"{folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?"
         ) from error
     source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, _files(folder, SUFFIXES)))
-    return _generator(pipeline, source, folder.resolve().name)
+    if not stored:
+        return _generator(pipeline, source, folder.resolve().name)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = Generator.from_pipeline(pipeline, source, name=folder.resolve().name)
+    return replace(generator, stored=StoredNetworks(folder))
+
+
+def _networks_without_values(folder: Path) -> dict[str, Any]:
+    """Returns every network of a folder as a module without values."""
+    import diffusers
+    import transformers
+
+    from fewstep.export.weights import meta_module
+
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    networks = {}
+    for name, entry in _model_index(folder).items():
+        is_network = (folder / name).is_dir() and any((folder / name).glob("*.safetensors"))
+        if name in _LEFT_OUT or not is_network:
+            continue
+        library, class_name = entry
+        networks[name] = meta_module(folder / name, getattr(libraries.get(library), class_name, None))
+    return networks
 
 
 def from_file(path: Path, config: str | None) -> Generator:
@@ -127,9 +158,9 @@ def from_file(path: Path, config: str | None) -> Generator:
     return _generator(pipeline, SourceInfo(str(path), "single-file", sha256, config=config), path.stem)
 
 
-def _from_hub(hub_id: str) -> Generator:
+def _from_hub(hub_id: str, *, eager: bool) -> Generator:
     snapshot = download(hub_id, SUFFIXES)
-    generator = from_folder(snapshot.folder, uri=hub_id)
+    generator = from_folder(snapshot.folder, uri=hub_id, eager=eager)
     source = replace(generator.source, kind="hub", revision=snapshot.revision)
     return replace(generator, source=source, name=snapshot.repository.partition("/")[2])
 

@@ -23,6 +23,7 @@ import torch
 from fewstep import noise
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
+from fewstep.export.stored_networks import on_the_cpu
 from fewstep.export.tape import Tape
 from fewstep.manifest import DENOISER, EARLY_DRAWS, INPUT, LATENT, MASK, NOISE, TEXT, TOKENS
 
@@ -133,7 +134,8 @@ def run(
         steps: step count, as the pipeline takes it.
         guidance: guidance scale, as the pipeline takes it.
         inputs: the generator's other inputs, by name.
-        stubs: (number of the call, its arguments) -> result, by component; stands in for a network.
+        stubs: (number of the call, its arguments) -> result, by component; stands in for a network. None: the
+            networks themselves.
         draw: (offset, shape) -> noise, in place of the seed's.
         on_start: told the run before it begins.
         clips: whether a loop in plain PyTorch clips x0, so that a clamp after the last call is part of the last step;
@@ -144,6 +146,9 @@ def run(
         on_start(recorded)
     draws = _Draws(draw or functools.partial(noise_tensor, seed), recorded)
     with ExitStack() as stack:
+        if generator.stored is not None:
+            stubs = generator.stored.loaded(generator) if stubs is None else stubs
+            stack.enter_context(on_the_cpu(generator.pipeline))
         for component, part in generator.parts.items():
             module = generator.module(component)
             listener = _Listener(component, part.folder, getattr(module, part.method), recorded, (stubs or {}))

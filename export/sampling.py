@@ -8,7 +8,6 @@ latent before ``step``) is read off by comparing numbers, and folded into the sc
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from fewstep.export.generator import Generator
 from fewstep.export.probe import Watch, probe
 from fewstep.export.reference import Call, Run, Stub, noise_tensor, run
 from fewstep.export.short_form import Row, columns, solve_step
+from fewstep.export.values import replace_tensors
 from fewstep.manifest import DENOISER
 from fewstep.schedule import Schedule
 
@@ -77,20 +77,6 @@ def probe_run(
     stubs = stand_ins(recorded, lambda number, shape: noise_tensor(_STUB_SEED, number, shape))
     prompt = generator.prompts[0] if generator.prompts else ""
     return run(generator, prompt, 0, steps=steps, guidance=guidance, inputs=inputs, stubs=stubs, clips=clips)
-
-
-def replace_tensors(value: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns a copy of a network's result with other tensors."""
-    if isinstance(value, torch.Tensor):
-        return make(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: replace_tensors(getattr(value, f.name), make) for f in dataclasses.fields(value)}
-        return type(value)(**changed)
-    if isinstance(value, Mapping):
-        return {key: replace_tensors(item, make) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(replace_tensors(item, make) for item in value)
-    return value
 
 
 def pipeline_schedule(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fewstep.errors import ExportError
+from fewstep.export.fakes import fake_trace
 from fewstep.export.generator import Generator
 from fewstep.export.reference import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, GlueModule, Ref, Tape
@@ -267,6 +268,11 @@ def trace(generator: Generator, wiring: Wiring, spec: ComponentSpec) -> Program:
     """
     example = tuple(_example(tensor) for tensor in spec.inputs)
     module = wired_module(generator, wiring)
+    if generator.stored is not None and module.module is not None:
+        weights = generator.stored.weights(generator.parts[wiring.part].attribute, module.module)
+        exported = fake_trace(module, example)
+        _normalise(exported)
+        return Program(wiring.component, wiring.folder, exported, spec, weights.under("module"))
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet_logs():
             warnings.simplefilter("ignore")  # torch.export warns about its own internals

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
+from fewstep.export.stored_networks import StoredNetworks
 from fewstep.optimize.passes import PassNote
 
 
@@ -24,6 +26,8 @@ class RoundWeights:
         Raises:
             ExportError: a weight does not fit in fp16.
         """
+        if generator.stored is not None:
+            return _stored(generator, generator.stored)
         # Encoder and decoder are two methods of one module.
         attributes = {part.attribute: name for name, part in generator.parts.items()}
         modules = {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
@@ -34,12 +38,33 @@ class RoundWeights:
                     continue
                 rounded = tensor.detach().half().float()
                 if not torch.isfinite(rounded).all() and torch.isfinite(tensor).all():
-                    raise ExportError(
-                        f"{component}: {name} has values up to {tensor.abs().max():.4g}, beyond fp16's 65504",
-                        hint="use weights = 'fp32' for this generator",
-                    )
+                    raise _beyond(component, name, tensor)
                 total += 1
                 changed += not torch.equal(rounded, tensor)
                 tensor.data.copy_(rounded)
         note = PassNote("round weights to fp16", changed > 0, f"{changed} of {total} tensors changed")
         return generator.with_modules(modules), note
+
+
+def _stored(generator: Generator, stored: StoredNetworks) -> tuple[Generator, PassNote]:
+    """Rounds weights that stay in their files: each is rounded when it is read."""
+    changed = total = 0
+    for attribute, component in {part.attribute: name for name, part in generator.parts.items()}.items():
+        for name, tensor in stored.weights(attribute, generator.module(component)).stored.items():
+            total += 1
+            if tensor.dtype == torch.float16:
+                continue
+            values = tensor.read().float()
+            rounded = values.half().float()
+            if not torch.isfinite(rounded).all() and torch.isfinite(values).all():
+                raise _beyond(component, name, values)
+            changed += not torch.equal(rounded, values)
+    note = PassNote("round weights to fp16", changed > 0, f"{changed} of {total} tensors changed")
+    return replace(generator, stored=stored.rounded()), note
+
+
+def _beyond(component: str, name: str, values: torch.Tensor) -> ExportError:
+    return ExportError(
+        f"{component}: {name} has values up to {values.abs().max():.4g}, beyond fp16's 65504",
+        hint="use weights = 'fp32' for this generator",
+    )

@@ -106,7 +106,8 @@ def build(
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         requests = _requests(optimized, described, options)
         lowered_from = _record(optimized, described, requests, recipe, cache, progress)
-        uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if notes else None
+        changed = any(note.modified for note in notes)
+        uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if changed else None
         _write_golden(lowered_from, folder / "golden")
         manifest = Manifest(
             name=optimized.name,

@@ -132,7 +132,7 @@ def optimize(source: str | SourceSpec, out: Path, *, recipe: str, progress: Prog
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
-            generator = load(spec, guidance=chosen.guidance)
+            generator = load(spec, guidance=chosen.guidance, eager=True)
         with stage(progress, f"apply {chosen.name}"):
             optimized, notes = apply(generator, chosen)
             optimized.pipeline.save_pretrained(folder, safe_serialization=True)

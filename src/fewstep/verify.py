@@ -156,10 +156,11 @@ def _live_references(
         _check_same(bundle.manifest.source, original.source)
         optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
         described = describe(optimized, sorted(manifest.schedules))
+    changed = any(note.modified for note in notes)
     w = manifest.contract.guidance.scale
     requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
     requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
-    advance = progress.task("run the reference", len(requests) * (2 if notes else 1))
+    advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
 
     def run(generator: object) -> list[Sample]:
         samples = []
@@ -168,7 +169,7 @@ def _live_references(
             advance()
         return samples
 
-    return run(optimized), run(original) if notes else None
+    return run(optimized), run(original) if changed else None
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -197,7 +198,8 @@ def _bisect(
 
     manifest = bundle.manifest
     generator, _ = optimize(
-        load(source, guidance=manifest.contract.guidance.scale), Recipe("", weights=manifest.recipe["weights"])
+        load(source, guidance=manifest.contract.guidance.scale, eager=True),
+        Recipe("", weights=manifest.recipe["weights"]),
     )
     described = describe(generator, sorted(manifest.schedules))
     failing = {check.component for check in verified.report.failures if check.level == "component"}
