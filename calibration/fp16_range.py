@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fewstep.export.generator import Generator
+from fewstep.export import Description, Generator
+from fewstep.export.wiring import running_module
 from fewstep.feeds import Sample
 from fewstep.manifest import DECODER
 
@@ -28,22 +29,25 @@ class Peak:
     value: float
 
 
-def decoder_peaks(generator: Generator, samples: Sequence[Sample]) -> list[Peak]:
+def decoder_peaks(generator: Generator, described: Description, samples: Sequence[Sample]) -> list[Peak]:
     """Returns the peak of every module of the decoder, in the order of first use, over the samples' recorded inputs."""
-    decoder: Any = generator.module(DECODER)
+    if DECODER not in described.wirings:
+        return []
+    decode = running_module(generator, described.wirings[DECODER])
+    assert decode.module is not None
     peaks: dict[str, float] = {}
     with ExitStack() as stack, torch.no_grad():
-        for path, module in decoder.named_modules():
+        for path, module in decode.module.named_modules():
             if path:
                 stack.callback(module.register_forward_hook(_listener(path, peaks)).remove)
         for feed in (feed for sample in samples for feed in sample.feeds if feed.component == DECODER):
-            decoder.decode(*(torch.from_numpy(array) for array in feed.inputs.values()))
+            decode(*(torch.from_numpy(array) for array in feed.inputs.values()))
     return [Peak(path, value) for path, value in peaks.items()]
 
 
-def overflow_caveat(generator: Generator, samples: Sequence[Sample]) -> str | None:
+def overflow_caveat(generator: Generator, described: Description, samples: Sequence[Sample]) -> str | None:
     """Returns what to know before the decoder is run in fp16, or None if all its values fit there."""
-    peaks = decoder_peaks(generator, samples)
+    peaks = decoder_peaks(generator, described, samples)
     beyond = [peak for peak in peaks if peak.value > FP16_MAX]
     if not beyond:
         return None

@@ -42,7 +42,7 @@ def stored_program(
     module = meta_module(folder, cls)
     weights = stored_weights(module, folder)
     call = fake_call(module, component, part, arguments)
-    exported = fake_trace(WiredModule(_unglued(call, part), module, part.method).eval(), tuple(call.inputs.values()))
+    exported = fake_trace(WiredModule(unglued(call, part), module, part.method).eval(), tuple(call.inputs.values()))
     spec = ComponentSpec(_specs(call.inputs), _specs(call.outputs), {})
     return Program(component, part.folder, exported, spec, weights.under("module"))
 
@@ -70,7 +70,7 @@ def fake_call(module: torch.nn.Module, component: str, part: Part, arguments: Ma
     return Call(component, component, 0, 0, arguments, result, inputs, outputs)
 
 
-def _unglued(call: Call, part: Part) -> Wiring:
+def unglued(call: Call, part: Part) -> Wiring:
     """Returns the wiring in which every tensor of a call is an input of the program."""
     names, results = tuple(call.inputs), tuple(call.outputs)
     glue = Glue(names, (), (), tuple(Ref(("leaf", name)) for name in names))

@@ -249,6 +249,15 @@ def wired_module(generator: Generator, wiring: Wiring) -> WiredModule:
     return WiredModule(wiring, generator.module(wiring.part), part.method).eval()
 
 
+def running_module(generator: Generator, wiring: Wiring) -> WiredModule:
+    """Returns the module of a wired component with its values, wherever these are."""
+    if wiring.call is None or generator.stored is None:
+        return wired_module(generator, wiring)
+    part = generator.parts[wiring.part]
+    module = generator.stored.module(part.attribute, type(generator.module(wiring.part)))
+    return WiredModule(wiring, module, part.method).eval()
+
+
 def spec_of(wiring: Wiring, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> ComponentSpec:
     """Returns what a wired component takes and gives, for example tensors."""
     names = [wiring.input_name(origin) for origin in wiring.origins]

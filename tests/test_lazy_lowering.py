@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fewstep.errors import ExportError
-from fewstep.export.fake_trace import fake_call, fake_trace, stored_program
-from fewstep.export.tracing import Traced
+from fewstep.export.fake_trace import fake_call, fake_trace, stored_program, unglued
+from fewstep.export.wiring import WiredModule
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes import ort_lower
@@ -45,7 +45,7 @@ def with_values(made: Network, program: Program, *, halves: bool) -> Program:
         if halves and tensor.dtype == torch.float32:
             tensor.data.copy_(tensor.half().float())
     call = fake_call(made.module, "network", made.part, made.arguments)
-    traced = Traced(made.module, made.part.method, made.part.folder, call).eval()
+    traced = WiredModule(unglued(call, made.part), made.module, made.part.method).eval()
     with torch.no_grad():
         exported = torch.export.export(traced, tuple(call.inputs.values()))
     return replace(program, exported=exported, weights=None)

@@ -125,7 +125,7 @@ def build(
             versions=versions(),
         )
         manifest = write_manifest(folder, manifest)
-        caveats = _caveats(optimized, lowered_from, recipe, options)
+        caveats = _caveats(optimized, described, lowered_from, recipe, options)
         verified = verify_against(
             Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
         )
@@ -256,13 +256,15 @@ def _record(
     return load_samples(entry)
 
 
-def _caveats(generator: Generator, samples: Sequence[Sample], recipe: Recipe, options: Options) -> list[str]:
+def _caveats(
+    generator: Generator, described: Description, samples: Sequence[Sample], recipe: Recipe, options: Options
+) -> list[str]:
     """What parity on this machine does not show: values that a phone would lose in fp16."""
     from fewstep.calibration import overflow_caveat
 
     if recipe.weights != "fp16" and not options.check_fp16:
         return []
-    caveat = overflow_caveat(generator, samples[:FP16_SAMPLES])
+    caveat = overflow_caveat(generator, described, samples[:FP16_SAMPLES])
     return [] if caveat is None else [caveat]
 
 

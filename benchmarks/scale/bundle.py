@@ -1,0 +1,77 @@
+"""Builds a whole generator of real size: compiles every component, draws one picture and compares it with PyTorch.
+
+    python -m benchmarks.scale.bundle sd15 [--steps 4]
+
+Compiling and the whole build run in processes of their own, so that each has its own peak of memory. The first is what
+a user's machine must have to compile; comparing needs PyTorch's and ONNX Runtime's fp32 copies of the networks beside
+it, and is measured on its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scale.folder import write_folder
+from fewstep.isolated import run_isolated
+
+ROOT = Path("build/scale")
+RESULTS = Path(__file__).parent / "results"
+
+
+def compile_all(source: str, out: str, steps: int) -> dict[str, Any]:
+    """Returns the sizes of a generator's artifacts, compiled with fp16 weights."""
+    from fewstep import stages
+    from fewstep.progress import Silent
+
+    paths = stages.compile(
+        source, Path(out), targets=["onnxruntime"], recipe="fp16", steps=[steps], guidance=None, progress=Silent()
+    )
+    return {p.parent.name: sum(f.stat().st_size for f in p.parent.glob("model.onnx*")) for p in paths}
+
+
+def build_and_verify(source: str, out: str, steps: int) -> dict[str, Any]:
+    """Returns the parity of one picture of a generator's bundle."""
+    import fewstep
+
+    options = fewstep.Options(prompts=1, seeds=1, profile=False)
+    bundle = fewstep.build(source, "fp16", out=out, steps=[steps], options=options)
+    assert bundle.manifest.parity is not None
+    return bundle.manifest.parity
+
+
+def main() -> None:
+    """Runs a case and keeps its figures in ``results``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case", choices=["sd15", "sdxl"])
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compile-only", action="store_true")
+    options = parser.parse_args()
+    source = write_folder(options.case, ROOT / options.case / "folder")
+    largest = max(p.stat().st_size for p in source.rglob("*.safetensors"))
+    job = {"source": str(source), "steps": options.steps}
+    figures: dict[str, Any] = {"case": options.case, "steps": options.steps, "largest_weights_bytes": largest}
+    out = ROOT / options.case / "compiled"
+    if not out.exists():
+        compiled = run_isolated(compile_all, {**job, "out": str(out)})
+        figures["compile"] = asdict(compiled)
+        _keep(figures)
+    if not options.compile_only:
+        built = run_isolated(build_and_verify, {**job, "out": str(ROOT / options.case / "bundle")})
+        figures["build"] = asdict(built)
+        _keep(figures)
+
+
+def _keep(figures: dict[str, Any]) -> None:
+    path = RESULTS / f"bundle-{figures['case']}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **figures}, indent=1) + "\n")
+    sys.stderr.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()
