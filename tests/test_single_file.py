@@ -135,7 +135,7 @@ def test_component_that_does_not_fit(generator: Generator, tmp_path: Path) -> No
     text = attempt("unet", lambda w: w.update({"conv_in.bias": torch.zeros(3)}))
     assert "it has conv_in.bias [3], expected [16]" in text
     text = attempt("prior", lambda w: None)
-    assert "StableDiffusionPipeline has no component 'prior', expected one of text_encoder, unet, vae" in text
+    assert "StableDiffusionPipeline has no component 'prior', expected one of vae, text_encoder, unet" in text
 
 
 def test_component_is_not_name_and_file() -> None:

@@ -16,32 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scale.builds import build_and_verify, compile_all
 from benchmarks.scale.folder import write_folder
 from fewstep.isolated import run_isolated
 
 ROOT = Path("build/scale")
 RESULTS = Path(__file__).parent / "results"
-
-
-def compile_all(source: str, out: str, steps: int) -> dict[str, Any]:
-    """Returns the sizes of a generator's artifacts, compiled with fp16 weights."""
-    from fewstep import stages
-    from fewstep.progress import Silent
-
-    paths = stages.compile(
-        source, Path(out), targets=["onnxruntime"], recipe="fp16", steps=[steps], guidance=None, progress=Silent()
-    )
-    return {p.parent.name: sum(f.stat().st_size for f in p.parent.glob("model.onnx*")) for p in paths}
-
-
-def build_and_verify(source: str, out: str, steps: int) -> dict[str, Any]:
-    """Returns the parity of one picture of a generator's bundle."""
-    import fewstep
-
-    options = fewstep.Options(prompts=1, seeds=1, profile=False)
-    bundle = fewstep.build(source, "fp16", out=out, steps=[steps], options=options)
-    assert bundle.manifest.parity is not None
-    return bundle.manifest.parity
 
 
 def main() -> None:

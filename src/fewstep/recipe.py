@@ -65,6 +65,7 @@ class Recipe:
         """Returns the recipe as JSON-ready values."""
         values = dataclasses.asdict(self)
         values["steps"] = None if self.steps is None else list(self.steps)
+        values["loras"] = list(self.loras)
         return values
 
 
