@@ -8,7 +8,7 @@ from fewstep.export.load import load, missing
 from fewstep.export.loop import SampleFunction
 from fewstep.export.overlay import lay_over
 from fewstep.export.recording import record
-from fewstep.export.wiring import trace
+from fewstep.export.wiring import digest, trace
 
 __all__ = [
     "Description",
@@ -16,6 +16,7 @@ __all__ = [
     "SampleFunction",
     "describe",
     "diffusers_files",
+    "digest",
     "lay_over",
     "load",
     "missing",

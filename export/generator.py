@@ -172,6 +172,21 @@ class Generator:
         module: torch.nn.Module = getattr(self.pipeline, self.parts[component].attribute)
         return module
 
+    def shaped(self, height: int, width: int) -> Generator:
+        """Returns a generator whose pipeline draws pictures of another size, in pixels.
+
+        Raises:
+            SourceError: its pipeline does not take a size.
+        """
+        parameters = () if self.is_loop else inspect.signature(self.pipeline.__call__).parameters
+        if not {"height", "width"} <= set(parameters):
+            raise SourceError(
+                f"{type(self.pipeline).__name__} does not take height and width, expected its own size",
+                hint="leave the shape out",
+            )
+        options = {**self.options, "height": height, "width": width}
+        return replace(self, options=options, inputs=_inputs(self.pipeline, self.module(DENOISER), options))
+
     def with_modules(self, modules: Mapping[str, torch.nn.Module]) -> Generator:
         """Returns a generator whose pipeline holds other modules for some components; this one is left as it is."""
         pipeline = copy.copy(self.pipeline)

@@ -8,6 +8,7 @@ feed the loop, a component of their own (``conditions``).
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from fewstep.export.fakes import fake_trace
 from fewstep.export.generator import Generator
 from fewstep.export.reference import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, GlueModule, Ref, Tape
+from fewstep.hashing import value_sha256
 from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.program import Program
 
@@ -239,6 +241,35 @@ def with_outputs(wiring: Wiring, wanted: Sequence[str]) -> Wiring:
         return replace(wiring, outputs=names, arguments=names, before=replace(wiring.before, targets=targets))
     names = tuple(name for name in wiring.results if name in wanted)
     return replace(wiring, results=names, outputs=names)
+
+
+def digest(wiring: Wiring) -> str:
+    """Returns a hash of all that goes into a program beside the network's weights: operations, constants, arguments."""
+    glues = [glue for glue in (wiring.before, wiring.after) if glue is not None]
+    constants = [_tensor_sha256(tensor) for glue in glues for tensor in glue.constants]
+    operations = [str((glue.leaves, glue.steps, glue.targets)) for glue in glues]
+    arguments: list[str] = []
+    if wiring.call is not None:
+        named = name_inputs(wiring.folder, wiring.call.arguments)
+        constants += [_tensor_sha256(tensor) for name, tensor in named.items() if name not in wiring.arguments]
+        arguments = [f"{name}={_plain(value)}" for name, value in wiring.call.arguments.items()]
+    return value_sha256([operations, constants, arguments, list(wiring.arguments), list(wiring.results)])
+
+
+def _tensor_sha256(tensor: torch.Tensor) -> str:
+    values = tensor.detach().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor.flatten()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest() + str((tensor.dtype, tuple(tensor.shape)))
+
+
+def _plain(value: Any) -> str:
+    """Returns an argument as text, the same in every process: a tensor is its shape."""
+    if isinstance(value, torch.Tensor):
+        return str((value.dtype, tuple(value.shape)))
+    if isinstance(value, Mapping):
+        return str({key: _plain(item) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return str([_plain(item) for item in value])
+    return str(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
 
 def wired_module(generator: Generator, wiring: Wiring) -> WiredModule:

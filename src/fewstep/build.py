@@ -17,7 +17,7 @@ from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.manifest import Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Recipe, check_steps, load_recipe
+from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shape
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def build(
     decoder: str | None = None,
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
+    shape: str | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -68,6 +69,7 @@ def build(
         decoder: folder of a decoder to use instead; None takes the source's, then the recipe's, then its own.
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
+        shape: height and width of the pictures such as ``512x768``; None takes the recipe's, then the generator's.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -85,6 +87,8 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
+    if shape is not None:
+        recipe = replace(recipe, shape=parse_shape(shape, "shape"))
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
@@ -94,6 +98,7 @@ def build(
             original = load(given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters), guidance=w)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
+        original = original if recipe.shape is None else original.shaped(*recipe.shape)
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
@@ -148,7 +153,7 @@ def compile_targets(
     progress: Progress,
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
-    from fewstep.export import trace
+    from fewstep.export import digest, trace
     from fewstep.runtimes import get_runtime
 
     artifacts = []
@@ -159,6 +164,7 @@ def compile_targets(
                 "source": generator.source.sha256,
                 "component": component,
                 "spec": asdict(spec),
+                "wiring": digest(described.wirings[component]),
                 "weights": recipe.weights,
                 "runtime": target,
                 "versions": versions(),
@@ -231,10 +237,14 @@ def _record(
     progress: Progress,
 ) -> list[Sample]:
     from fewstep.calibration import record_samples
+    from fewstep.export import digest
 
     key = {
         "source": generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
+        "inputs": [asdict(spec) for spec in generator.inputs],
+        "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
+        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),

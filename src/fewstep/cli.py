@@ -156,6 +156,7 @@ def cli() -> None:
 @_recipe
 @_counts
 @_guidance
+@click.option("--shape", metavar="HEIGHTxWIDTH", help="Size of the pictures in pixels, for instance 512x768.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
@@ -169,6 +170,7 @@ def build(
     recipe: str,
     steps: tuple[int, ...] | None,
     guidance: float | None,
+    shape: str | None,
     out: Path,
     prompts: int,
     seeds: int,
@@ -179,7 +181,15 @@ def build(
     options = fewstep.Options(prompts=prompts, seeds=seeds, check_fp16=check_fp16)
     with _progress() as progress:
         bundle = fewstep.build(
-            source, recipe, targets, out, steps=steps, guidance=guidance, options=options, progress=progress
+            source,
+            recipe,
+            targets,
+            out,
+            steps=steps,
+            guidance=guidance,
+            shape=shape,
+            options=options,
+            progress=progress,
         )
     if as_json:
         return _print_json({"bundle": str(out), "parity": bundle.manifest.parity})

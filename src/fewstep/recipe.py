@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Recipe:
     guidance: float | None = None
     loras: tuple[Lora, ...] = ()
     decoder: str | None = None
+    shape: tuple[int, int] | None = None
+    """Height and width of the pictures, in pixels."""
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -66,6 +69,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["steps"] = None if self.steps is None else list(self.steps)
         values["loras"] = list(self.loras)
+        values["shape"] = None if self.shape is None else list(self.shape)
         return values
 
 
@@ -124,8 +128,17 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         guidance=None if values.get("guidance") is None else _number(values["guidance"], f"{where}: guidance"),
         loras=_loras(values.get("loras", []), where, folder),
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
+        shape=None if values.get("shape") is None else parse_shape(str(values["shape"]), f"{where}: shape"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
+
+
+def parse_shape(text: str, where: str) -> tuple[int, int]:
+    """Returns height and width of a text such as ``512x768``."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise RecipeError(f"{where} is {text!r}, expected HEIGHTxWIDTH", hint="for example 512x768, in pixels")
+    return int(match[1]), int(match[2])
 
 
 def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:

@@ -154,6 +154,8 @@ def _live_references(
     with stage(progress, f"load {source}"):
         original = load(source, guidance=manifest.contract.guidance.scale)
         _check_same(bundle.manifest.source, original.source)
+        if manifest.recipe["shape"] is not None:
+            original = original.shaped(*manifest.recipe["shape"])
         optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
         described = describe(optimized, sorted(manifest.schedules))
     changed = any(note.modified for note in notes)
