@@ -386,18 +386,19 @@ class _Reader:
 
     def _output(self, after: Sequence[Any]) -> tuple[OutputSpec, Wiring | None]:
         """Returns how the last output becomes the result; operations that are no scaling are a component."""
-        run, kind = self._run, self._generator.kind
+        run, generator = self._run, self._generator
         raw = next(iter(after[-1].outputs.values())) if after else run.latents[-1]
-        for candidate in _OUTPUTS:
-            spec = replace(candidate, kind=kind)
-            if _agrees(to_output(raw.detach().numpy(), spec), run.output):
-                return spec, None
-        tensor = result_tensor(run.result)
-        if not (isinstance(tensor, torch.Tensor) and run.tape.varies(tensor)):
-            raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
-        glue = run.tape.cut([tensor], what="the result")
-        finish = renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
-        return replace(_OUTPUTS[1], kind=kind), finish
+        result = result_tensor(run.result)
+        for tensor in (raw, result) if isinstance(result, torch.Tensor) else (raw,):
+            for candidate in _OUTPUTS:
+                spec = replace(candidate, kind=generator.kind, rate=generator.rate)
+                if not _agrees(to_output(tensor.detach().numpy(), spec), run.output):
+                    continue
+                if tensor is raw:
+                    return spec, None
+                glue = run.tape.cut([tensor], what="the result")
+                return spec, renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
+        raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
 
     def specs(self, wirings: Mapping[str, Wiring]) -> dict[str, ComponentSpec]:
         """Returns what each component takes and gives, from the tensors of the run."""
