@@ -194,6 +194,12 @@ def _find_last_latent(recorded: Run) -> None:
     after = [c for c in recorded.calls if c.steps_done == len(recorded.states)]
     tensors = [t for c in after[:1] for _, t in flatten_tensors(dict(c.arguments), "") if recorded.tape.varies(t)]
     shape = recorded.states[0].shape
+    for k, state in enumerate(recorded.states):
+        if state.shape != shape:
+            raise ExportError(
+                f"the latent of step {k} is {list(state.shape)}, expected {list(shape)} as in step 0",
+                hint="a latent that changes its size cannot be expressed yet",
+            )
     last = tensors[0] if tensors else recorded.result
     while last.shape != shape or (recorded.tape.is_clamp(last) and not recorded.clips):
         parents = recorded.tape.parents(last)
