@@ -76,6 +76,11 @@ test: lint ## Lint, then every test that takes seconds
 test-all: lint ## Lint, then every test
 	$(BIN)/pytest $(PARALLEL)
 
+.PHONY: families
+families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md
+	$(BIN)/python -W ignore -m tests.families > docs/families.new
+	mv docs/families.new docs/families.md
+
 # The other world of versions: Optimum and transformers 4, in an environment of its own.
 INTEROP := .venv-interop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.export.reference import SCALED, Run, Text, name_inputs, result_tensor, run
 from fewstep.export.sampling import Anatomy, is_scaled, loop_schedule, pipeline_schedule, probe_run, refuse
@@ -118,6 +120,7 @@ class _Reader:
         if len(calls) != len(recorded.states):
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
         self._last = len(calls) - 1
+        self._refuse_other_networks()
         self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
         self._initial: tuple[int | None, Any] = (0, None)
         self._initial = self._read_initial()
@@ -130,8 +133,43 @@ class _Reader:
             guidance=plain,
             clips=recorded.clips,
         )
+        self._refuse_other_shapes()
 
     # --- the loop
+
+    def _refuse_other_networks(self) -> None:
+        """Raises if another network than those of every step takes part in some steps."""
+        inside, end = self._loop_names(), len(self._run.states)
+        for call in self._run.calls:
+            if call.component not in inside and 0 < call.steps_done < end:
+                raise ExportError(
+                    f"{call.component} runs after step {call.steps_done - 1} of {end}, expected it in every step or in "
+                    "none",
+                    hint="a network of some steps only cannot be expressed yet",
+                )
+        ours = _outside(self._run, inside)
+        for other in self._others:
+            theirs = _outside(other, inside)
+            for name in ours.keys() | theirs.keys():
+                if ours[name] != theirs[name]:
+                    raise ExportError(
+                        f"{name} is called {ours[name]} times in a loop of {end} calls of {DENOISER} and "
+                        f"{theirs[name]} times in one of {len(other.states)}, expected {DENOISER} alone to be called "
+                        "by the step",
+                        hint="another network in the first or the last steps cannot be expressed yet",
+                    )
+
+    def _refuse_other_shapes(self) -> None:
+        """Raises if what a loop in plain PyTorch gets from its denoiser cannot be added to its latent."""
+        if not self._generator.is_loop:
+            return
+        shape = self._run.states[0].shape
+        name, F = next(iter(self._run.of(DENOISER)[0].outputs.items()))
+        if F.shape != shape:
+            raise ExportError(
+                f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
+                hint=f"move what makes one of the other into the network {DENOISER!r}",
+            )
 
     def _loop_names(self) -> list[str]:
         """Components that are called once in every step, in order."""
@@ -387,18 +425,19 @@ class _Reader:
 
     def _output(self, after: Sequence[Any]) -> tuple[OutputSpec, Wiring | None]:
         """Returns how the last output becomes the result; operations that are no scaling are a component."""
-        run, kind = self._run, self._generator.kind
+        run, generator = self._run, self._generator
         raw = next(iter(after[-1].outputs.values())) if after else run.latents[-1]
-        for candidate in _OUTPUTS:
-            spec = replace(candidate, kind=kind)
-            if _agrees(to_output(raw.detach().numpy(), spec), run.output):
-                return spec, None
-        tensor = result_tensor(run.result)
-        if not (isinstance(tensor, torch.Tensor) and run.tape.varies(tensor)):
-            raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
-        glue = run.tape.cut([tensor], what="the result")
-        finish = renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
-        return replace(_OUTPUTS[1], kind=kind), finish
+        result = result_tensor(run.result)
+        for tensor in (raw, result) if isinstance(result, torch.Tensor) else (raw,):
+            for candidate in _OUTPUTS:
+                spec = replace(candidate, kind=generator.kind, rate=generator.rate)
+                if not _agrees(to_output(tensor.detach().numpy(), spec), run.output):
+                    continue
+                if tensor is raw:
+                    return spec, None
+                glue = run.tape.cut([tensor], what="the result")
+                return spec, renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
+        raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
 
     def specs(self, wirings: Mapping[str, Wiring]) -> dict[str, ComponentSpec]:
         """Returns what each component takes and gives, from the tensors of the run."""
@@ -423,6 +462,11 @@ class _Reader:
             found.update({f"{name}.{output}": t for output, t in zip(wiring.outputs, outputs, strict=True)})
             specs[name] = spec_of(wiring, inputs, outputs)
         return specs
+
+
+def _outside(run: Run, inside: Sequence[str]) -> Counter[str]:
+    """Returns how often each component outside the loop was called."""
+    return Counter(call.component for call in run.calls if call.component not in inside)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

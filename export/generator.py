@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
+import diffusers.utils
 import torch
 
 from fewstep.errors import SourceError
@@ -33,6 +35,8 @@ _DENOISERS = ("unet", "transformer")
 _LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor", "watermark")
 # Arguments of pipelines that take a picture, and their channels.
 _PICTURES = {"image": 3, "mask_image": 1, "control_image": 3}
+# Fields of diffusers' results.
+_KINDS = {"images": "picture", "frames": "video", "audios": "audio", "prediction": "depth"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Generator:
 
     ``guidance`` is the scale w that samples use; 0 means that the pipeline runs without guidance. ``inputs`` are what
     its user gives; ``options`` further arguments of every call (``strength``, ``height``, ...), each a value or a
-    function of the step count.
+    function of the step count. ``kind`` is what comes out (picture, audio, video or depth), ``rate`` the number of
+    samples a second of a sound.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Generator:
     options: Mapping[str, Any] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "picture"
+    rate: int | None = None
     stored: StoredNetworks | None = None
     """Where the weights are, if the pipeline's modules have none."""
 
@@ -111,6 +117,8 @@ class Generator:
             inputs=_inputs(pipeline, modules[denoiser], options or {}),
             options=options or {},
             tokenizers=tokenizers,
+            kind=_kind(pipeline),
+            rate=_rate(modules.values()),
         )
 
     @classmethod
@@ -122,6 +130,7 @@ class Generator:
         *,
         inputs: Sequence[InputSpec] = (),
         kind: str = "picture",
+        rate: int | None = None,
         steps: Sequence[int] = DEFAULT_STEPS,
         default_steps: int | None = None,
         guidance: float = 0.0,
@@ -137,7 +146,8 @@ class Generator:
             networks: by name; the one of the loop is ``denoiser``.
             sample: the sampling function, see `SampleFunction`.
             inputs: what the user gives; a text input names its tokenizer.
-            kind: what comes out: picture (in [-1, 1]), audio, video or depth.
+            kind: what comes out: picture or video (in [-1, 1]), audio (in [-1, 1]) or depth (in [0, 1]).
+            rate: samples a second of a sound.
             steps: step counts to make schedules for.
             default_steps: the one to use by default; None takes the last of ``steps``.
             guidance: handed to ``sample``.
@@ -160,6 +170,7 @@ class Generator:
             licences=licences or {},
             tokenizers=tokenizers or {},
             kind=kind,
+            rate=rate,
         )
 
     @property
@@ -219,6 +230,20 @@ def _refuse_incomplete(pipeline: Any, modules: Mapping[str, torch.nn.Module]) ->
             f"{type(pipeline).__name__} has no {missing[0]}, expected all of: {', '.join(components)}",
             hint=f"{missing[0]} must be in model_index.json, with its folder",
         )
+
+
+def _kind(pipeline: Any) -> str:
+    """Returns what a pipeline makes: its module defines or imports the class of its results."""
+    module = sys.modules[type(pipeline).__module__]
+    results = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, diffusers.utils.BaseOutput)]
+    names = {field.name for result in results if is_dataclass(result) for field in fields(result)}
+    return next((kind for name, kind in _KINDS.items() if name in names), "picture")
+
+
+def _rate(modules: Iterable[torch.nn.Module]) -> int | None:
+    """Returns the samples a second that one of the networks is configured for."""
+    rates = [getattr(getattr(module, "config", None), "sampling_rate", None) for module in modules]
+    return next((int(rate) for rate in rates if rate), None)
 
 
 def _inputs(pipeline: Any, denoiser: torch.nn.Module, options: Mapping[str, Any]) -> tuple[InputSpec, ...]:

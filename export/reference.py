@@ -199,6 +199,12 @@ def _find_last_latent(recorded: Run) -> None:
     after = [c for c in recorded.calls if c.steps_done == len(recorded.states)]
     tensors = [t for c in after[:1] for _, t in flatten_tensors(dict(c.arguments), "") if recorded.tape.varies(t)]
     shape = recorded.states[0].shape
+    for k, state in enumerate(recorded.states):
+        if state.shape != shape:
+            raise ExportError(
+                f"the latent of step {k} is {list(state.shape)}, expected {list(shape)} as in step 0",
+                hint="a latent that changes its size cannot be expressed yet",
+            )
     last = tensors[0] if tensors else recorded.result
     while last.shape != shape or (recorded.tape.is_clamp(last) and not recorded.clips):
         parents = recorded.tape.parents(last)
@@ -461,13 +467,13 @@ def result_tensor(result: Any) -> Any:
 
 
 def _output_array(result: Any, kind: str, *, signed: bool) -> np.ndarray[Any, Any]:
-    """Returns the first output as float32: a picture [H, W, C] in [0, 1], anything else as it comes."""
+    """Returns the first output as float32: a picture [H, W, C] or a video in [0, 1], anything else as it comes."""
     value = result_tensor(result)
     if isinstance(value, (list, tuple)):
         value = value[0][None] if isinstance(value[0], (torch.Tensor, np.ndarray)) else np.asarray(value[0])[None]
     first = (value[0].float().numpy() if isinstance(value, torch.Tensor) else np.asarray(value[0])).astype(np.float32)
     if kind == "picture" and first.ndim == 3 and first.shape[0] in (1, 3, 4) and first.shape[-1] not in (1, 3, 4):
         first = first.transpose(1, 2, 0)
-    if kind == "picture" and signed:
+    if kind in ("picture", "video") and signed:
         first = np.clip(first * np.float32(0.5) + np.float32(0.5), 0, 1)
     return np.ascontiguousarray(first)

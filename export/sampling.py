@@ -22,10 +22,12 @@ from fewstep.export.reference import Call, Run, Stub, noise_tensor, run
 from fewstep.export.short_form import Row, columns, solve_step
 from fewstep.export.values import replace_tensors
 from fewstep.manifest import DENOISER
-from fewstep.schedule import Schedule
+from fewstep.schedule import Schedule, advance
 
 # The reference computes in float32; what it does to a latent between two calls is a few operations.
 _TOLERANCE = 1e-5
+# A loop may take differences of numbers that are a hundred times larger: noise levels.
+_REPLAY_TOLERANCE = 1e-3
 _STUB_SEED = 1 << 40
 
 
@@ -261,7 +263,36 @@ def loop_schedule(
             on_start=symbolic.append,
             clips=anatomy.clips,
         )
-    return _solve(generator, traced, counted, anatomy, watch, size)
+    schedule = _solve(generator, traced, counted, anatomy, watch, size)
+    _check_on_numbers(generator, schedule, counted, recorded, anchors)
+    return schedule
+
+
+def _check_on_numbers(
+    generator: Generator, schedule: Schedule, counted: Run, recorded: Run, anchors: Sequence[str]
+) -> None:
+    """Raises unless the table gives what the loop gave for random network outputs: symbols do not show a square."""
+    shape = counted.states[0].shape
+
+    def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+        return tensor.detach().double().numpy()
+
+    held = [array(t) for name in anchors for t in recorded.of(name)[0].outputs.values() if t.shape == shape]
+    history: list[np.ndarray[Any, Any]] = []
+    for k, call in enumerate(counted.of(DENOISER)):
+        F = array(next(iter(call.outputs.values())))
+        drawn = array(counted.draws[k + 1]) if schedule.uses_noise(k) else None
+        anchor = held[0] if held else None
+        x, x0 = advance(schedule, k, array(counted.states[k]), F, drawn, history, anchor)
+        history.append(x0)
+        wanted = array(counted.latents[k])
+        rest = np.abs(x - wanted).max() / max(np.abs(wanted).max(), 1e-30)
+        if not rest <= _REPLAY_TOLERANCE:
+            raise ScheduleError(
+                f"{generator.name}: step {k} is not linear in latent, network output and noise: {rest:.1e} of it is "
+                "left over",
+                hint="move what is not linear into a network",
+            )
 
 
 def _anchor_stub(result: Any, shape: tuple[int, ...], anchor: torch.Tensor) -> Stub:

@@ -91,13 +91,20 @@ def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgr
                 _optimize(result)
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
-            f"{program.component} cannot be lowered to ONNX: {str(error).strip().splitlines()[0]}",
+            f"{program.component} cannot be lowered to ONNX: {_first_line(error)}",
             hint="the op that stops it is named above; rewrite it in the module, or report it",
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     return result
+
+
+def _first_line(error: BaseException) -> str:
+    """Returns what the innermost cause says; the outer ones say which step of the exporter failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n", 1)[0]
 
 
 @contextmanager

@@ -40,3 +40,14 @@ def copy_bundle(tmp_path: Path) -> Callable[[str], Path]:
         return shutil.copytree(built(kind).bundle.path, tmp_path / f"{kind}-copy")
 
     return copy
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table of the families that were built."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    found = [value for report in reports for name, value in report.user_properties if name == "family"]
+    if found:
+        from tests.families import Row, table
+
+        terminalreporter.section("families")
+        terminalreporter.write(table([Row.of(values) for values in found]))

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from fewstep.errors import BundleError
 from fewstep.hashing import file_sha256
@@ -58,12 +60,18 @@ class Bundle:
         return resolve_inside(self.path, relative)
 
     def generate(
-        self, prompt: str, seed: int = 0, *, steps: int | None = None, guidance: float | None = None
+        self,
+        prompt: str = "",
+        seed: int = 0,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        inputs: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> Sample:
-        """Returns the picture of a prompt; see `fewstep.runtimes.sampler.generate`."""
+        """Returns the sample of a prompt, and of the inputs beside it; see `fewstep.runtimes.sampler.generate`."""
         from fewstep.runtimes.sampler import generate  # a convenience that looks up the layers: the one place it does
 
-        return generate(self, prompt, seed, steps=steps, guidance=guidance)
+        return generate(self, prompt, seed, steps=steps, guidance=guidance, inputs=inputs)
 
 
 def resolve_inside(folder: Path, relative: str) -> Path:

@@ -20,11 +20,10 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 import fewstep
-from fewstep import stages
+from fewstep import media, stages
 from fewstep.errors import FewstepError
-from fewstep.feeds import Sample
+from fewstep.inputs import example_inputs
 from fewstep.progress import Advance, Progress
-from fewstep.report import images
 from fewstep.runtimes import RUNTIMES
 from fewstep.source import Lora, Replacement, SourceSpec
 
@@ -201,35 +200,56 @@ def build(
 @cli.command()
 @_bundle
 @click.argument("prompt", required=False)
+@click.option(
+    "--input", "given", multiple=True, metavar="NAME=VALUE", help="File of a picture, or a class; may be repeated."
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @_guidance
 @_runtime
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
+@click.option("--rate", type=click.IntRange(1), help="Samples a second of a WAV file; the bundle's unless given.")
 @click.option("--grid", is_flag=True, help="Draw the bundle's own prompts as one grid, instead of PROMPT.")
 @_json
 def generate(
     bundle: Path,
     prompt: str | None,
+    given: tuple[str, ...],
     seed: int,
     steps: int | None,
     guidance: float | None,
     runtime: str | None,
     out: Path,
+    rate: int | None,
     grid: bool,
     as_json: bool,
 ) -> None:
-    """Draw PROMPT with BUNDLE."""
-    if (prompt is None) != grid:
-        raise click.UsageError("give a PROMPT or --grid, and not both")
+    """Draw PROMPT with BUNDLE, or whatever it makes of its inputs."""
     opened = fewstep.Bundle.open(bundle)
-    prompts = opened.manifest.prompts if prompt is None else (prompt,)
+    contract, prompts = opened.manifest.contract, opened.manifest.prompts
+    if not grid:
+        prompts = (prompt or "",)
+        media.check_output(out, contract.output, rate)
+    if contract.takes_text and (prompt is None) != grid:
+        raise click.UsageError("give a PROMPT or --grid, and not both")
+    if prompt is not None and not contract.takes_text:
+        raise click.UsageError("this bundle takes no PROMPT; `fewstep inspect` lists its inputs (contract.inputs)")
+    if not contract.takes_text:
+        prompts = ("",) * len(prompts)
+    inputs = [example_inputs(contract.inputs, i) for i in range(len(prompts))]
+    if given or not grid:
+        inputs = [media.read_inputs(contract.inputs, given)] * len(prompts)
     with _progress() as progress:
-        samples = stages.draw(opened, prompts, seed, steps=steps, guidance=guidance, runtime=runtime, progress=progress)
-    pictures = [images.to_uint8(sample.picture_HWC * 2 - 1) for sample in samples]
-    _write_png(out, _as_grid(samples, pictures) if grid else pictures[0])
+        samples = stages.draw(
+            opened, prompts, seed, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
+        )
+    if grid:
+        media.write_whole(out, media.grid_png(samples))
+    else:
+        media.write_output(out, samples[0].output, contract.output, rate)
     if as_json:
-        return _print_json({"picture": str(out), "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
+        kind = "picture" if grid else contract.output.kind
+        return _print_json({kind: str(out), "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
     _out.print(str(out), markup=False)
 
 
@@ -437,17 +457,3 @@ def _listed(paths: list[Path]) -> None:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _as_grid(samples: list[Sample], pictures: list[images.Pixels], *, columns: int = 4) -> images.Pixels:
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    labels = [", ".join(s.prompt for s in samples[i : i + columns]) for i in range(0, len(samples), columns)]
-    return images.grid(rows, labels)
-
-
-def _write_png(path: Path, pixels_HWC: images.Pixels) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(images.png_bytes(pixels_HWC))
-    partial.replace(path)

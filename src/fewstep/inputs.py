@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,54 @@ Array = npt.NDArray[Any]
 _EXAMPLE_OFFSET = 1 << 30
 
 
+def check_names(specs: Sequence[InputSpec], given: Collection[str]) -> dict[str, InputSpec]:
+    """Returns the inputs beside the prompt by name.
+
+    Raises:
+        ContractError: the names given are not theirs.
+    """
+    wanted = {spec.name: spec for spec in specs if spec.kind != TEXT}
+    takes = ", ".join(f"{name} ({_what(spec)})" for name, spec in wanted.items()) or "nothing beside a prompt"
+    for name in given:
+        if name not in wanted:
+            close = get_close_matches(name, wanted, n=1)
+            raise ContractError(
+                f"unknown input {name!r}, this generator takes {takes}",
+                hint=f"did you mean {close[0]!r}?" if close else "leave it out",
+            )
+    for name, spec in wanted.items():
+        if name not in given:
+            value = "NUMBER" if spec.kind == CLASS else "FILE"
+            raise ContractError(
+                f"input {name} is missing, this generator takes {takes}",
+                hint=f"--input {name}={value}, or from Python inputs={{{name!r}: array}}",
+            )
+    return wanted
+
+
+def _what(spec: InputSpec) -> str:
+    if spec.kind == CLASS:
+        return "a class" + (f" from 0 to {spec.count - 1}" if spec.count else "")
+    return f"a picture {list(spec.shape)} in [0, 1]"
+
+
 def check_inputs(specs: Sequence[InputSpec], given: Mapping[str, Array]) -> dict[str, Array]:
     """Returns the inputs beside the prompt in the type that networks take.
 
     Raises:
         ContractError: one is missing, unknown, of another shape, or a class that does not exist.
     """
-    wanted = {spec.name: spec for spec in specs if spec.kind != TEXT}
-    if given.keys() != wanted.keys():
-        missing, unknown = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-        raise ContractError(
-            f"inputs missing {missing}, unknown {unknown}",
-            hint="`fewstep inspect BUNDLE` lists what this generator takes (contract.inputs)",
-        )
+    wanted = check_names(specs, given)
     checked = {}
     for name, spec in wanted.items():
         array = np.asarray(given[name])
         if spec.kind == CLASS:
             label = int(array.reshape(-1)[0])
             if spec.count is not None and not 0 <= label < spec.count:
-                raise ContractError(f"{name} is {label}, expected 0 to {spec.count - 1}")
+                raise ContractError(
+                    f"{name} is {label}, expected 0 to {spec.count - 1}",
+                    hint="classes are counted from 0, as the generator was trained with them",
+                )
             checked[name] = np.array([label], dtype=np.int64)
         elif spec.kind == IMAGE:
             if tuple(array.shape) != spec.shape:

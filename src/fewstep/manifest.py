@@ -91,12 +91,16 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """How the last component's output becomes the result: ``clip(scale * y + shift)``; ``kind`` says what it is."""
+    """How the last component's output becomes the result: ``clip(scale * y + shift)``; ``kind`` says what it is.
+
+    ``rate`` is the number of samples a second of a sound, None where it is not known.
+    """
 
     kind: str = "picture"
     scale: float = 0.5
     shift: float = 0.5
     clip: tuple[float, float] | None = (0.0, 1.0)
+    rate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,11 @@ class Contract:
     inputs: tuple[InputSpec, ...] = (InputSpec("prompt", TEXT),)
     output: OutputSpec = OutputSpec()
     noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the user gives a prompt."""
+        return any(spec.kind == TEXT for spec in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -360,4 +369,4 @@ def _contract(values: Any) -> Contract:
 
 def _output(values: Any) -> OutputSpec:
     clip = values["clip"]
-    return OutputSpec(values["kind"], values["scale"], values["shift"], None if clip is None else (clip[0], clip[1]))
+    return OutputSpec(**{**values, "clip": None if clip is None else (clip[0], clip[1])})

@@ -27,12 +27,18 @@ def picture_of(output: Array, kind: str) -> npt.NDArray[np.float32]:
     if kind == "picture":
         return np.asarray(output, dtype=np.float32)
     if kind == "video":
-        frame = output[:, 0] if output.shape[0] in (1, 3) else output[0]
-        return _stretched(frame.transpose(1, 2, 0))
+        return _stretched(frames_of(output)[0])
     if kind == "audio":
         return _waveform(output.reshape(-1))
     flat = output.reshape(-1, *output.shape[-2:])[:1] if output.shape[-1] != 1 else output.transpose(2, 0, 1)
     return _stretched(flat.transpose(1, 2, 0))
+
+
+def frames_of(video: Array) -> Array:
+    """Returns a video [F, C, H, W] or [C, F, H, W] as [F, H, W, 3]."""
+    frames_first = video.shape[1] in (1, 3)
+    frames_FHWC = video.transpose(0, 2, 3, 1) if frames_first else video.transpose(1, 2, 3, 0)
+    return np.broadcast_to(frames_FHWC, (*frames_FHWC.shape[:3], 3))
 
 
 def _stretched(values_HWC: Array) -> npt.NDArray[np.float32]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 from fewstep.build import check_targets, compile_targets
 from fewstep.bundle import MANIFEST, Bundle, writing
@@ -19,23 +21,29 @@ from fewstep.recipe import check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler
 from fewstep.source import SourceSpec
 
+Array = npt.NDArray[Any]
+
 
 def draw(
     bundle: Bundle,
     prompts: Sequence[str],
     seed: int,
     *,
+    inputs: Sequence[Mapping[str, Array]],
     steps: int | None,
     guidance: float | None,
     runtime: str | None,
     progress: Progress,
 ) -> list[Sample]:
-    """Returns a sample for every prompt; a single picture holds one component in memory at a time."""
+    """Returns a sample for every prompt with its other inputs; a single one holds one component in memory at a time."""
     schedule = bundle.manifest.schedule(bundle.manifest.default_steps if steps is None else steps)
     sampler = open_sampler(bundle, runtime=runtime, keep_open=len(prompts) > 1)
     advance = progress.task("steps", len(prompts) * schedule.steps)
     try:
-        return [sampler(p, seed, schedule, guidance=guidance, on_step=lambda _, __: advance()) for p in prompts]
+        return [
+            sampler(prompt, seed, schedule, guidance=guidance, inputs=given, on_step=lambda _, __: advance())
+            for prompt, given in zip(prompts, inputs, strict=True)
+        ]
     finally:
         sampler.close()
 
