@@ -121,6 +121,7 @@ CASES ?= small middle sd15
 .PHONY: bench-scale
 bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on where it was interrupted); CASES=sdxl needs 15 GB of disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
+	$(BIN)/python -m benchmarks.scale.bundle sd15
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from fewstep.isolated import run_isolated
 
 ROOT = Path("build/scale")
 RESULTS = Path(__file__).parent / "results"
+_MIB = 1 << 20
 
 
 def main() -> None:
@@ -50,7 +51,41 @@ def _keep(figures: dict[str, Any]) -> None:
     path = RESULTS / f"bundle-{figures['case']}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**before, **figures}, indent=1) + "\n")
+    cases = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("bundle-*.json"))]
+    (RESULTS / "bundles.md").write_text(_page(cases))
     sys.stderr.write(f"{path}\n")
+
+
+def _page(cases: list[dict[str, Any]]) -> str:
+    """Returns the figures as a page."""
+    lines = [
+        "# Building whole generators of full size",
+        "",
+        "Random fp16 weights, recipe fp16, written by `python -m benchmarks.scale.bundle CASE`. *Compile* makes every "
+        "component; *build* also runs PyTorch's own pipeline and the bundle in fp32 and compares them. Peaks are of "
+        "the process, imports included. The machine was shared: seconds are upper bounds.",
+        "",
+        "| case | largest weights, MiB | compile: peak, MiB | peak / weights | compile, s | files, MiB | "
+        "build: peak, MiB | build, s | least component SQNR, dB | picture PSNR, dB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        largest, compiled, built = case["largest_weights_bytes"], case.get("compile"), case.get("build")
+        cells = [f"{case['case']}, {case['steps']} steps", f"{largest / _MIB:.0f}"]
+        if compiled:
+            size = sum(compiled["result"].values())
+            peak = compiled["peak_bytes"]
+            cells += [f"{peak / _MIB:.0f}", f"{peak / largest:.2f}", f"{compiled['seconds']:.0f}", f"{size / _MIB:.0f}"]
+        else:
+            cells += [""] * 4
+        if built:
+            worst = built["result"]["worst"]
+            cells += [f"{built['peak_bytes'] / _MIB:.0f}", f"{built['seconds']:.0f}"]
+            cells += [f"{worst[f'lowering.{level}']['value']:.1f}" for level in ("component", "picture")]
+        else:
+            cells += [""] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
