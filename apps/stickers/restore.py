@@ -6,6 +6,7 @@ The denoiser is the student's without its guidance input: a teacher to go on wit
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import torch
@@ -28,6 +29,7 @@ def restore() -> None:
         raise SourceError(f"{WORK} holds training states", hint="continue them, or set STICKERS_WORK to another folder")
     autoencoder = AutoencoderTiny.from_pretrained(WEIGHTS / "vae")
     factor = float(autoencoder.config["scaling_factor"])
+    shutil.copytree(WEIGHTS / "tokenizer", WORK / "tokenizer", dirs_exist_ok=True)
     save_state(WORK / "autoencoder.pt", {"model": autoencoder.state_dict()})
 
     text_encoder, unet = make_text_encoder(), make_unet().to(memory_format=torch.channels_last)

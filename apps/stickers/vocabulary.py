@@ -16,12 +16,14 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer(stickers: Sequence[Sticker], folder: Path) -> CLIPTokenizer:
-    """Trains the merges, writes ``vocab.json`` and ``merges.txt``, and returns the tokenizer that reads them.
+    """Returns the tokenizer of a folder; where there is none, trains its merges and writes them first.
 
-    Ids as in CLIP: 256 bytes, the same 256 at a word's end, merges in order of rank, start of text, end of text.
+    Merges that are equally frequent come in another order in every process, so they are made once. Ids as in CLIP: 256 bytes, the same 256 at a word's end, merges in order of rank, start of text, end of text.
     """
     from tokenizers import Tokenizer, models, trainers
 
+    if (folder / "vocab.json").is_file():
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
     blank = CLIPTokenizer()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = blank.backend_tokenizer.normalizer
