@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 from unittest import mock
 
@@ -440,7 +441,19 @@ def _call_pipeline(generator: Generator, prompt: str, recorded: Run, steps: int,
     for spec in generator.inputs:
         arguments[spec.name] = prompt if spec.kind == TEXT else recorded.inputs[spec.name]
     options = {name: value(steps) if callable(value) else value for name, value in generator.options.items()}
-    return pipeline(**{**arguments, **options})
+    for name in options.keys() - parameters.keys():
+        close = get_close_matches(name, parameters, n=1)
+        raise ExportError(
+            f"{type(pipeline).__name__} takes no option {name!r}",
+            hint=f"did you mean {close[0]!r}?" if close else "options are arguments of the pipeline's call",
+        )
+    try:
+        return pipeline(**{**arguments, **options})
+    except (TypeError, ValueError) as error:  # what pipelines and schedulers refuse their settings with
+        raise ExportError(
+            f"{type(pipeline).__name__} refuses {steps} steps with these settings: {error}",
+            hint="the pipeline itself says so: change its scheduler's configuration, the step counts or the options",
+        ) from error
 
 
 def _call_loop(

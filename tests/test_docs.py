@@ -8,8 +8,10 @@ import tomllib
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
+import fewstep
 from fewstep import cli
 from fewstep.recipe import parse_recipe
 
@@ -39,7 +41,8 @@ def test_every_command_is_documented() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", prose):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
@@ -54,3 +57,26 @@ def test_recipe_of_the_page_loads() -> None:
 def test_python_of_the_page_compiles(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         compile(block, page.name, "exec")
+
+
+def test_loop_of_the_page_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "any-generator.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Generator.assemble" in b]
+    (tmp_path / "my_module.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    bundle = fewstep.build("my_module:make", out=tmp_path / "jumps", options=options)
+    assert bundle.manifest.schedules[2].times == {"s": (0.5, 0.0)}
+    assert bundle.generate(seed=7, inputs={"class_label": np.array([3])}).output.shape == (16, 16, 3)
+
+
+def test_refusals_of_the_page_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "any-generator.md").read_text(encoding="utf-8")
+    table = text.partition("## What is refused")[2]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    code = "".join(f.read_text("utf-8") for folder in ("export", "runtimes") for f in (ROOT / folder).glob("*.py"))
+    # A message may be wrapped in the source, and holds values where the page has an ellipsis.
+    code = re.sub(r'"\s+f?"', "", code).replace("{DENOISER}", "denoiser")
+    for phrase in re.findall(r"`([^`]+)`", "".join(cells)):
+        for part in re.split(r" ?\.\.\.,? ?", phrase):
+            assert part in code, phrase

@@ -9,11 +9,14 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fewstep import cli
+from fewstep.errors import ExportError
+from fewstep.export import describe, load
 from tests.bundles import built
 
 Run = Callable[..., tuple[int, str, str]]
@@ -72,6 +75,60 @@ def test_scheduler_that_is_no_table(run: Run, source: Path, tmp_path: Path) -> N
     config = json.loads((source / "scheduler" / "scheduler_config.json").read_text())
     (source / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "thresholding": True}))
     assert "threshold" in refused(run, source, tmp_path)
+
+
+def test_prediction_type_that_diffusers_does_not_know(run: Run, source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "scheduler" / "scheduler_config.json").read_text())
+    (source / "scheduler" / "scheduler_config.json").write_text(json.dumps({**config, "prediction_type": "warp"}))
+    text = refused(run, source, tmp_path)
+    assert "LatentConsistencyModelPipeline refuses 4 steps with these settings: prediction_type given as warp" in text
+    assert "hint: the pipeline itself says so: change its scheduler's configuration" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "hint"),
+    [
+        ({"height": 18}, "`height` and `width` have to be divisible by 8 but are 18", "the pipeline itself says so"),
+        ({"heigth": 16}, "LatentConsistencyModelPipeline takes no option 'heigth'", "did you mean 'height'?"),
+    ],
+    ids=["size", "name"],
+)
+def test_options_that_the_pipeline_refuses(source: Path, options: dict[str, int], text: str, hint: str) -> None:
+    generator = replace(load(str(source)), options=options)
+    with pytest.raises(ExportError) as caught:
+        describe(generator, [1])
+    assert text in caught.value.message
+    assert hint in str(caught.value.hint)
+
+
+def test_more_steps_than_the_scheduler_has(run: Run, source: Path, tmp_path: Path) -> None:
+    text = refused(run, source, tmp_path, "--steps", "60")
+    assert "refuses 60 steps with these settings: The combination of `original_steps x strength`" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"dtype": "float32"}, "timestep is int64 [1], expected float32 [1]"),
+        ({"shape": [2]}, "timestep is int64 [1], expected int64 [2]"),
+        ({"name": "time"}, "the manifest has ['sample', 'time', 'encoder_hidden_states', 'timestep_cond']"),
+    ],
+    ids=["dtype", "shape", "name"],
+)
+def test_manifest_that_says_another_timestep(
+    run: Run, copy_bundle: Callable[[str], Path], change: dict[str, object], text: str
+) -> None:
+    folder = copy_bundle("lcm")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    denoiser = manifest["components"]["denoiser"]
+    (timestep,) = (spec for spec in denoiser["inputs"] if spec["name"] == "timestep")
+    timestep.update(change)
+    if "name" in change:
+        denoiser["bindings"]["time"] = denoiser["bindings"].pop("timestep")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = generate(run, folder)
+    assert text in said
+    assert "hint: " in said
 
 
 def test_pickle_only_weights(run: Run, source: Path, tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ def test_page_is_of_this_zoo() -> None:
     refused = {r[0]: r[4] for r in rows if r[4].startswith("refused: ")}
     assert refused.keys() == REFUSED.keys()
     assert all(reason in refused[name] for name, reason in REFUSED.items())
-    assert f"{len(FAMILIES) - len(REFUSED)} of {len(FAMILIES)} kinds" in text
+    share = f"{len(FAMILIES) - len(REFUSED)} of {len(FAMILIES)} kinds"
+    assert share in text
+    assert share in (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
     for row in rows:
         if row[0] not in refused:
             assert float(row[6]) >= 100, row
