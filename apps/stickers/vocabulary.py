@@ -18,7 +18,8 @@ _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 def make_tokenizer(stickers: Sequence[Sticker], folder: Path) -> CLIPTokenizer:
     """Returns the tokenizer of a folder; where there is none, trains its merges and writes them first.
 
-    Merges that are equally frequent come in another order in every process, so they are made once. Ids as in CLIP: 256 bytes, the same 256 at a word's end, merges in order of rank, start of text, end of text.
+    Merges that are equally frequent come in another order in every process, so they are made once. Ids as in CLIP: 256
+    bytes, the same 256 at a word's end, merges in order of rank, start of text, end of text.
     """
     from tokenizers import Tokenizer, models, trainers
 
