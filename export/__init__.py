@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fewstep.export.describe import Description, describe, diffusers_files, write_tokenizers
+from fewstep.export.describe import Description, describe
 from fewstep.export.generator import Generator
+from fewstep.export.layout import diffusers_files, write_tokenizers
 from fewstep.export.load import load, missing
 from fewstep.export.loop import SampleFunction
 from fewstep.export.overlay import lay_over

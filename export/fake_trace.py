@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.export.fakes import fake_arguments, fake_trace, refused, with_fake_parameters
 from fewstep.export.generator import Part
-from fewstep.export.reference import Call, name_inputs, name_outputs
+from fewstep.export.recorded import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, Ref
 from fewstep.export.weights import meta_module, stored_weights
 from fewstep.export.wiring import WiredModule, Wiring

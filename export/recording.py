@@ -10,7 +10,8 @@ import torch
 
 from fewstep.export.describe import Description
 from fewstep.export.generator import Generator
-from fewstep.export.reference import Call, Run, run
+from fewstep.export.recorded import Call, Run
+from fewstep.export.reference import run
 from fewstep.export.sampling import refuse
 from fewstep.export.tape import GlueModule
 from fewstep.export.wiring import Wiring, wired_module

@@ -17,8 +17,10 @@ import torch
 
 from fewstep.errors import ExportError, ScheduleError
 from fewstep.export.generator import Generator
+from fewstep.export.listening import Stub, noise_tensor
 from fewstep.export.probe import Watch, probe
-from fewstep.export.reference import Call, Run, Stub, noise_tensor, run
+from fewstep.export.recorded import Call, Run
+from fewstep.export.reference import run
 from fewstep.export.short_form import Row, columns, solve_step
 from fewstep.export.values import replace_tensors
 from fewstep.manifest import DENOISER

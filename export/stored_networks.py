@@ -19,7 +19,7 @@ from fewstep.export.weights import StoredWeights, load_module, stored_weights
 
 if TYPE_CHECKING:
     from fewstep.export.generator import Generator
-    from fewstep.export.reference import Stub
+    from fewstep.export.listening import Stub
 
 # A text encoder beside the denoiser; the decoder when the loop is over.
 _IN_MEMORY = 2

@@ -20,7 +20,7 @@ import torch
 from fewstep.errors import ExportError
 from fewstep.export.fakes import fake_trace
 from fewstep.export.generator import Generator
-from fewstep.export.reference import Call, name_inputs, name_outputs
+from fewstep.export.recorded import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, GlueModule, Ref, Tape
 from fewstep.hashing import value_sha256
 from fewstep.manifest import ComponentSpec, TensorSpec

@@ -12,7 +12,7 @@ from diffusers import LatentConsistencyModelPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.export.describe import embedded_guidance
+from fewstep.export.embedding import embedded_guidance
 from fewstep.export.load import load
 from fewstep.feeds import Sample, StepFeed, load_sample, save_sample
 from fewstep.guidance import combine, guidance_embedding

@@ -105,7 +105,7 @@ def build(
         described = describe(optimized, counts)
 
     with writing(out) as folder:
-        write_tokenizers(optimized, described, folder)
+        write_tokenizers(optimized, described.tokenizers, folder)
         artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress)
         if "onnxruntime" in targets:
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)

@@ -1,0 +1,436 @@
+"""Reads contract and components off one recorded run, without two-pass guidance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.errors import ExportError
+from fewstep.export.embedding import is_embedding
+from fewstep.export.generator import Generator
+from fewstep.export.listening import SCALED
+from fewstep.export.recorded import Run, name_inputs
+from fewstep.export.reference import result_tensor
+from fewstep.export.sampling import Anatomy, is_scaled, refuse
+from fewstep.export.tape import MADE, Glue, GlueModule, Ref
+from fewstep.export.wiring import (
+    Wiring,
+    glue_component,
+    renamed,
+    shorten,
+    spec_of,
+    wire,
+    wired_module,
+    with_outputs,
+)
+from fewstep.manifest import (
+    AFTER,
+    BEFORE,
+    CONDITIONS,
+    DECODER,
+    DENOISER,
+    GUIDANCE,
+    INITIAL,
+    LATENT,
+    LOOP,
+    NOISE,
+    SAMPLE,
+    TIME,
+    TIMESTEP,
+    ComponentSpec,
+    Contract,
+    Guidance,
+    OutputSpec,
+)
+from fewstep.output import to_output
+
+# The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
+_RTOL, _ATOL = 1e-5, 1e-6
+# As a pipeline scales its last component's output; the first that fits is taken.
+_OUTPUTS = (
+    OutputSpec(),
+    OutputSpec(scale=1.0, shift=0.0, clip=None),
+    OutputSpec(scale=0.5, shift=0.5, clip=None),
+    OutputSpec(scale=1.0, shift=0.0, clip=(0.0, 1.0)),
+    OutputSpec(scale=1.0, shift=0.0, clip=(-1.0, 1.0)),
+)
+
+
+class Reader:
+    """Reads one recorded run, without two-pass guidance."""
+
+    def __init__(
+        self, generator: Generator, recorded: Run, guidance: Guidance, plain: float, others: Sequence[Run]
+    ) -> None:
+        self._generator, self._run, self._guidance = generator, recorded, guidance
+        self._others = others
+        calls = recorded.of(DENOISER)
+        if len(calls) != len(recorded.states):
+            raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
+        self._last = len(calls) - 1
+        self._refuse_other_networks()
+        self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
+        self._initial: tuple[int | None, Any] = (0, None)
+        self._initial = self._read_initial()
+        self.anatomy = Anatomy(
+            latent=self._latent_argument(),
+            times=tuple(self._time_arguments(DENOISER)),
+            post=self._post_module(),
+            initial=self._initial[1],
+            initial_offset=self._initial[0],
+            guidance=plain,
+            clips=recorded.clips,
+        )
+        self._refuse_other_shapes()
+
+    # --- the loop
+
+    def _refuse_other_networks(self) -> None:
+        """Raises if another network than those of every step takes part in some steps."""
+        inside, end = self._loop_names(), len(self._run.states)
+        for call in self._run.calls:
+            if call.component not in inside and 0 < call.steps_done < end:
+                raise ExportError(
+                    f"{call.component} runs after step {call.steps_done - 1} of {end}, expected it in every step or in "
+                    "none",
+                    hint="a network of some steps only cannot be expressed yet",
+                )
+        ours = _outside(self._run, inside)
+        for other in self._others:
+            theirs = _outside(other, inside)
+            for name in ours.keys() | theirs.keys():
+                if ours[name] != theirs[name]:
+                    raise ExportError(
+                        f"{name} is called {ours[name]} times in a loop of {end} calls of {DENOISER} and "
+                        f"{theirs[name]} times in one of {len(other.states)}, expected {DENOISER} alone to be called "
+                        "by the step",
+                        hint="another network in the first or the last steps cannot be expressed yet",
+                    )
+
+    def _refuse_other_shapes(self) -> None:
+        """Raises if what a loop in plain PyTorch gets from its denoiser cannot be added to its latent."""
+        if not self._generator.is_loop:
+            return
+        shape = self._run.states[0].shape
+        name, F = next(iter(self._run.of(DENOISER)[0].outputs.items()))
+        if F.shape != shape:
+            raise ExportError(
+                f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
+                hint=f"move what makes one of the other into the network {DENOISER!r}",
+            )
+
+    def _loop_names(self) -> list[str]:
+        """Components that are called once in every step, in order."""
+        done = list(range(len(self._run.states)))
+        names = dict.fromkeys(call.component for call in self._run.calls)
+        inside = [n for n in names if [c.steps_done for c in self._run.of(n)] == done]
+        return [n for n in inside if n == DENOISER or len(done) > 1]
+
+    def _latent_argument(self) -> str | None:
+        """The denoiser's argument that is the latent times a number at every step; None if there is none such."""
+        calls, run = self._run.of(DENOISER), self._run
+        for name in calls[0].inputs:
+            if all(is_scaled(c.inputs[name], x) for c, x in zip(calls, run.states, strict=True)):
+                return name
+        return None
+
+    def _time_arguments(self, component: str) -> list[str]:
+        """Arguments that are one number at each step and depend on nothing that the user gives."""
+        call = self._run.of(component)[self._last]
+        originals = self._originals(component, self._last)
+        found = []
+        for name, tensor in call.inputs.items():
+            if self._run.tape.varies(originals[name]) or not self._moves(component, name):
+                continue
+            if bool((tensor == tensor.reshape(-1)[0]).all()):
+                found.append(name)
+        return sorted(found, key=lambda name: "timestep" not in name)
+
+    def _moves(self, component: str, name: str) -> bool:
+        """Whether an argument differs from step to step, or from step count to step count."""
+        values = [c.inputs[name] for r in (self._run, *self._others) for c in r.of(component)]
+        return any(not torch.equal(v, values[0]) for v in values[1:])
+
+    def _originals(self, component: str, k: int) -> dict[str, torch.Tensor]:
+        call = self._run.of(component)[k]
+        return name_inputs(self._generator.parts[component].folder, call.arguments)
+
+    def _post(self) -> Any:
+        """The operations between the denoiser's first output and the scheduler, None where they are mere scaling."""
+        run = self._run
+        if not run.model_outputs:
+            return None
+        k = self._last
+        F = next(iter(run.of(DENOISER)[k].outputs.values()))
+        if F.shape == run.model_outputs[k].shape:
+            return None
+        glue = run.tape.cut([run.model_outputs[k]], what="model output", since=run.of(DENOISER)[k].position)
+        if len(glue.leaves) != 1 or not glue.leaves[0].startswith(f"{DENOISER}."):
+            raise refuse(f"the model output is made of {', '.join(glue.leaves)}, expected the denoiser's output alone")
+        return glue
+
+    def _post_module(self) -> Any:
+        glue = self._post()
+        return None if glue is None else lambda F: GlueModule(glue)(F)[0]
+
+    def _read_initial(self) -> tuple[int | None, Any]:
+        """The draw that the first latent is made of, and how."""
+        run = self._run
+        x = run.states[0]
+        if run.noised is not None:
+            glue = run.tape.cut([run.noised[1]], what="the initial noise", through=LATENT)
+        else:
+            glue = run.tape.cut([x], what="the first latent", through=LATENT)
+        if not glue.leaves or glue.leaves == (LATENT,):
+            return None, lambda noise: noise
+        anchor = self._plain_anchor()
+        if anchor is not None and set(glue.leaves) <= {anchor, f"{NOISE}0"}:
+            return 0, lambda noise: noise
+        if len(glue.leaves) > 1 or not glue.leaves[0].startswith(NOISE):
+            return None, lambda noise: noise
+        offset = int(glue.leaves[0].removeprefix(NOISE))
+        draw = run.draws[offset]
+        if draw.shape == x.shape and is_scaled(GlueModule(glue)(draw)[0], draw):
+            return offset, lambda noise: noise
+        return offset, lambda noise: GlueModule(glue)(noise)[0]
+
+    # --- components
+
+    def read(self) -> tuple[Contract, dict[str, Wiring]]:
+        """Returns the contract and the wiring of every component, in the order in which they run."""
+        inside = self._loop_names()
+        first_of_loop = next(i for i, c in enumerate(self._run.calls) if c.component in inside)
+        before = [c for c in self._run.calls[:first_of_loop]]
+        after = [c for c in self._run.calls if c.component not in inside and c not in before]
+        wirings = {c.instance: self._wire(c, BEFORE) for c in before}
+        loop = {name: self._wire_loop(name) for name in inside}
+        conditions, origins, anchor = self._conditions(loop)
+        ends, contract = self._ends(after)
+        initial = self._initial_component()
+        every = [
+            *wirings.values(),
+            *([initial] if initial else []),
+            *([conditions] if conditions else []),
+            *(renamed(wiring, origins) for wiring in loop.values()),
+            *ends,
+        ]
+        wanted = {origin for wiring in every for origin in wiring.origins}
+        wanted |= {anchor} if anchor else set()
+        wanted |= {f"{DENOISER}.{n}" for n in next(w for w in every if w.component == DENOISER).outputs[:1]}
+        if ends:
+            wanted.add(f"{ends[-1].component}.{ends[-1].outputs[0]}")
+        if initial:
+            wanted.add(f"{INITIAL}.{initial.outputs[0]}")
+        used = {}
+        for wiring in every:
+            names = [o.removeprefix(f"{wiring.component}.") for o in wanted if o.startswith(f"{wiring.component}.")]
+            if names:
+                used[wiring.component] = with_outputs(wiring, names)
+        contract = replace(
+            contract,
+            initial=f"{INITIAL}.{initial.outputs[0]}" if initial else f"{NOISE}{self._initial[0]}",
+            anchor=anchor,
+        )
+        return contract, used
+
+    def _wire(self, call: Any, phase: str, direct: Mapping[str, str] | None = None, since: int = 0) -> Wiring:
+        folder = self._generator.parts[call.component].folder
+        return wire(self._run.tape, call, folder, phase, direct=direct, since=since)
+
+    def _wire_loop(self, component: str) -> Wiring:
+        k = self._last
+        call = self._run.of(component)[k]
+        times = self._time_arguments(component)
+        direct = {name: TIMESTEP if i == 0 else f"{TIME}{name}" for i, name in enumerate(times)}
+        for name, tensor in call.inputs.items():
+            if self._guidance.kind == "embedded" and is_embedding(tensor, self._guidance):
+                direct[name] = GUIDANCE
+            elif name not in times and not self._varies(component, name) and self._moves(component, name):
+                raise refuse(f"{component}: input {name} {list(tensor.shape)} differs from step to step")
+        latent = self.anatomy.latent if component == DENOISER else self._same_as_latent(component)
+        if latent is not None:
+            direct[latent] = LATENT
+        wiring = self._wire(call, LOOP, direct, self._since)
+        wiring = renamed(wiring, {SCALED: LATENT})
+        self._check_every_step(component, wiring)
+        post = self._post() if component == DENOISER else None
+        if post is not None:
+            result = post.leaves[0].removeprefix(f"{DENOISER}.")
+            wiring = replace(wiring, after=post, results=(result,), outputs=(result,))
+        elif component == DENOISER:
+            wiring = with_outputs(wiring, wiring.outputs[:1])
+        return wiring
+
+    def _varies(self, component: str, name: str) -> bool:
+        return self._run.tape.varies(self._originals(component, self._last)[name])
+
+    def _same_as_latent(self, component: str) -> str | None:
+        if self.anatomy.latent is None:
+            return None
+        latents = [c.inputs[self.anatomy.latent] for c in self._run.of(DENOISER)]
+        for name in self._run.of(component)[0].inputs:
+            values = [c.inputs[name] for c in self._run.of(component)]
+            if all(torch.equal(v, x) for v, x in zip(values, latents, strict=True)):
+                return name
+        return None
+
+    def _check_every_step(self, component: str, wiring: Wiring) -> None:
+        """Raises if what the last step shows is not what the others do."""
+        for k in range(self._last):
+            originals = self._originals(component, k)
+            for name, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
+                if direct is None or not direct.startswith(MADE):
+                    continue
+                if not torch.equal(self._run.tape.tensor(direct), originals[name]):
+                    raise refuse(f"{component}: input {name} is not the same in step {k} and step {self._last}")
+
+    def _conditions(self, loop: Mapping[str, Wiring]) -> tuple[Wiring | None, dict[str, str], str | None]:
+        """Returns the component that makes what the loop takes from before it, and new names for these origins."""
+        tape = self._run.tape
+        made: dict[str, str] = {}
+        for wiring in loop.values():
+            for origin in wiring.origins:
+                if origin.startswith(MADE):
+                    made.setdefault(origin, wiring.input_name(origin))
+        targets = [tape.tensor(origin) for origin in made]
+        if self._run.noised is not None:
+            targets.append(self._run.noised[0])
+        if not targets:
+            return None, {}, self._plain_anchor()
+        glue = shorten(tape.cut(targets, what=CONDITIONS), tape)
+        names = _unique([n if not n.startswith(MADE) else "condition" for n in made.values()])
+        origins = [leaf or f"{CONDITIONS}.{name}" for leaf, name in zip(glue.origins, [*names, "anchor"], strict=False)]
+        renames = dict(zip(made, origins, strict=False))
+        anchor = origins[-1] if self._run.noised is not None else self._plain_anchor()
+        kept = [i for i, leaf in enumerate(glue.origins) if leaf is None]
+        if not kept:
+            return None, renames, anchor
+        glue = replace(glue, targets=tuple(glue.targets[i] for i in kept))
+        outputs = [origins[i].removeprefix(f"{CONDITIONS}.") for i in kept]
+        return glue_component(CONDITIONS, glue, outputs, BEFORE), renames, anchor
+
+    def _plain_anchor(self) -> str | None:
+        """In a loop in plain PyTorch: an output of the latent's shape that was there before the loop."""
+        if not self._generator.is_loop or self._initial[0] is None:
+            return None
+        shape = self._run.states[0].shape
+        for call in self._run.calls:
+            if call.component == DENOISER:
+                return None
+            for name, tensor in call.outputs.items():
+                if tensor.shape == shape:
+                    return f"{call.instance}.{name}"
+        return None
+
+    def _initial_component(self) -> Wiring | None:
+        run = self._run
+        target = run.noised[1] if run.noised is not None else run.states[0]
+        if self._initial[0] is None:
+            glue = run.tape.cut([target], what="the first latent", through=LATENT)
+            if glue.leaves == (LATENT,):
+                glue = Glue((), (), (target,), (Ref(("constant", 0)),))
+            return glue_component(INITIAL, glue, ["latent"], BEFORE)
+        draw = run.draws.get(self._initial[0])
+        if draw is None or torch.equal(self._initial[1](draw), draw):
+            return None
+        glue = run.tape.cut([target], what="the first latent", through=LATENT)
+        return glue_component(INITIAL, glue, ["latent"], BEFORE)
+
+    def _ends(self, after: Sequence[Any]) -> tuple[list[Wiring], Contract]:
+        """Returns what runs after the loop, and the contract."""
+        generator, run = self._generator, self._run
+        final = run.latents[-1]
+        config: Any = getattr(generator.module(DECODER), "config", None) if DECODER in generator.parts else None
+        scale = float(getattr(config, "scaling_factor", None) or 1.0)
+        shift = float(getattr(config, "shift_factor", None) or 0.0)
+        scaled = final / scale + shift
+        wirings, plain = [], True
+        for call in after:
+            direct = {
+                name: SAMPLE
+                for name, tensor in call.inputs.items()
+                if tensor.shape == final.shape and torch.allclose(tensor, scaled, rtol=_RTOL, atol=_ATOL)
+            }
+            wiring = self._wire(call, AFTER, direct)
+            if LATENT in wiring.origins:
+                plain = False
+            wirings.append(renamed(wiring, {LATENT: SAMPLE}))
+        if not plain or not after:
+            scale, shift = 1.0, 0.0
+            wirings = [renamed(self._wire(call, AFTER), {LATENT: SAMPLE}) for call in after]
+        output, finish = self._output(after)
+        prediction = getattr(getattr(generator.pipeline, "scheduler", None), "config", {})
+        contract = Contract(
+            latent_shape=tuple(final.shape[1:]),
+            latent_scale=scale,
+            latent_shift=shift,
+            prediction_type=str(getattr(prediction, "prediction_type", "unknown")),
+            guidance=self._guidance,
+            inputs=generator.inputs,
+            output=output,
+        )
+        return ([*wirings, finish] if finish else wirings), contract
+
+    def _output(self, after: Sequence[Any]) -> tuple[OutputSpec, Wiring | None]:
+        """Returns how the last output becomes the result; operations that are no scaling are a component."""
+        run, generator = self._run, self._generator
+        raw = next(iter(after[-1].outputs.values())) if after else run.latents[-1]
+        result = result_tensor(run.result)
+        for tensor in (raw, result) if isinstance(result, torch.Tensor) else (raw,):
+            for candidate in _OUTPUTS:
+                spec = replace(candidate, kind=generator.kind, rate=generator.rate)
+                if not _agrees(to_output(tensor.detach().numpy(), spec), run.output):
+                    continue
+                if tensor is raw:
+                    return spec, None
+                glue = run.tape.cut([tensor], what="the result")
+                return spec, renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
+        raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
+
+    def specs(self, wirings: Mapping[str, Wiring]) -> dict[str, ComponentSpec]:
+        """Returns what each component takes and gives, from the tensors of the run."""
+        run = self._run
+        scaled = run.of(DENOISER)[self._last].inputs.get(self.anatomy.latent or "", run.states[self._last])
+        found: dict[str, torch.Tensor] = {LATENT: scaled, SAMPLE: run.latents[-1]}
+        specs = {}
+        for name, wiring in wirings.items():
+            calls = [c for c in run.calls if c.instance == name]
+            inputs = []
+            for origin in wiring.origins:
+                if origin in (TIMESTEP, GUIDANCE) or origin.startswith(TIME):
+                    argument = wiring.arguments[wiring.before.origins.index(origin)]
+                    inputs.append(calls[-1].inputs[argument])
+                else:
+                    inputs.append(found[origin] if origin in found else run.tape.tensor(origin))
+            if wiring.call is None:
+                outputs = list(wired_module(self._generator, wiring)(*inputs))
+            else:
+                outputs = [wiring.call.outputs[result] for result in wiring.results]
+                outputs = outputs if wiring.after is None else list(GlueModule(wiring.after)(*outputs))
+            found.update({f"{name}.{output}": t for output, t in zip(wiring.outputs, outputs, strict=True)})
+            specs[name] = spec_of(wiring, inputs, outputs)
+        return specs
+
+
+def _outside(run: Run, inside: Sequence[str]) -> Counter[str]:
+    """Returns how often each component outside the loop was called."""
+    return Counter(call.component for call in run.calls if call.component not in inside)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Returns the names with a number at each that was there before."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return found
+
+
+def _agrees(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any] | None) -> bool:
+    return b is not None and a.shape == b.shape and np.allclose(a, b, rtol=_RTOL, atol=_ATOL)
