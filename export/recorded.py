@@ -17,7 +17,7 @@ _INPUT_NAMES = {("vae_decoder", "z"): "latent_sample", ("vae_decoder", "x"): "la
 _OUTPUT_NAMES = {"unet": ("out_sample",), "transformer": ("out_sample",), "vae_decoder": ("sample",)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of a component.
 
