@@ -54,8 +54,8 @@ class MuonAdamW:
 
     Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before it is applied. A convolution's kernel
     [O, I, h, w] counts as the matrix [O, h w I]. Updates are scaled to the size of AdamW's (Liu et al. 2025,
-    arXiv:2502.16982), so that both share one learning rate. On the teacher it needs about a third of AdamW's
-    iterations, each a third longer.
+    arXiv:2502.16982), so that both share one learning rate. Measured on the teacher, same batches, constant
+    rate: its loss fell 0.0086 in the time in which AdamW's fell 0.0030, with iterations a quarter longer.
     """
 
     def __init__(self, networks: Sequence[tuple[torch.nn.Module, float]], peak: float) -> None:
