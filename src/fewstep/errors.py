@@ -46,6 +46,10 @@ class ExportError(FewstepError):
     """A component cannot be traced or lowered."""
 
 
+class QuantizationError(FewstepError):
+    """A quantization plan cannot be made, read or applied."""
+
+
 class BundleError(FewstepError):
     """A bundle is incomplete, altered or unsafe."""
 
