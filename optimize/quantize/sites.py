@@ -70,7 +70,7 @@ class Site:
 
     @property
     def on_time_path(self) -> bool:
-        """Whether its data depends on the step alone: with few steps it takes few values, and must take them exactly."""
+        """Whether its data depends on the step alone: with few steps it takes few values, and takes them exactly."""
         return bool(self.depends) and all(o in _TIMES or o.startswith(TIME) for o in self.depends)
 
     @property
