@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets
+from fewstep.build import check_targets, compile_targets, plan_quantization
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError
@@ -161,18 +161,23 @@ def compile(
     """Writes the artifacts of every target without verifying them, and returns the paths."""
     from fewstep.export import describe, load
     from fewstep.optimize import optimize as apply
+    from fewstep.optimize.prepared import Prepared
 
     chosen = load_recipe(recipe)
     check_targets(targets)
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
-            original = load(spec, guidance=chosen.guidance if guidance is None else guidance)
+            w = chosen.guidance if guidance is None else guidance
+            original = load(spec, guidance=w, eager=chosen.quantization is not None)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
             described = describe(replace(generator, default_steps=default), counts)
-        artifacts = compile_targets(generator, described, chosen, targets, folder, StageCache(), progress)
+        cache = StageCache()
+        plan = plan_quantization(generator, described, chosen, cache, progress)
+        prepared = Prepared(generator, described, plan, {})
+        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress)
     return [out / artifact.path for artifact in artifacts]
 
 
