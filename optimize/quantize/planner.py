@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
+# finds the first and the last convolution the most sensitive of all).
+_OUTERMOST_SHARE = 0.02
 
 Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
 """Returns (step, inputs in order) of a component's recorded calls, the same each time."""
@@ -51,10 +54,15 @@ def decide(
     program: Program, sites: Iterable[Site], quantization: Quantization, profile: TargetProfile
 ) -> list[Decision]:
     """Returns what the recipe and the profile make of every site of a component."""
-    return [_decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile) for site in sites]
+    sites = list(sites)
+    macs = max(1, sum(site.macs for site in sites))
+    return [
+        _decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile, site.macs / macs)
+        for site in sites
+    ]
 
 
-def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decision:
+def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float) -> Decision:
     bits, reason = choice.weights, None
     if site.on_time_path:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
@@ -73,6 +81,8 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decisio
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
         activation_reason = f"{site.rows} row: reading the weights takes the time, not multiplying"
+    elif site.outermost and share <= _OUTERMOST_SHARE:
+        activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
         activation_reason = None
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
@@ -92,7 +102,11 @@ def observe_sites(
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
     """Returns the activations that go onto a grid where a site multiplies whole numbers."""
-    return [site.data, site.result] if site.op in profile.outputs else [site.data]
+    return [site.data, site.result] if _has_output_grid(site, profile) else [site.data]
+
+
+def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
+    return profile.needs_output_grid(site.op, site.unfolded, site.groups)
 
 
 def make_plan(
@@ -165,7 +179,7 @@ def draw_up(
         )
         if d.computes:
             computes.append(site.name)
-            if site.op in profile.outputs:
+            if _has_output_grid(site, profile):
                 outputs.append(site.name)
             for name in _activations(site, profile):
                 if name not in activations:

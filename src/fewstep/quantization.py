@@ -8,7 +8,7 @@ A recipe's ``[quantization]`` table::
     granularity = "channel"     # scales of weights: tensor | channel | group
     group_size = 32             # input channels that share a scale, for group
     rounding = "nearest"        # nearest | gptq | adaround
-    ranges = "lp"               # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
+    ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     profile = "x86"             # what the target computes well: see fewstep.profiles
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
@@ -73,7 +73,7 @@ class Quantization:
     granularity: str = "channel"
     group_size: int = 32
     rounding: str = "nearest"
-    ranges: str = "lp"
+    ranges: str = "mse"
     profile: str = "x86"
     sampler: str = "own"
     samples: int = 32
