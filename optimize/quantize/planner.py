@@ -17,6 +17,7 @@ from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import attribute
+from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
+_ROUNDING_CALLS = 32
 # And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
 # finds the first and the last convolution the most sensitive of all).
 _OUTERMOST_SHARE = 0.02
@@ -142,11 +145,13 @@ def make_plan(
 def plan_component(
     program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
 ) -> tuple[ComponentPlan, StepRanges | None]:
-    """Returns the plan of a component with weights rounded to the nearest, and the ranges that it was made from."""
+    """Returns the plan of a component, and the ranges that it was made from."""
     module, sites = float_graph(program)
     decisions = decide(program, sites, quantization, profile)
     ranges = observe_sites(module, decisions, profile, calls)
-    return draw_up(module, sites, decisions, ranges, profile), ranges
+    plan = draw_up(module, sites, decisions, ranges, profile)
+    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
+    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
 
 def draw_up(

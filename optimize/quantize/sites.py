@@ -171,4 +171,6 @@ def _rows(op: str, node: Node, weight_shape: tuple[int, ...]) -> int:
 
 def _groups(op: str, node: Node) -> int:
     """Returns the groups of a convolution, whose arguments are (x, w, b, stride, padding, dilation, groups)."""
-    return int(node.args[6]) if op.startswith("conv") and len(node.args) > 6 else 1
+    groups = node.args[6] if op.startswith("conv") and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
