@@ -17,12 +17,12 @@ from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.manifest import Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shape
+from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shape
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
-    from fewstep.export import Description, Generator
+    from fewstep.export import Description, Generator, Programs
 
 PROMPTS, SEEDS = 8, 2
 # How many samples are decoded again to look for values beyond fp16.
@@ -54,6 +54,7 @@ def build(
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     shape: str | None = None,
+    form: str | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -70,6 +71,7 @@ def build(
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
         shape: height and width of the pictures such as ``512x768``; None takes the recipe's, then the generator's.
+        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -77,7 +79,7 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
+    from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
@@ -89,6 +91,8 @@ def build(
     check_targets(targets)
     if shape is not None:
         recipe = replace(recipe, shape=parse_shape(shape, "shape"))
+    if form is not None:
+        recipe = replace(recipe, form=check_form(form, "form"))
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
@@ -103,14 +107,15 @@ def build(
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
+        programs = programs_of(optimized, described, recipe)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress)
-        if "onnxruntime" in targets:
+        artifacts = compile_targets(programs, recipe, targets, folder, cache, progress)
+        if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         requests = _requests(optimized, described, options)
-        lowered_from = _record(optimized, described, requests, recipe, cache, progress)
+        lowered_from = programs.restate(_record(optimized, described, requests, recipe, cache, progress))
         changed = any(note.modified for note in notes)
         uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if changed else None
         _write_golden(lowered_from, folder / "golden")
@@ -118,8 +123,8 @@ def build(
             name=optimized.name,
             source=optimized.source,
             pipeline=type(optimized.pipeline).__name__,
-            contract=described.contract,
-            components=described.components,
+            contract=programs.contract,
+            components=programs.components,
             tokenizers=described.tokenizers,
             schedules=described.schedules,
             default_steps=optimized.default_steps,
@@ -144,8 +149,7 @@ def build(
 
 
 def compile_targets(
-    generator: Generator,
-    described: Description,
+    programs: Programs,
     recipe: Recipe,
     targets: Sequence[str],
     folder: Path,
@@ -153,26 +157,22 @@ def compile_targets(
     progress: Progress,
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
-    from fewstep.export import digest, trace
     from fewstep.runtimes import get_runtime
 
     artifacts = []
-    advance = progress.task("compile", len(targets) * len(described.components))
+    advance = progress.task("compile", len(targets) * len(programs.components))
     for target in targets:
-        for component, spec in described.components.items():
+        for component in programs.components:
             key = {
-                "source": generator.source.sha256,
-                "component": component,
-                "spec": asdict(spec),
-                "wiring": digest(described.wirings[component]),
+                "source": programs.generator.source.sha256,
+                "program": programs.key(component),
                 "weights": recipe.weights,
                 "runtime": target,
                 "versions": versions(),
             }
 
             def make(entry: Path, target: str = target, component: str = component) -> None:
-                program = trace(generator, described.wirings[component], described.components[component])
-                artifact = get_runtime(target).compile(program, entry / "files", recipe.weights)
+                artifact = get_runtime(target).compile(programs.make(component), entry / "files", recipe.weights)
                 (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
 
             entry, _ = cache.get_or_make("compile", key, make)

@@ -159,7 +159,7 @@ def compile(
     progress: Progress,
 ) -> list[Path]:
     """Writes the artifacts of every target without verifying them, and returns the paths."""
-    from fewstep.export import describe, load
+    from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
 
     chosen = load_recipe(recipe)
@@ -172,7 +172,8 @@ def compile(
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
             described = describe(replace(generator, default_steps=default), counts)
-        artifacts = compile_targets(generator, described, chosen, targets, folder, StageCache(), progress)
+        programs = programs_of(generator, described, chosen)
+        artifacts = compile_targets(programs, chosen, targets, folder, StageCache(), progress)
     return [out / artifact.path for artifact in artifacts]
 
 

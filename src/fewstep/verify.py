@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import SourceInfo
+from fewstep.manifest import Manifest, SourceInfo
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe
 from fewstep.runtimes.parity import COMPRESSION, ParityReport, compare_components, compare_samples
@@ -147,7 +147,7 @@ def _live_references(
     bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
 ) -> tuple[list[Sample], list[Sample] | None]:
     from fewstep.calibration import SampleRequest, record_samples
-    from fewstep.export import describe, load
+    from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize
 
     manifest = bundle.manifest
@@ -156,8 +156,10 @@ def _live_references(
         _check_same(bundle.manifest.source, original.source)
         if manifest.recipe["shape"] is not None:
             original = original.shaped(*manifest.recipe["shape"])
-        optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
+        recipe = _recipe(manifest)
+        optimized, notes = optimize(original, recipe)
         described = describe(optimized, sorted(manifest.schedules))
+        programs = programs_of(optimized, described, recipe)
     changed = any(note.modified for note in notes)
     w = manifest.contract.guidance.scale
     requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
@@ -171,7 +173,12 @@ def _live_references(
             advance()
         return samples
 
-    return run(optimized), run(original) if changed else None
+    return programs.restate(run(optimized)), run(original) if changed else None
+
+
+def _recipe(manifest: Manifest) -> Recipe:
+    """Returns what decided the programs of a bundle."""
+    return Recipe("", weights=manifest.recipe["weights"], form=manifest.contract.form)
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -194,21 +201,18 @@ def _first_difference(built_from: SourceInfo, found: SourceInfo) -> str:
 def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
-    from fewstep.export import describe, load, trace
+    from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize
     from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
-    generator, _ = optimize(
-        load(source, guidance=manifest.contract.guidance.scale, eager=True),
-        Recipe("", weights=manifest.recipe["weights"]),
-    )
-    described = describe(generator, sorted(manifest.schedules))
+    recipe = _recipe(manifest)
+    generator, _ = optimize(load(source, guidance=manifest.contract.guidance.scale, eager=True), recipe)
+    programs = programs_of(generator, describe(generator, sorted(manifest.schedules)), recipe)
     failing = {check.component for check in verified.report.failures if check.level == "component"}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
-        program = trace(generator, described.wirings[component], described.components[component])
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
         path = bundle.file(manifest.artifact(runtime, component).path)
-        found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
+        found[component] = bisect(programs.make(component), path, feed.inputs, limit_db=limits.component_sqnr_db)
     return found
