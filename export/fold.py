@@ -56,6 +56,8 @@ def fold(
         read: gives the values of parameters. Each is read when it is wanted, and dropped after its last use.
     """
     given = list(rows[0])
+    if not targets:
+        return []
     nodes = [node for node in needed(targets, given) if node.op != "placeholder"]
     last = {source: node for node in nodes for source in node.all_input_nodes}
     values: dict[Node, list[Any]] = {node: [row[node] for row in rows] for node in given}

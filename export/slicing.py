@@ -23,8 +23,6 @@ from torch.export.graph_signature import (
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_structure
 
-from fewstep.errors import ExportError
-
 
 @dataclass(frozen=True)
 class Reading:
@@ -55,24 +53,20 @@ def dtype_of(node: Node) -> torch.dtype:
 def needed(targets: Iterable[Node], given: Iterable[Node]) -> list[Node]:
     """Returns what computes the targets from the given nodes, in order; given nodes are left out."""
     stop, wanted = set(given), set(targets)
-    graph = next(iter(wanted)).graph
-    found = []
-    for node in reversed(graph.nodes):
+    found: list[Node] = []
+    if not wanted:
+        return found
+    for node in reversed(next(iter(wanted)).graph.nodes):
         if node in wanted and node not in stop:
             found.append(node)
             wanted.update(node.all_input_nodes)
     return found[::-1]
 
 
-def refuse_mutation(component: str, graph: Graph) -> None:
-    """Raises ExportError if a node of the graph writes to one of its arguments: parts of it would miss that."""
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            raise ExportError(
-                f"{component}: {node.target} writes to its argument, expected operations without side effects",
-                hint="rewrite it without in-place operations, or build with --form step",
-            )
+def mutation(graph: Graph) -> Node | None:
+    """Returns the first node that writes to one of its arguments: to take apart a graph with such a node is wrong."""
+    mutable = (node for node in graph.nodes if getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+    return next(mutable, None)
 
 
 def parameter_specs(exported: ExportedProgram) -> dict[str, InputSpec]:
@@ -106,11 +100,13 @@ class PartBuilder:
             else:
                 self._constants[target] = self._old.constants[target]
 
-    def buffer(self, name: str, value: torch.Tensor) -> Node:
-        """Returns the placeholder of a new buffer."""
+    def buffer(self, name: str, value: torch.Tensor, old: Node | None = None) -> Node:
+        """Returns the placeholder of a new buffer, in place of a node of the original if one is named."""
         node = self._placeholder(name, value)
         self._inputs.append(InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True))
         self._state[name] = value
+        if old is not None:
+            self._copies[old] = node
         return node
 
     def input(self, name: str, value: torch.Tensor, old: Node | None = None) -> Node:

@@ -2,7 +2,8 @@
 
 By what a value depends on (`fewstep.export.dependence`):
 
-- on the numbers of the step alone: computed now, a row of a table for each step;
+- on the numbers of the step alone: computed now, a row of a table for each step (on nothing at all, as the time of a
+  generator with a single step: computed now);
 - on what is fixed for one picture (the prompt, the guidance scale, a class) alone: computed once for each picture, by a
   program of its own that runs before the loop;
 - on both: computed by that program for all steps at once, one pass over the weights instead of one in every step. Only
@@ -27,10 +28,10 @@ from fewstep.export.slicing import (
     PartBuilder,
     Reading,
     dtype_of,
+    mutation,
     needed,
     numel_of,
     part_module,
-    refuse_mutation,
     shape_of,
 )
 from fewstep.manifest import BEFORE, LATENT, STEP, TIME, TIMESTEP, ComponentSpec, TensorSpec
@@ -73,24 +74,24 @@ def specialize(program: Program, rows: Sequence[Row], *, varying: Sequence[str] 
         halves: the recipe rounds the values of ``program.weights`` to fp16.
 
     Raises:
-        ExportError: the program writes to its values in place, or what is fixed for a picture cannot be traced alone.
+        ExportError: what is fixed for a picture cannot be traced alone.
     """
-    refuse_mutation(program.component, program.exported.graph)
+    if mutation(program.exported.graph) is not None:
+        program = replace(program, exported=program.exported.run_decompositions({}))
     anatomy = _Anatomy.of(program, rows, varying)
     if not anatomy.hoisted:
         return Static(program, None)
     reader = parameter_reader(program, halves=halves)
-    tables = anatomy.tables(anatomy.folded, reader)
     conditions = _conditions(program, anatomy, reader) if anatomy.fixed or anatomy.mixed else None
-    return Static(_step(program, anatomy, tables, conditions), conditions)
+    return Static(_step(program, anatomy, reader, conditions), conditions)
 
 
 @dataclass(frozen=True)
 class _Anatomy:
     """What a program's values are: ``hoisted`` can be computed outside of the loop; the others are its outskirts.
 
-    ``folded``, ``fixed`` and ``mixed`` are what the loop reads of the hoisted values that depend on the step alone, on
-    the picture alone and on both.
+    ``constant``, ``folded``, ``fixed`` and ``mixed`` are what the loop reads of the hoisted values that depend on
+    nothing, on the step alone, on the picture alone and on both.
     """
 
     program: Program
@@ -98,6 +99,7 @@ class _Anatomy:
     origins: Mapping[Node, str]
     depends: Mapping[Node, frozenset[str]]
     hoisted: frozenset[Node]
+    constant: tuple[Node, ...]
     folded: tuple[Node, ...]
     fixed: tuple[Node, ...]
     mixed: tuple[Node, ...]
@@ -119,6 +121,7 @@ class _Anatomy:
             origins,
             depends,
             hoisted,
+            tuple(n for n in frontier if not depends[n]),
             tuple(n for n in frontier if depends[n] == step),
             tuple(n for n in frontier if depends[n] == picture),
             tuple(n for n in frontier if depends[n] == step | picture),
@@ -128,6 +131,10 @@ class _Anatomy:
     def pictures(self) -> list[Node]:
         """The inputs that are fixed for a picture, in order."""
         return [node for node in self.origins if self.depends[node] == {"picture"}]
+
+    def constants(self, read: ReadParameter) -> list[torch.Tensor]:
+        """Returns the values of what depends on nothing."""
+        return [values[0] for values in fold(self.constant, [{}], read)]
 
     def tables(self, nodes: Sequence[Node], read: ReadParameter) -> list[torch.Tensor]:
         """Returns the values of nodes that depend on the step alone, [M, ...] each."""
@@ -149,24 +156,23 @@ def _kind(origin: str, varying: Sequence[str]) -> str:
 
 
 def _hoisted(graph: torch.fx.Graph, depends: Mapping[Node, frozenset[str]]) -> frozenset[Node]:
-    """Returns the values that can be computed outside of the loop, constants not among them."""
+    """Returns the values that can be computed outside of the loop; of what depends on nothing, small ones."""
     found: set[Node] = set()
+    constants: set[Node] = set()  # sources that any program can have
     for node in graph.nodes:
-        if node.op == "placeholder" and depends[node] in ({"step"}, {"picture"}):
-            found.add(node)
-        if node.op != "call_function" or not depends[node] or "latent" in depends[node]:
-            continue
-        sources = node.all_input_nodes
-        ready = all(s in found or (not depends[s] and s.op != "get_attr") for s in sources)
-        small = len(depends[node]) == 1 or _largest(node) <= _LARGEST_VECTOR
-        if ready and small:
-            found.add(node)
-    return frozenset(found)
+        if node.op == "placeholder":
+            (found if depends[node] in ({"step"}, {"picture"}) else constants).add(node)
+        elif node.op == "call_function" and all(s in found or s in constants for s in node.all_input_nodes):
+            if len(depends[node]) == 1 or _largest(node) <= _LARGEST_VECTOR:
+                found.add(node)
+            elif not depends[node]:
+                constants.add(node)
+    return frozenset(node for node in found if "latent" not in depends[node])
 
 
 def _largest(node: Node) -> int:
     """Returns how many numbers a value has; of several tensors, the largest."""
-    value = node.meta["val"]
+    value = node.meta.get("val")
     tensors = value if isinstance(value, (list, tuple)) else [value]
     return max(t.numel() if isinstance(t, torch.Tensor) else 0 for t in tensors)
 
@@ -192,15 +198,15 @@ def _frontier(graph: torch.fx.Graph, hoisted: frozenset[Node], depends: Mapping[
 
 def _stays(node: Node, depends: Mapping[Node, frozenset[str]]) -> bool:
     """Returns whether a hoisted value is better made in the loop: it is larger than what it is made of, or a view."""
-    if not isinstance(node.meta["val"], torch.Tensor):
-        return True  # several tensors: their users take one each
+    if not isinstance(node.meta["val"], torch.Tensor) or not node.all_input_nodes:
+        return True  # several tensors, of which the users take one each; or made of nothing
     varying = [source for source in node.all_input_nodes if depends[source]]
     constants = [source for source in node.all_input_nodes if not depends[source]]
-    if not constants and numel_of(node) > sum(numel_of(source) for source in varying):
+    if varying and not constants and numel_of(node) > sum(numel_of(source) for source in varying):
         return True
     while str(node.target) in _VIEWS:
         node = node.all_input_nodes[0]
-    return node.op == "placeholder" and depends[node] == {"picture"}
+    return node.op == "placeholder" and depends[node] != {"step"}
 
 
 def _packed(nodes: Sequence[Node], name: str) -> dict[str, tuple[Reading, ...]]:
@@ -296,15 +302,17 @@ class _ConditionsModule(torch.nn.Module):
         return tuple(packed)
 
 
-def _step(program: Program, anatomy: _Anatomy, tables: Sequence[torch.Tensor], conditions: Program | None) -> Program:
+def _step(program: Program, anatomy: _Anatomy, read: ReadParameter, conditions: Program | None) -> Program:
     """Returns the program that remains in the loop."""
     exported, spec = program.exported, program.spec
     output = next(node for node in exported.graph.nodes if node.op == "output")
     outputs = list(output.args[0])
-    nodes = needed(outputs, [*anatomy.folded, *anatomy.fixed, *anatomy.mixed])
+    nodes = needed(outputs, [*anatomy.constant, *anatomy.folded, *anatomy.fixed, *anatomy.mixed])
     builder = PartBuilder(exported)
     builder.parameters(nodes)
-    values = dict(zip(anatomy.folded, tables, strict=True))
+    for i, (node, value) in enumerate(zip(anatomy.constant, anatomy.constants(read), strict=True)):
+        builder.buffer(f"constant_{i}", value, node)
+    values = dict(zip(anatomy.folded, anatomy.tables(anatomy.folded, read), strict=True))
     folded = {
         builder.buffer(name, torch.cat([values[r.node].reshape(len(anatomy.rows), -1) for r in pack], dim=1)): pack
         for name, pack in _packed(anatomy.folded, _TABLE).items()
