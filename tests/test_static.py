@@ -85,7 +85,8 @@ def time_path(program: Program) -> list[str]:
     names = user_inputs(program.exported, tuple(spec.name for spec in program.spec.inputs))
     depends = dependence(program.exported.graph, {node: program.spec.bindings[name] for node, name in names.items()})
     reads = ("index_select", "slice", "reshape", "expand", "unsqueeze", "dropout")
-    late = [n for n, found in depends.items() if n.op == "call_function" and "latent" not in found and "step" in found]
+    of_step = {"step", "timestep", "time:r"}
+    late = [n for n, found in depends.items() if n.op == "call_function" and "latent" not in found and found & of_step]
     return [str(n.target) for n in late if not str(n.target).startswith(tuple(f"aten.{r}" for r in reads))]
 
 
@@ -232,7 +233,13 @@ class Random(torch.nn.Module):
         self, sample: torch.Tensor, t: torch.Tensor, r: torch.Tensor, prompt: torch.Tensor, w: torch.Tensor
     ) -> tuple[torch.Tensor]:
         scale = torch.linspace(0.1, 1, 8)
-        values = [sample, torch.sin(t * scale)[None, None], torch.cos(r * scale)[None, None], prompt.mean(1, keepdim=True), w[None]]
+        values = [
+            sample,
+            torch.sin(t * scale)[None, None],
+            torch.cos(r * scale)[None, None],
+            prompt.mean(1, keepdim=True),
+            w[None],
+        ]
         for (kind, i, j), linear in zip(self.operations, self.linears, strict=True):
             a, b = values[i % len(values)], values[j % len(values)]
             made = {
