@@ -14,6 +14,7 @@ No network is known by name. What remains takes the index of the step in place o
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from fewstep.errors import ExportError
 from fewstep.export.dependence import dependence, user_inputs
-from fewstep.export.fakes import fake_trace, refused
+from fewstep.export.fakes import fake_trace
 from fewstep.export.fold import ReadParameter, fold, parameter_reader
 from fewstep.export.slicing import (
     PartBuilder,
@@ -127,11 +129,6 @@ class _Anatomy:
             tuple(n for n in frontier if depends[n] == step | picture),
         )
 
-    @property
-    def pictures(self) -> list[Node]:
-        """The inputs that are fixed for a picture, in order."""
-        return [node for node in self.origins if self.depends[node] == {"picture"}]
-
     def constants(self, read: ReadParameter) -> list[torch.Tensor]:
         """Returns the values of what depends on nothing."""
         return [values[0] for values in fold(self.constant, [{}], read)]
@@ -224,23 +221,33 @@ def _packed(nodes: Sequence[Node], name: str) -> dict[str, tuple[Reading, ...]]:
 
 def _conditions(program: Program, anatomy: _Anatomy, read: ReadParameter) -> Program:
     """Returns the program that computes what is fixed for a picture, and the vectors of every step."""
-    module = _ConditionsModule(anatomy, read)
+    exported, depends = program.exported, anatomy.depends
+    alone = [node for node in anatomy.hoisted if len(depends[node]) == 1]
+    leaves: dict[Node, None] = {}
+    for node in needed(anatomy.mixed, alone):
+        leaves |= dict.fromkeys(source for source in node.all_input_nodes if depends[source])
+    of_step = [node for node in leaves if depends[node] == {"step"}]
+    of_picture = [node for node in leaves if depends[node] == {"picture"}]
+    targets = [*anatomy.fixed, *of_picture]
+    taken = {*needed(targets, ()), *targets}
+    pictures = [node for node in anatomy.origins if node in taken and depends[node] == {"picture"}]
+    packs = _packed(anatomy.mixed, _VECTORS)
+    vectors = [reading.node for pack in packs.values() for reading in pack]
+    module = _ConditionsModule(
+        part_module(exported, pictures, targets),
+        part_module(exported, [*of_step, *of_picture], vectors) if vectors else None,
+        anatomy.tables(of_step, read),
+        [len(pack) for pack in packs.values()],
+        len(anatomy.fixed),
+    )
     by_name = {tensor.name: tensor for tensor in program.spec.inputs}
-    names = user_inputs(program.exported, tuple(by_name))
-    inputs = tuple(by_name[names[node.name]] for node in module.inputs)
-    example = tuple(torch.ones(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export warns about its own internals
-            stored = program.weights is not None
-            traced = fake_trace(module, example) if stored else torch.export.export(module, example)
-            traced = traced.run_decompositions({})  # a trace keeps vmap as it is
-    except Exception as error:  # torch.export raises many classes, most of them private; all mean the same here
-        raise refused(f"what is fixed for a picture in {program.component}", "be traced", error) from error
+    names = user_inputs(exported, tuple(by_name))
+    inputs = tuple(by_name[names[node.name]] for node in pictures)
+    traced = _trace(program, module, inputs)
     values = [node.meta["val"] for node in next(n for n in traced.graph.nodes if n.op == "output").args[0]]
     outputs = tuple(
         TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
-        for name, value in zip(module.names, values, strict=True)
+        for name, value in zip([*_fixed_names(anatomy), *packs], values, strict=True)
     )
     bindings = {tensor.name: program.spec.bindings[tensor.name] for tensor in inputs}
     weights = None if program.weights is None else _Under(program.weights, _PARTS)
@@ -253,53 +260,69 @@ def _conditions(program: Program, anatomy: _Anatomy, read: ReadParameter) -> Pro
     )
 
 
-class _ConditionsModule(torch.nn.Module):
-    """What is fixed for a picture in; out, as ``names`` says, the fixed values and vectors [M, width] of every step."""
+def _fixed_names(anatomy: _Anatomy) -> list[str]:
+    return [f"condition_{i}" for i in range(len(anatomy.fixed))]
 
-    def __init__(self, anatomy: _Anatomy, read: ReadParameter) -> None:
+
+def _trace(program: Program, module: torch.nn.Module, inputs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
+    """Returns the trace of part of a program, without vmap."""
+    example = tuple(_empty(spec).zero_() for spec in inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.export warns about its own internals
+            stored = program.weights is not None
+            traced = fake_trace(module, example) if stored else torch.export.export(module, example)
+            without_vmap: torch.export.ExportedProgram = traced.run_decompositions({})
+            return without_vmap
+    except Exception as error:  # torch.export raises many classes, most of them private; all mean the same here
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise ExportError(
+            f"{program.component}: what is fixed for a picture cannot be traced: {type(error).__name__}: {first_line}",
+            hint="build with --form step",
+        ) from error
+
+
+class _ConditionsModule(torch.nn.Module):
+    """What is fixed for a picture in; out, the fixed values and packed vectors [M, width] of every step.
+
+    Args:
+        fixed: inputs -> the fixed values, then what the vectors are made of.
+        mixed: values of the step, then those of the picture -> the vectors of one step, those of a pack together.
+        tables: the values of the step, [M, ...] each.
+        packs: how many vectors each pack has.
+        fixed_count: how many of the values of ``fixed`` are outputs.
+    """
+
+    def __init__(
+        self,
+        fixed: torch.nn.Module,
+        mixed: torch.nn.Module | None,
+        tables: Sequence[torch.Tensor],
+        packs: Sequence[int],
+        fixed_count: int,
+    ) -> None:
         super().__init__()
-        exported, depends = anatomy.program.exported, anatomy.depends
-        alone = [node for node in anatomy.hoisted if len(depends[node]) == 1]
-        leaves: dict[Node, None] = {}
-        for node in needed(anatomy.mixed, alone):
-            leaves |= dict.fromkeys(source for source in node.all_input_nodes if depends[source])
-        ends = [node for node in leaves if node in set(alone)]
-        of_step = [node for node in ends if depends[node] == {"step"}]
-        of_picture = [node for node in ends if depends[node] == {"picture"}]
-        targets = [*anatomy.fixed, *of_picture]
-        taken = {*needed(targets, ()), *targets}
-        self.inputs = [node for node in anatomy.pictures if node in taken]
-        self.names = [f"condition_{i}" for i in range(len(anatomy.fixed))]
-        self.packs = _packed(anatomy.mixed, _VECTORS)
-        self.names += list(self.packs)
-        self._fixed_count, self._tables = len(anatomy.fixed), len(of_step)
-        self._leaf_count = len(of_picture)
-        for i, table in enumerate(anatomy.tables(of_step, read)):
+        self.fixed, self.mixed = fixed, mixed
+        self._packs, self._fixed_count, self._table_count = list(packs), fixed_count, len(tables)
+        for i, table in enumerate(tables):
             self.register_buffer(f"table_{i}", table)
-        self.fixed = part_module(exported, self.inputs, targets)
-        ordered = [reading.node for pack in self.packs.values() for reading in pack]
-        self.mixed = part_module(exported, [*of_step, *of_picture], ordered) if ordered else None
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the fixed values and the vectors."""
         values = self.fixed(*inputs)
-        outputs = tuple(values[: self._fixed_count])
+        outputs, leaves = tuple(values[: self._fixed_count]), values[self._fixed_count :]
         if self.mixed is None:
             return outputs
-        tables = [getattr(self, f"table_{i}") for i in range(self._tables)]
-        over = (0,) * self._tables + (None,) * self._leaf_count
-        rows = torch.vmap(self._row, in_dims=over)(*tables, *values[self._fixed_count :])
-        return (*outputs, *rows)
+        tables = [getattr(self, f"table_{i}") for i in range(self._table_count)]
+        over = (0,) * len(tables) + (None,) * len(leaves)
+        return (*outputs, *torch.vmap(self._row, in_dims=over)(*tables, *leaves))
 
     def _row(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Returns the packed vectors of one step."""
         assert self.mixed is not None
-        values = list(self.mixed(*leaves))
-        packed = []
-        for pack in self.packs.values():
-            packed.append(torch.cat([value.reshape(-1) for value in values[: len(pack)]]))
-            del values[: len(pack)]
-        return tuple(packed)
+        values = [value.reshape(-1) for value in self.mixed(*leaves)]
+        ends = list(itertools.accumulate(self._packs))
+        return tuple(torch.cat(values[end - count : end]) for count, end in zip(self._packs, ends, strict=True))
 
 
 def _step(program: Program, anatomy: _Anatomy, read: ReadParameter, conditions: Program | None) -> Program:
@@ -327,8 +350,8 @@ def _step(program: Program, anatomy: _Anatomy, read: ReadParameter, conditions: 
     of_picture = {} if conditions is None else {tensor.name: tensor for tensor in conditions.spec.outputs}
     bindings |= {name: f"{conditions.component}.{name}" for name in of_picture if conditions is not None}
     inputs += of_picture.values()
-    for i, node in enumerate(anatomy.fixed):
-        builder.input(f"condition_{i}", node.meta["val"], node)
+    for name, node in zip(_fixed_names(anatomy), anatomy.fixed, strict=True):
+        builder.input(name, node.meta["val"], node)
     packs = _packed(anatomy.mixed, _VECTORS)
     vectors = {builder.input(name, _empty(of_picture[name])): pack for name, pack in packs.items()}
     if folded or vectors:
