@@ -20,7 +20,7 @@ from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label,
 EQUAL_SHARE = 0.999
 # An integer may fall to the other side, never further.
 LARGEST_DIFFERENCE = 1
-# How far below the noise floor an artifact may be: the floor is itself known to about this from some samples.
+# How far below the noise floor an artifact may be, beyond what the samples leave unsure of the floor.
 BELOW_FLOOR_DB = 1.0
 # How much worse than the quantized reference an artifact may be, in its mean distance from the original.
 MEAN_DB = 0.5

@@ -73,13 +73,15 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         reason = "the recipe keeps it in float"
     elif site.parameters < _SMALLEST_WEIGHT:
         bits, reason = FLOAT_BITS, f"{site.parameters} values, whose scales would take more than they save"
-    elif site.outermost:
+    elif site.outermost or site.of_guidance_scale:
         bits = max(bits, _OUTERMOST_BITS)
     activation_reason: str | None
     if bits == FLOAT_BITS:
         activation_reason = reason
     elif choice.activations == FLOAT_BITS:
         activation_reason = "the recipe computes in float"
+    elif site.of_guidance_scale:
+        activation_reason = "of the guidance scale alone, once a picture: not worth an error at every step"
     elif site.op not in profile.computes:
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
