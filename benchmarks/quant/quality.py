@@ -1,0 +1,95 @@
+"""How good a bundle's pictures are: against the fp32 bundle's from the same noise, and by the built-in evaluation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quant.reference import draw
+from fewstep.bundle import Bundle
+from fewstep.feeds import Sample, load_samples
+from fewstep.recipe import Limits
+from fewstep.runtimes.parity import Check, compare_components, compare_samples
+from fewstep.runtimes.sampler import open_sampler
+
+# Nothing is gated here: the values are what is wanted.
+_NO_LIMITS = Limits(-math.inf, -math.inf, -math.inf)
+
+
+def measure(bundle: str, reference: str) -> dict[str, Any]:
+    """Returns the quality of a bundle, JSON-ready: dB as numbers, ``null`` where two results are identical.
+
+    - ``psnr_db``, ``ssim``: pictures, free-running, against the reference's; ``psnr_db_each`` lists them, so that two
+      bundles can be compared picture by picture;
+    - ``step_sqnr_db``: the denoiser's output at each step, given the reference's inputs;
+    - ``trajectory_sqnr_db``: the latent after each step, free-running;
+    - ``component_sqnr_db``: the outputs of the other components, given the reference's inputs;
+    - ``evaluation``: see `fewstep.stickers.evaluate`.
+    """
+    opened = Bundle.open(bundle)
+    references = load_samples(Path(reference))
+    sampler = open_sampler(opened, threads=1)
+    results = draw(sampler, opened, [(r.prompt, r.seed) for r in references], references[0].steps)
+    calls = compare_components(references, sampler.session, _NO_LIMITS)
+    sampler.close()
+    free = compare_samples(references, results, _NO_LIMITS)
+    others = [c.component for c in calls if c.component != "denoiser"]
+    each = [c.value for c in free if c.metric == "PSNR dB"]
+    return {
+        "pictures": len(results),
+        "psnr_db_each": [None if math.isinf(value) else round(value, 3) for value in each],
+        "psnr_db": spread(each),
+        "ssim": spread(c.value for c in free if c.metric == "SSIM"),
+        "step_sqnr_db": _by_step(calls, "component"),
+        "trajectory_sqnr_db": _by_step(free, "trajectory"),
+        "component_sqnr_db": {
+            name: spread(c.value for c in calls if c.component == name) for name in dict.fromkeys(others)
+        },
+        "evaluation": evaluate(results),
+    }
+
+
+def spread(values: Iterable[float]) -> dict[str, float | int] | None:
+    """Returns mean, standard deviation, least value and 10th percentile; None if all are infinite (identical).
+
+    Some infinite values among finite ones are left out of the mean and counted as ``identical``.
+    """
+    listed = list(values)
+    finite = [v for v in listed if v != math.inf]
+    if not finite:
+        return None
+    return {
+        "mean": round(statistics.fmean(finite), 4),
+        "std": round(statistics.pstdev(finite), 4),
+        "min": round(min(finite), 4),
+        "p10": round(float(np.percentile(finite, 10)), 4),
+        "identical": len(listed) - len(finite),
+    }
+
+
+def evaluate(samples: Sequence[Sample]) -> dict[str, float]:
+    """Returns retrieval and Frechet distance of the built-in evaluation for these pictures."""
+    import torch
+
+    from fewstep.stickers.data import read_stickers
+    from fewstep.stickers.evaluate import Gallery, load_student_pipeline
+    from fewstep.stickers.package import FOLDER
+
+    torch.set_num_threads(1)
+    stickers = read_stickers()
+    gallery = Gallery(stickers, load_student_pipeline(FOLDER).vae)
+    places = {sticker.name: i for i, sticker in enumerate(stickers)}
+    pictures = torch.from_numpy(np.stack([s.picture_HWC for s in samples])).permute(0, 3, 1, 2).contiguous() * 2 - 1
+    score = gallery.score("", samples[0].steps, [places[s.prompt] for s in samples], pictures, 0.0)
+    return {"own": score.own, "subgroup": score.subgroup, "frechet": score.frechet}
+
+
+def _by_step(checks: Sequence[Check], level: str) -> list[dict[str, float | int] | None]:
+    chosen = [c for c in checks if c.level == level and c.component == "denoiser" and c.step is not None]
+    steps = sorted({c.step for c in chosen if c.step is not None})
+    return [spread(c.value for c in chosen if c.step == k) for k in steps]
