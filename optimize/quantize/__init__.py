@@ -1,0 +1,18 @@
+"""Quantization, decided once in the torch graph: sites, the plan, and the graph that follows it."""
+
+from __future__ import annotations
+
+from fewstep.optimize.quantize.apply import quantize
+from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
+from fewstep.optimize.quantize.quantizer import PlanQuantizer
+from fewstep.optimize.quantize.sites import Site, find_sites
+
+__all__ = [
+    "ComponentPlan",
+    "Grid",
+    "PlanQuantizer",
+    "QuantPlan",
+    "Site",
+    "find_sites",
+    "quantize",
+]
