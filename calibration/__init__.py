@@ -5,12 +5,15 @@ from __future__ import annotations
 from fewstep.calibration.fp16_range import overflow_caveat
 from fewstep.calibration.ranges import Histogram, Range, StepRanges
 from fewstep.calibration.record import SampleRequest, record_samples
+from fewstep.calibration.sets import CalibrationSet, collect
 
 __all__ = [
+    "CalibrationSet",
     "Histogram",
     "Range",
     "SampleRequest",
     "StepRanges",
+    "collect",
     "overflow_caveat",
     "record_samples",
 ]

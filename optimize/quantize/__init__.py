@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
+from fewstep.optimize.quantize.planner import make_plan
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
 
@@ -14,5 +15,6 @@ __all__ = [
     "QuantPlan",
     "Site",
     "find_sites",
+    "make_plan",
     "quantize",
 ]

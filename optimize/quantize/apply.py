@@ -26,7 +26,7 @@ def float_graph(program: Program) -> tuple[GraphModule, tuple[Site, ...]]:
     if program.weights is not None:
         raise QuantizationError(
             f"{program.component} is too large to hold in memory, and quantizing needs its values",
-            hint="raise FEWSTEP_STORED_BYTES, or use the recipe fp16",
+            hint="load it with eager=True, or use the recipe fp16",
         )
     module = program.exported.module()
     assert isinstance(module, GraphModule)

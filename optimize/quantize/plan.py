@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from fewstep.errors import QuantizationError
 from fewstep.hashing import value_sha256
+from fewstep.manifest import INTEGERS, Artifact
 from fewstep.optimize.quantize.sites import Site
 
 PLAN, ARRAYS = "plan.json", "plan.safetensors"
@@ -68,7 +69,7 @@ class Grid:
     @property
     def bits(self) -> int:
         """How many bits q takes."""
-        return int(self.high - self.low).bit_length()
+        return int(self.high - self.low).bit_length()  # a symmetric grid leaves out the least integer
 
     @property
     def symmetric(self) -> bool:
@@ -134,6 +135,13 @@ class QuantPlan:
         plan = self.components[component]
         arrays = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in _arrays(component, plan).items()}
         return value_sha256([_to_json(plan), arrays])
+
+    def label(self, artifact: Artifact) -> Artifact:
+        """Returns an artifact that says what its component's weights are stored in and what it computes with."""
+        plan = self.components[artifact.component]
+        bits = sorted({grid.bits for grid in plan.weights.values()})
+        weights = "mixed" if len(bits) > 1 else f"int{bits[0]}" if bits else artifact.weights
+        return replace(artifact, weights=weights, compute=INTEGERS if plan.computes else artifact.compute)
 
     def save(self, folder: Path) -> None:
         """Writes ``plan.json`` and ``plan.safetensors``, the same bytes for the same plan."""
@@ -206,7 +214,11 @@ def _from_json(component: str, values: Mapping[str, Any], arrays: Mapping[str, A
             scale, zero = arrays[f"{component}/{name}/scale"], arrays[f"{component}/{name}/zero_point"]
             return Grid(v["dtype"], v["low"], v["high"], scale, zero, v["axis"], v["group_size"])
         return Grid(
-            v["dtype"], v["low"], v["high"], np.float32([v["scale"]]), np.array([v["zero_point"]], dtype=np.int32)
+            v["dtype"],
+            v["low"],
+            v["high"],
+            np.array([v["scale"]], dtype=np.float32),
+            np.array([v["zero_point"]], dtype=np.int32),
         )
 
     return ComponentPlan(

@@ -46,7 +46,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
             inputs: dict[Node, QuantizationSpec] = {}
             for argument in node.all_input_nodes:
                 if argument.op == "get_attr" and argument.target == site.weight:
-                    inputs[argument] = _constant(grid, lambda site=site: self._weight(model, site))
+                    inputs[argument] = _constant(grid, self._weight(model, site))
             output = None
             if site.name in self._plan.computes:
                 data = nodes[site.data]
@@ -54,8 +54,12 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)
                 if bias is not None:
                     inputs[bias] = self._bias(model, site, grid)
-                if site.name in self._plan.outputs:
+                if site.name in self._plan.outputs and site.result == node.name:
                     output = activations[node.name]
+                elif site.name in self._plan.outputs:
+                    nodes[site.result].meta["quantization_annotation"] = QuantizationAnnotation(
+                        output_qspec=activations[site.result], _annotated=True
+                    )
             node.meta["quantization_annotation"] = QuantizationAnnotation(
                 input_qspec_map=inputs, output_qspec=output, _annotated=True
             )
@@ -68,12 +72,19 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
             if site.weight in self._plan.weights and "quantization_annotation" not in nodes[name].meta:
                 raise QuantizationError(f"{site.name} is in the plan and was not annotated")
 
-    def _weight(self, model: GraphModule, site: Site) -> torch.Tensor:
-        """Returns a weight as whole numbers: the plan's own, or the nearest."""
-        rounded = self._plan.rounded.get(site.weight)
-        if rounded is not None:
-            return torch.from_numpy(rounded)
-        return to_integers(attribute(model, site.weight), self._plan.weights[site.weight])
+    def _weight(self, model: GraphModule, site: Site) -> Callable[[], torch.Tensor]:
+        """Returns what makes a weight's whole numbers: the plan's own, or the nearest.
+
+        A plain function: torchao copies specifications deeply, and with anything else the model in it.
+        """
+
+        def values() -> torch.Tensor:
+            rounded = self._plan.rounded.get(site.weight)
+            if rounded is not None:
+                return torch.from_numpy(rounded)
+            return to_integers(attribute(model, site.weight), self._plan.weights[site.weight])
+
+        return values
 
     def _bias(self, model: GraphModule, site: Site, weight: Grid) -> QuantizationSpec:
         """Returns the specification of a bias: 32 bits, on the grid of the products that it is added to."""
@@ -136,34 +147,37 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
         assert isinstance(source, Node)
         with graph.inserting_before(observer_node):
             if self._constant is None:
-                q = graph.call_function(_ops.quantize_per_tensor.default, (source, *self._arguments()))
+                q = graph.call_function(_ops.quantize_per_tensor.default, (source, *self._whole()))
+                q.meta = dict(source.meta)
+                result = graph.call_function(_ops.dequantize_per_tensor.default, (q, *self._whole()))
             else:
-                q = _get_attr(model, f"{source.name}_quantized", self._constant())
-            q.meta = dict(source.meta)
-            result = self._dequantize(model, q, source)
+                result = self._dequantized(model, self._constant(), source.name)
             result.meta = dict(source.meta)
         observer_node.replace_all_uses_with(result)
         graph.erase_node(observer_node)
 
-    def _arguments(self) -> tuple[float, int, int, int, torch.dtype]:
+    def _whole(self) -> tuple[float, int, int, int, torch.dtype]:
+        """Returns the arguments of the operations on a grid for the whole tensor."""
         g = self._grid
         return float(g.scale[0]), int(g.zero_point[0]), g.low, g.high, _DTYPES[g.dtype]
 
-    def _dequantize(self, model: GraphModule, q: Node, source: Node) -> Node:
-        g = self._grid
+    def _dequantized(self, model: GraphModule, values: torch.Tensor, name: str) -> Node:
+        """Returns the node that makes a constant from its whole numbers."""
+        g, graph = self._grid, model.graph
         if g.axis is None:
-            return model.graph.call_function(_ops.dequantize_per_tensor.default, (q, *self._arguments()))
-        scale = _get_attr(model, f"{source.name}_scale", torch.from_numpy(g.scale))
-        zero = _get_attr(model, f"{source.name}_zero_point", torch.from_numpy(g.zero_point).to(torch.int64))
-        if g.group_size is None:
-            arguments = (q, scale, zero, g.axis, g.low, g.high, _DTYPES[g.dtype])
-            return model.graph.call_function(_ops.dequantize_per_channel.default, arguments)
-        shape = source.meta["val"].shape
-        block = [1, g.group_size, *shape[2:]]
-        return model.graph.call_function(
-            torch.ops.torchao.dequantize_affine.default,
-            (q, block, scale, zero, _DTYPES[g.dtype], g.low, g.high),
+            q = _get_attr(model, f"{name}_quantized", values)
+            return graph.call_function(_ops.dequantize_per_tensor.default, (q, *self._whole()))
+        # Groups are rows of their own: every backend knows scales along one axis.
+        rows = values if g.group_size is None else values.reshape(g.scale.size, -1)
+        parts = ("quantized", rows), ("scale", torch.from_numpy(g.scale)), ("zero_point", torch.from_numpy(g.zero_point))
+        q, scale, zero = (
+            _get_attr(model, f"{name}_{part}", tensor if tensor is rows else tensor.flatten()) for part, tensor in parts
         )
+        arguments = (q, scale, zero, g.axis, g.low, g.high, _DTYPES[g.dtype])
+        result = graph.call_function(_ops.dequantize_per_channel.default, arguments)
+        if g.group_size is not None:
+            result = graph.call_function(torch.ops.aten.reshape.default, (result, list(values.shape)))
+        return result
 
 
 def _activation(grid: Grid) -> QuantizationSpec:

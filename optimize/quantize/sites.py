@@ -39,10 +39,12 @@ class Site:
         op: linear, conv2d, ...
         node: name of its fx node.
         data: name of the fx node whose tensor it takes; the observed range of an activation goes by this name.
+        result: name of the fx node whose tensor it puts out: its own, or that of a ReLU which alone reads it.
         weight: name of its parameter.
         weight_shape: shape of the parameter.
         channel_axis: the weight's axis of output channels.
         bias: name of the bias' parameter, None without one.
+        outermost: whether no other site is between it and an input or output of the program (PTQ4DM's first and last).
         rows: how many vectors its weight is multiplied with in a call (batch and positions, or output pixels).
         depends: origins (see `fewstep.manifest`) of the program's inputs that its data depends on.
     """
@@ -51,10 +53,12 @@ class Site:
     op: str
     node: str
     data: str
+    result: str
     weight: str
     weight_shape: tuple[int, ...]
     channel_axis: int
     bias: str | None
+    outermost: bool
     rows: int
     depends: frozenset[str]
 
@@ -91,6 +95,7 @@ def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
     for node, spec in zip(placeholders, program.spec.inputs, strict=True):
         origins[node.name] = program.spec.bindings[spec.name]
     depends = dependence(module.graph, origins)
+    between = _between(module)
     found: list[Site] = []
     used: Counter[str] = Counter()
     for node in module.graph.nodes:
@@ -111,15 +116,34 @@ def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
                 op=op,
                 node=node.name,
                 data=data.name,
+                result=_result(node).name,
                 weight=str(weight.target),
                 weight_shape=shape,
                 channel_axis=axis,
                 bias=str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None,
+                outermost=node not in between,
                 rows=_rows(op, node, shape),
                 depends=depends[data],
             )
         )
     return tuple(found)
+
+
+def _result(node: Node) -> Node:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in (_aten.relu.default, _aten.relu_.default) else node
+
+
+def _between(module: GraphModule) -> set[Node]:
+    """Returns the nodes that have a site before and a site after them."""
+    nodes = list(module.graph.nodes)
+    after: dict[Node, bool] = {}
+    for node in nodes:
+        after[node] = any(after[n] or n.target in _WEIGHTED for n in node.all_input_nodes)
+    before: dict[Node, bool] = {}
+    for node in reversed(nodes):
+        before[node] = any(before[n] or n.target in _WEIGHTED for n in node.users)
+    return {node for node in nodes if after[node] and before[node]}
 
 
 def module_path(node: Node) -> str:

@@ -49,6 +49,8 @@ class ExportError(FewstepError):
 
 class QuantizationError(FewstepError):
     """A quantization plan cannot be made, read or applied."""
+
+
 class CalibrationError(FewstepError):
     """Calibration data or ranges are missing, not finite or not reproducible."""
 

@@ -9,6 +9,7 @@ A recipe's ``[quantization]`` table::
     group_size = 32             # input channels that share a scale, for group
     rounding = "nearest"        # nearest | gptq | adaround
     ranges = "lp"               # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
+    profile = "x86"             # what the target computes well: see fewstep.profiles
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     bits = 5.0                  # mixed precision: weights' average, shared out by sensitivity
@@ -31,6 +32,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewstep.errors import RecipeError
+from fewstep.profiles import get_profile
 
 FLOAT_BITS = 32
 WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
@@ -72,6 +74,7 @@ class Quantization:
     group_size: int = 32
     rounding: str = "nearest"
     ranges: str = "lp"
+    profile: str = "x86"
     sampler: str = "own"
     samples: int = 32
     seed: int = 0
@@ -91,7 +94,7 @@ class Quantization:
     @property
     def calibrates(self) -> bool:
         """Whether network calls have to be recorded before a plan can be made."""
-        choices = [self, *self.ops.values(), *self.names.values()]
+        choices: list[Quantization | SiteChoice] = [self, *self.ops.values(), *self.names.values()]
         return (
             self.mixed
             or self.correction
@@ -178,6 +181,8 @@ def _value(key: str, value: object, where: str) -> object:
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value
+    if key == "profile":
+        return get_profile(str(value)).name
     if key == "bits":
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 8):
             return None if value is None else float(value)
