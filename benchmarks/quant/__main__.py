@@ -18,7 +18,7 @@ import onnxruntime
 from benchmarks.quant import latency, models, quality, reference
 from benchmarks.quant.cells import Cells, sources_sha256
 from benchmarks.quant.plot import scatter
-from benchmarks.quant.prompts import CALIBRATION, HELD_OUT, HELD_OUT_SEEDS, check_disjoint, read_prompts
+from benchmarks.quant.prompts import CALIBRATION, HELD_OUT, HELD_OUT_SEEDS, check_disjoint
 from benchmarks.quant.rows import Row, rows
 from benchmarks.quant.table import markdown, points
 from benchmarks.scale.table import describe_machine
@@ -40,7 +40,7 @@ class Benchmark:
         self._reference = Bundle.open(bundle)
         self._again = again
         self._cells = Cells(RESULTS / "cells")
-        calibration, held_out = read_prompts(CALIBRATION), read_prompts(HELD_OUT)
+        calibration, held_out = list(CALIBRATION), list(HELD_OUT)
         check_disjoint(calibration, held_out)
         self._networks = networks(self._reference)
         recorder = sources_sha256(HERE / "reference.py")

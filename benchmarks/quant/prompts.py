@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from pathlib import Path
 
+from fewstep.calibration.samplers import prompt_order
 from fewstep.errors import SourceError
+from fewstep.quantization import Quantization
+from fewstep.stickers.prompts import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 
-FOLDER = Path(__file__).parent / "prompts"
-CALIBRATION, HELD_OUT = FOLDER / "calibration.txt", FOLDER / "held-out.txt"
-CALIBRATION_COUNT, HELD_OUT_COUNT = 32, 64
+STEPS = 4
+_COUNT, _SEED = Quantization().samples, Quantization().seed
+# Those that fewstep's own recipes draw from the generator's list.
+_ORDER = prompt_order(_COUNT, len(CALIBRATION_PROMPTS), STEPS, seed=_SEED, in_order=False)
+CALIBRATION = tuple(CALIBRATION_PROMPTS[i] for i in _ORDER)
+HELD_OUT = HELD_OUT_PROMPTS
+HELD_OUT_SEEDS = (0, 1)
 # Noise of the calibration samples: seeds that no judged picture has.
 CALIBRATION_SEED = 1 << 20
-HELD_OUT_SEEDS = (0, 1)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Returns the prompts of a text file, one a line."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def choose() -> tuple[list[str], list[str]]:
-    """Returns the calibration prompts and the held-out prompts.
-
-    Held-out prompts are the first captions of the built-in evaluation; calibration prompts are drawn from the names
-    that the built-in evaluation does not use at all.
-    """
-    from fewstep.stickers.data import read_stickers
-    from fewstep.stickers.evaluate import CAPTION_COUNT, fixed_captions
-
-    stickers = read_stickers()
-    evaluated = fixed_captions(stickers, CAPTION_COUNT)
-    judged = {stickers[i].pixels_HWC.tobytes() for i in evaluated}
-    others = [s.name for s in stickers if s.pixels_HWC.tobytes() not in judged]
-    calibration = random.Random(CALIBRATION_COUNT).sample(others, k=CALIBRATION_COUNT)
-    return calibration, [stickers[i].name for i in evaluated[:HELD_OUT_COUNT]]
+def held_out_requests(prompts: Sequence[str] = HELD_OUT) -> list[tuple[str, int]]:
+    """Returns every prompt with every seed that results are judged on."""
+    return [(prompt, seed) for prompt in prompts for seed in HELD_OUT_SEEDS]
 
 
 def check_disjoint(calibration: Sequence[str], held_out: Sequence[str]) -> None:
@@ -44,16 +31,5 @@ def check_disjoint(calibration: Sequence[str], held_out: Sequence[str]) -> None:
     if common:
         raise SourceError(
             f"{len(common)} prompts are both calibrated on and judged: {', '.join(common[:3])}",
-            hint="take them out of one of the two files in benchmarks/quant/prompts",
+            hint="take them out of one of the two lists",
         )
-
-
-def main() -> None:
-    """Writes both files again."""
-    FOLDER.mkdir(exist_ok=True)
-    for path, prompts in zip((CALIBRATION, HELD_OUT), choose(), strict=True):
-        path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quant.prompts import CALIBRATION_SEED, HELD_OUT_SEEDS
+from benchmarks.quant.prompts import CALIBRATION_SEED, STEPS, held_out_requests
 from fewstep.bundle import Bundle
 from fewstep.feeds import Sample, save_samples
 from fewstep.runtimes.sampler import Sampler, open_sampler
 
-STEPS = 4
 ALL, FIRST = "all", "first"
 
 
@@ -22,16 +21,11 @@ def draw(sampler: Sampler, bundle: Bundle, requests: Iterable[tuple[str, int]], 
     return [sampler(prompt, seed, schedule) for prompt, seed in requests]
 
 
-def held_out_requests(prompts: Sequence[str]) -> list[tuple[str, int]]:
-    """Returns every prompt with every seed that results are judged on."""
-    return [(prompt, seed) for prompt in prompts for seed in HELD_OUT_SEEDS]
-
-
-def record_reference(bundle: str, prompts: Sequence[str], out: str) -> None:
+def record_reference(bundle: str, prompts: Sequence[str], out: str, steps: int = STEPS) -> None:
     """Writes the fp32 samples of the held-out prompts, with every network call."""
     opened = Bundle.open(bundle)
     sampler = open_sampler(opened, threads=1)
-    samples = draw(sampler, opened, held_out_requests(prompts))
+    samples = draw(sampler, opened, held_out_requests(prompts), steps)
     sampler.close()
     save_samples(samples, Path(out), with_feeds=len(samples))
 
