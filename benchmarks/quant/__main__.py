@@ -42,7 +42,7 @@ class Benchmark:
         self._cells = Cells(RESULTS / "cells")
         calibration, held_out = list(CALIBRATION), list(HELD_OUT)
         check_disjoint(calibration, held_out)
-        self._networks = networks(self._reference)
+        self._networks = models.networks(self._reference)
         recorder = sources_sha256(HERE / "reference.py")
         common = {"networks": self._networks, "steps": reference.STEPS, **recorder}
         self._judged = {**common, "prompts": held_out, "seeds": list(HELD_OUT_SEEDS)}
@@ -56,7 +56,7 @@ class Benchmark:
         except FewstepError as error:
             tell(f"{row.name}: {error.message}")
             return
-        made = networks(bundle)
+        made = models.networks(bundle)
         key = {"networks": made, "judged": value_sha256(self._judged), **sources_sha256(HERE / "quality.py")}
         arguments = {"bundle": str(bundle.path), "reference": str(self._samples)}
         self._cell("quality", row, key, quality.measure, arguments)
@@ -135,12 +135,6 @@ class Benchmark:
             run_isolated(job, {"bundle": str(self._reference.path), "prompts": prompts, "out": str(folder)})
             stamp.write_text(json.dumps(key, indent=1))
         return folder
-
-
-def networks(bundle: Bundle) -> dict[str, str]:
-    """Returns the hash of every file that a bundle's runtime reads."""
-    files = bundle.manifest.files
-    return {path: entry.sha256[:16] for path, entry in sorted(files.items()) if "/model.onnx" in path}
 
 
 def size_bytes(bundle: Bundle, artifact: str) -> int:

@@ -62,6 +62,12 @@ def quantize(method: Method, component: str, model: Path, calls: Path, out: Path
     return {"bytes": out.stat().st_size, "seconds": round(seconds, 1)}
 
 
+def networks(bundle: Bundle) -> dict[str, str]:
+    """Returns the hash of every file that a bundle's runtime reads."""
+    files = bundle.manifest.files
+    return {path: entry.sha256[:16] for path, entry in sorted(files.items()) if "/model.onnx" in path}
+
+
 def assemble(reference: Bundle, models: Mapping[str, Path], out: Path, recipe: str) -> Bundle:
     """Returns a bundle that is the reference with some components' models replaced."""
     manifest = reference.manifest

@@ -13,31 +13,34 @@ import numpy as np
 from benchmarks.quant.reference import draw
 from fewstep.bundle import Bundle
 from fewstep.feeds import Sample, load_samples
-from fewstep.recipe import Limits
 from fewstep.runtimes.parity import Check, compare_components, compare_samples
 from fewstep.runtimes.sampler import open_sampler
 
-# Nothing is gated here: the values are what is wanted.
-_NO_LIMITS = Limits(-math.inf, -math.inf, -math.inf)
-
 
 def measure(bundle: str, reference: str) -> dict[str, Any]:
-    """Returns the quality of a bundle, JSON-ready: dB as numbers, ``null`` where two results are identical.
+    """Returns `compare` and, under ``evaluation``, the scores of the built-in evaluation, JSON-ready."""
+    found, results = compare(bundle, reference)
+    return {**found, "evaluation": evaluate(results)}
+
+
+def compare(bundle: str, reference: str) -> tuple[dict[str, Any], list[Sample]]:
+    """Returns how near a bundle's pictures are to the reference's, and the pictures.
+
+    dB as numbers, ``null`` where two results are identical:
 
     - ``psnr_db``, ``ssim``: pictures, free-running, against the reference's; ``psnr_db_each`` lists them, so that two
       bundles can be compared picture by picture;
     - ``step_sqnr_db``: the denoiser's output at each step, given the reference's inputs;
     - ``trajectory_sqnr_db``: the latent after each step, free-running;
-    - ``component_sqnr_db``: the outputs of the other components, given the reference's inputs;
-    - ``evaluation``: see `fewstep.stickers.evaluate`.
+    - ``component_sqnr_db``: the outputs of the other components, given the reference's inputs.
     """
     opened = Bundle.open(bundle)
     references = load_samples(Path(reference))
     sampler = open_sampler(opened, threads=1)
     results = draw(sampler, opened, [(r.prompt, r.seed) for r in references], references[0].steps)
-    calls = compare_components(references, sampler.session, _NO_LIMITS)
+    calls = compare_components(references, sampler.session, lambda _: None)  # nothing is gated here
     sampler.close()
-    free = compare_samples(references, results, _NO_LIMITS)
+    free = compare_samples(references, results, None)
     others = [c.component for c in calls if c.component != "denoiser"]
     each = [c.value for c in free if c.metric == "PSNR dB"]
     return {
@@ -50,8 +53,7 @@ def measure(bundle: str, reference: str) -> dict[str, Any]:
         "component_sqnr_db": {
             name: spread(c.value for c in calls if c.component == name) for name in dict.fromkeys(others)
         },
-        "evaluation": evaluate(results),
-    }
+    }, results
 
 
 def spread(values: Iterable[float]) -> dict[str, float | int] | None:
