@@ -78,7 +78,7 @@ def _variants() -> dict[str, Variant]:
         *(Variant(f"ranges-{name}", "w8a8", {**_W8A8, "ranges": name}) for name in _RANGES),
         *(Variant(f"w4-{name}", "w4", {"rounding": name}) for name in ("nearest", "gptq", "adaround")),
         *(Variant(f"w4a8-{name}", "w4a8", {"rounding": name}) for name in ("nearest", "gptq", "adaround")),
-        Variant("mixed-as-w4", "mixed", {"bits": None, "rounding": "gptq"}, size_of="w4-gptq"),
+        Variant("mixed-as-w4", "w4", {"rounding": "gptq"}, size_of="w4-gptq"),
         *(Variant(f"uncorrected-{n}", "w8a8", {**_W8A8, "correction": False}, steps=n) for n in _COUNTS),
         Variant("steps-single", "w8a8", {**_W8A8, "step_groups": "single"}),
         Variant("steps-each", "w8a8", {**_W8A8, "step_groups": "each"}),

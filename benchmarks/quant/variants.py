@@ -86,7 +86,7 @@ def compare(bundle: str, reference: str) -> dict[str, Any]:
 
 def write_recipe(variant: Variant, max_bytes: int | None, path: Path) -> Path:
     """Returns the recipe of a variant as a TOML file. Its limits let every picture pass: they are what is measured."""
-    changes = {key: value for key, value in variant.changes.items() if value is not None}
+    changes = dict(variant.changes)
     if max_bytes is not None:
         changes["max_bytes"] = max_bytes
     lines = [f'base = "{variant.base}"', f"steps = [{variant.steps}]", "", "[limits]", "compression_psnr_db = -100.0"]
