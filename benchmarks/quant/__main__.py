@@ -15,7 +15,7 @@ from typing import Any
 
 import onnxruntime
 
-from benchmarks.quant import latency, models, quality, reference
+from benchmarks.quant import evaluation, latency, models, quality, reference
 from benchmarks.quant.cells import Cells, sources_sha256
 from benchmarks.quant.plot import scatter
 from benchmarks.quant.prompts import CALIBRATION, HELD_OUT, HELD_OUT_SEEDS, check_disjoint
@@ -39,6 +39,8 @@ class Benchmark:
     def __init__(self, bundle: Path, again: set[str]) -> None:
         self._reference = Bundle.open(bundle)
         self._again = again
+        self._evaluation = sources_sha256(HERE / "evaluation.py")
+        self._unscored: dict[str, tuple[Path, dict[str, Any]]] = {}
         self._cells = Cells(RESULTS / "cells")
         calibration, held_out = list(CALIBRATION), list(HELD_OUT)
         check_disjoint(calibration, held_out)
@@ -58,8 +60,12 @@ class Benchmark:
             return
         made = models.networks(bundle)
         key = {"networks": made, "judged": value_sha256(self._judged), **sources_sha256(HERE / "quality.py")}
-        arguments = {"bundle": str(bundle.path), "reference": str(self._samples)}
-        self._cell("quality", row, key, quality.measure, arguments)
+        pictures = WORK / "pictures" / f"{row.name}.npz"
+        arguments = {"bundle": str(bundle.path), "reference": str(self._samples), "pictures": str(pictures)}
+        scored = self._cells.holds(f"evaluation/{row.name}", {**key, **self._evaluation})
+        self._cell("quality", row, key, quality.measure, arguments, again=not (scored or pictures.is_file()))
+        if not scored and pictures.is_file():
+            self._unscored[row.name] = (pictures, {**key, **self._evaluation})
         key = {
             "networks": made,
             "reference": self._networks,
@@ -72,13 +78,25 @@ class Benchmark:
         sizes = {a.component: size_bytes(bundle, a.path) for a in bundle.manifest.artifacts}
         self._cells.get_or_make(f"size/{row.name}", {"networks": made}, lambda: {"bytes": sizes})
 
-    def _cell(self, stage: str, row: Row, key: dict[str, Any], job: Any, arguments: dict[str, Any]) -> None:
+    def evaluate(self) -> None:
+        """Scores the pictures of the rows that were measured and have no score, in one process."""
+        if not self._unscored:
+            return
+        tell(f"evaluation of {len(self._unscored)} rows")
+        pictures = {name: str(path) for name, (path, _) in self._unscored.items()}
+        scores = run_isolated(evaluation.evaluate, {"pictures": pictures, "steps": reference.STEPS}).result
+        for name, (_, key) in self._unscored.items():
+            self._cells.get_or_make(f"evaluation/{name}", key, lambda name=name: scores[name])  # type: ignore[misc]
+
+    def _cell(
+        self, stage: str, row: Row, key: dict[str, Any], job: Any, arguments: dict[str, Any], *, again: bool = False
+    ) -> None:
         def make() -> dict[str, Any]:
             tell(f"{row.name}: {stage}")
             result: dict[str, Any] = run_isolated(job, arguments).result
             return result
 
-        self._cells.get_or_make(f"{stage}/{row.name}", key, make, again=stage in self._again)
+        self._cells.get_or_make(f"{stage}/{row.name}", key, make, again=again or stage in self._again)
 
     def _bundle(self, row: Row) -> Bundle:
         """Returns a row's bundle, made unless it is there with the same key."""
@@ -174,6 +192,7 @@ def main() -> None:
         for row in [known[name] for name in options.rows or known]:
             benchmark.measure(row)
             write_results()
+        benchmark.evaluate()
     write_results()
 
 

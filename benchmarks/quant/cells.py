@@ -25,6 +25,11 @@ class Cells:
         cell: Values | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         return cell
 
+    def holds(self, name: str, key: Mapping[str, Any]) -> bool:
+        """Returns whether a cell has values, of this key."""
+        cell = self.read(name)
+        return cell is not None and cell["key"] == value_sha256(key) and "error" not in cell["values"]
+
     def get_or_make(
         self, name: str, key: Mapping[str, Any], make: Callable[[], Values], *, again: bool = False
     ) -> Values:
@@ -32,15 +37,14 @@ class Cells:
 
         A tool that fails is a result: the cell then holds its message under ``error``, and is tried again next time.
         """
-        digest = value_sha256(key)
         cell = self.read(name)
-        if not again and cell is not None and cell["key"] == digest and "error" not in cell["values"]:
+        if not again and cell is not None and self.holds(name, key):
             return dict(cell["values"])
         try:
             values = make()
         except FewstepError as error:
             values = {"error": error.message}
-        self._write(name, {"key": digest, "determined_by": dict(key), "values": values})
+        self._write(name, {"key": value_sha256(key), "determined_by": dict(key), "values": values})
         return values
 
     def _path(self, name: str) -> Path:

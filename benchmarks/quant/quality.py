@@ -1,4 +1,4 @@
-"""How good a bundle's pictures are: against the fp32 bundle's from the same noise, and by the built-in evaluation."""
+"""How near a bundle's pictures and network calls are to those of the fp32 bundle, from the same noise."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from fewstep.runtimes.parity import Check, compare_components, compare_samples
 from fewstep.runtimes.sampler import open_sampler
 
 
-def measure(bundle: str, reference: str) -> dict[str, Any]:
-    """Returns `compare` and, under ``evaluation``, the scores of the built-in evaluation, JSON-ready."""
+def measure(bundle: str, reference: str, pictures: str) -> dict[str, Any]:
+    """Returns `compare`, and saves the pictures for `benchmarks.quant.evaluation`."""
     found, results = compare(bundle, reference)
-    return {**found, "evaluation": evaluate(results)}
+    Path(pictures).parent.mkdir(parents=True, exist_ok=True)
+    stacked = np.stack([s.picture_HWC for s in results])
+    np.savez(pictures, pictures=stacked, prompts=np.array([s.prompt for s in results]))
+    return found
 
 
 def compare(bundle: str, reference: str) -> tuple[dict[str, Any], list[Sample]]:
@@ -72,23 +75,6 @@ def spread(values: Iterable[float]) -> dict[str, float | int] | None:
         "p10": round(float(np.percentile(finite, 10)), 4),
         "identical": len(listed) - len(finite),
     }
-
-
-def evaluate(samples: Sequence[Sample]) -> dict[str, float]:
-    """Returns retrieval and Frechet distance of the built-in evaluation for these pictures."""
-    import torch
-
-    from fewstep.stickers.data import read_stickers
-    from fewstep.stickers.evaluate import Gallery, load_student_pipeline
-    from fewstep.stickers.package import FOLDER
-
-    torch.set_num_threads(1)
-    stickers = read_stickers()
-    gallery = Gallery(stickers, load_student_pipeline(FOLDER).vae)
-    places = {sticker.name: i for i, sticker in enumerate(stickers)}
-    pictures = torch.from_numpy(np.stack([s.picture_HWC for s in samples])).permute(0, 3, 1, 2).contiguous() * 2 - 1
-    score = gallery.score("", samples[0].steps, [places[s.prompt] for s in samples], pictures, 0.0)
-    return {"own": score.own, "subgroup": score.subgroup, "frechet": score.frechet}
 
 
 def _by_step(checks: Sequence[Check], level: str) -> list[dict[str, float | int] | None]:

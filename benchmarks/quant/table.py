@@ -130,7 +130,7 @@ def _quality_row(row: Row, cells: Cells) -> str:
     quality = _values(cells, "quality", row)
     if quality is None:
         return f"| {row.label} | {_why(row, cells)} |" + " |" * 9
-    parts, score = quality["component_sqnr_db"], quality["evaluation"]
+    parts, score = quality["component_sqnr_db"], _values(cells, "evaluation", row)
     cells_ = [
         row.label,
         _mean_std(quality["psnr_db"]),
@@ -140,9 +140,7 @@ def _quality_row(row: Row, cells: Cells) -> str:
         " / ".join(_number(step, "mean", 1) for step in quality["trajectory_sqnr_db"]),
         _number(parts["decoder"], "mean", 1),
         _number(parts["text_encoder"], "mean", 1),
-        f"{score['own']:.1%}",
-        f"{score['subgroup']:.1%}",
-        f"{score['frechet']:.2f}",
+        *([f"{score['own']:.1%}", f"{score['subgroup']:.1%}", f"{score['frechet']:.2f}"] if score else [""] * 3),
     ]
     return f"| {' | '.join(cells_)} |"
 
