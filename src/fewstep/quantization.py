@@ -158,9 +158,8 @@ def suggestion(word: str, known: Collection[str]) -> str | None:
 def _site_choice(values: object, where: str) -> SiteChoice:
     table = _table(values, where)
     refuse_unknown(table, [f.name for f in dataclasses.fields(SiteChoice)], where)
-    return SiteChoice(
-        **{key: _value(key, value, f"{where}.{key}") for key, value in table.items() if value is not None}
-    )
+    given: dict[str, Any] = {key: _value(key, value, f"{where}.{key}") for key, value in table.items()}
+    return SiteChoice(**given)
 
 
 def _table(values: object, where: str) -> Mapping[str, object]:
