@@ -108,8 +108,8 @@ def main() -> None:
         "# What further operator types cost when ONNX Runtime quantizes them",
         "",
         "The denoiser by `quantize_static`, u8s8, weights per channel, calibrated on all steps: Conv, MatMul and Gemm, "
-        "then one further type beside them. SQNR of the output given the fp32 bundle's inputs; least latency over that of "
-        "the first row, called in turn, one thread. Written by `python -m benchmarks.quant.op_types`.",
+        "then one further type beside them. SQNR of the output given the fp32 bundle's inputs; least latency over that "
+        "of the first row, called in turn, one thread. Written by `python -m benchmarks.quant.op_types`.",
         "",
         "| quantized | step SQNR, dB | latency |",
         "|---|---|---|",

@@ -60,8 +60,8 @@ def markdown(rows: Sequence[Row], cells: Cells, machine: Values) -> str:
         "## Size and speed in ONNX Runtime",
         "",
         "One thread. Each row is timed in turn with fp32 in one process: medians (10th to 90th percentile) of 50 "
-        "calls, 15 pictures; *ratio* is to fp32's median in the same run, in brackets "
-        "that of the least times, which other work on the machine disturbs less. Memory is what resident memory grows by.",
+        "calls, 15 pictures; *ratio* is to fp32's median in the same run, in brackets that of the least times, which "
+        "other work on the machine disturbs less. Memory is what resident memory grows by.",
         "",
         "| generator | files, MB | of fp32 | denoiser, ms | ratio | decoder ratio | text encoder ratio | picture, ms | "
         "ratio | peak memory, MiB |",
