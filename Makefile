@@ -85,8 +85,9 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 INTEROP := .venv-interop
 
 .PHONY: interop
-interop: bundle $(INTEROP)/.installed ## Opens the bundle with Optimum's ONNX Runtime pipeline
-	FEWSTEP_BUNDLE=$(BUNDLE) $(INTEROP)/bin/pytest tests/interop -W default
+interop: $(VENV)/.all $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline
+	$(BIN)/fewstep build stickers --target onnxruntime --form step -o $(BUNDLE)-step
+	FEWSTEP_BUNDLE=$(BUNDLE)-step $(INTEROP)/bin/pytest tests/interop -W default
 
 $(INTEROP)/bin/python:
 	$(PYTHON) -m venv $(INTEROP)

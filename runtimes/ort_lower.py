@@ -20,6 +20,7 @@ from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
+from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
@@ -51,6 +52,7 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str) -> Artif
     """Returns the artifact of a translated component: see `lower`, whose second half it is."""
     if weights == "fp16":
         _store_halves(model)
+    unfold_convolutions(model)
     widen_weights(model)
     pack_int4(model)
     strip(model)

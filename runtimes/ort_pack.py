@@ -50,9 +50,9 @@ def widen_weights(model: ir.Model) -> None:
             continue
         q, scale, zero = node.inputs
         assert q is not None and q.const_value is not None
-        if _constant(zero).any():
+        if constant(zero).any():
             raise ExportError(f"{q.name} has a zero point, expected a symmetric grid for weights")
-        scales = _constant(scale)
+        scales = constant(scale)
         axis, rank = node.attributes.get_int("axis", 1), len(q.const_value.shape)
         shape = [-1 if i == axis else 1 for i in range(rank)] if scales.ndim else []
         scales = scales.reshape(shape)
@@ -70,12 +70,12 @@ def widen_weights(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def _constant(value: ir.Value | None) -> np.ndarray[Any, Any]:
+def constant(value: ir.Value | None) -> np.ndarray[Any, Any]:
     """Returns a constant; the exporter leaves a Cast in front of long ones."""
     assert value is not None
     producer = value.producer()
     if producer is not None and producer.op_type == "Cast":
-        return _constant(producer.inputs[0])
+        return constant(producer.inputs[0])
     assert value.const_value is not None, f"{value.name} is no constant"
     return value.const_value.numpy()
 

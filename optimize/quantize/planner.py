@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,11 +12,12 @@ from torch.fx import GraphModule
 
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
-from fewstep.export import Description, Generator, trace
+from fewstep.export import Programs
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import attribute
+from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
+_ROUNDING_CALLS = 32
+# And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
+# finds the first and the last convolution the most sensitive of all).
+_OUTERMOST_SHARE = 0.02
 
 Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
 """Returns (step, inputs in order) of a component's recorded calls, the same each time."""
@@ -51,10 +57,15 @@ def decide(
     program: Program, sites: Iterable[Site], quantization: Quantization, profile: TargetProfile
 ) -> list[Decision]:
     """Returns what the recipe and the profile make of every site of a component."""
-    return [_decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile) for site in sites]
+    sites = list(sites)
+    macs = max(1, sum(site.macs for site in sites))
+    return [
+        _decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile, site.macs / macs)
+        for site in sites
+    ]
 
 
-def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decision:
+def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float) -> Decision:
     bits, reason = choice.weights, None
     if site.on_time_path:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
@@ -73,6 +84,8 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decisio
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
         activation_reason = f"{site.rows} row: reading the weights takes the time, not multiplying"
+    elif site.outermost and share <= _OUTERMOST_SHARE:
+        activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
         activation_reason = None
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
@@ -92,21 +105,20 @@ def observe_sites(
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
     """Returns the activations that go onto a grid where a site multiplies whole numbers."""
-    return [site.data, site.result] if site.op in profile.outputs else [site.data]
+    return [site.data, site.result] if _has_output_grid(site, profile) else [site.data]
+
+
+def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
+    return profile.needs_output_grid(site.op, site.unfolded, site.groups)
 
 
 def make_plan(
-    generator: Generator,
-    described: Description,
-    quantization: Quantization,
-    calls: CalibrationSet,
-    progress: Progress | None = None,
+    programs: Programs, quantization: Quantization, calls: CalibrationSet, progress: Progress | None = None
 ) -> QuantPlan:
     """Returns the plan of every component.
 
     Args:
-        generator: the generator, after all passes.
-        described: its description.
+        programs: of the generator, after all passes.
         quantization: what the recipe asks for.
         calls: recorded calls of the generator.
         progress: told of each component.
@@ -116,23 +128,34 @@ def make_plan(
         QuantizationError: a budget cannot be met.
     """
     profile = get_profile(quantization.profile)
-    advance = (progress or Silent()).task("plan quantization", len(described.components))
+    advance = (progress or Silent()).task("plan quantization", len(programs.components))
     plans = {}
-    for component, spec in described.components.items():
-        program = trace(generator, described.wirings[component], spec)
-        plans[component], _ = plan_component(program, quantization, profile, partial(calls.calls, component))
+    for component in programs.components:
+        recorded = partial(_calls, programs, calls, component)
+        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded)
         advance()
-    return QuantPlan(generator.source.sha256, profile.name, plans)
+    return QuantPlan(programs.generator.source.sha256, profile.name, plans)
+
+
+def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
+    names = [spec.name for spec in programs.components[component].inputs]
+    for sample in calls.samples():
+        for feed in programs.restate([sample])[0].feeds:
+            if feed.component == component:
+                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
 
 
 def plan_component(
     program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
 ) -> tuple[ComponentPlan, StepRanges | None]:
-    """Returns the plan of a component with weights rounded to the nearest, and the ranges that it was made from."""
+    """Returns the plan of a component, and the ranges that it was made from."""
     module, sites = float_graph(program)
     decisions = decide(program, sites, quantization, profile)
     ranges = observe_sites(module, decisions, profile, calls)
-    return draw_up(module, sites, decisions, ranges, profile), ranges
+    plan = draw_up(module, sites, decisions, ranges, profile)
+    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
+    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
 
 def draw_up(
@@ -165,7 +188,7 @@ def draw_up(
         )
         if d.computes:
             computes.append(site.name)
-            if site.op in profile.outputs:
+            if _has_output_grid(site, profile):
                 outputs.append(site.name)
             for name in _activations(site, profile):
                 if name not in activations:
