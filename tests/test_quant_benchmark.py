@@ -156,10 +156,25 @@ def test_paired_differences_know_their_error() -> None:
 )
 def test_claims_are_judged_by_paired_pictures(tmp_path: Path, better: list[float], verdict: str) -> None:
     cells = Cells(tmp_path)
-    cells.get_or_make("orderings/a", {}, lambda: {"psnr_db_each": better})
+    cells.get_or_make("orderings/a", {}, lambda: {"psnr_db_each": better, "identity": "a"})
     assert judge(Claim("a", "b", "somebody"), cells) == ("", "not measured")
-    cells.get_or_make("orderings/b", {}, lambda: {"psnr_db_each": [30.0, 40.0, 50.0]})
+    cells.get_or_make("orderings/b", {}, lambda: {"psnr_db_each": [30.0, 40.0, 50.0], "identity": "b"})
     assert judge(Claim("a", "b", "somebody"), cells)[1] == verdict
+
+
+def test_two_variants_that_gave_one_bundle_decide_nothing(tmp_path: Path) -> None:
+    cells = Cells(tmp_path)
+    for name in ("a", "b"):
+        cells.get_or_make(f"orderings/{name}", {}, lambda: {"psnr_db_each": [30.0, 31.0], "identity": "same"})
+    assert judge(Claim("a", "b", "somebody"), cells) == ("", "none: both are the same bundle")
+
+
+def test_a_bundle_that_is_not_what_its_recipe_says_is_refused() -> None:
+    bundle = built("lcm").bundle
+    with pytest.raises(ContractError, match="says to quantize, but no model of its bundle is quantized"):
+        models.check_quantized(bundle, mixed=False)
+    with pytest.raises(ContractError, match="asks for mixed precision, but each component has one bit width"):
+        models.check_quantized(bundle, mixed=True)
 
 
 def test_variants_are_recipes(tmp_path: Path) -> None:

@@ -97,15 +97,21 @@ def build_recipe(recipe: str, out: str) -> dict[str, Any]:
     started = time.perf_counter()
     options = fewstep.Options(prompts=2, seeds=1, profile=False)
     bundle = fewstep.build("stickers", recipe, out=out, options=options)
-    if getattr(load_recipe(recipe), "quantization", None) is not None:
-        check_quantized(bundle)
+    quantization = load_recipe(recipe).quantization
+    if quantization is not None:
+        check_quantized(bundle, mixed=quantization.mixed)
     return {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def check_quantized(bundle: Bundle) -> None:
-    """Raises ContractError for a bundle none of whose models is quantized, whatever its recipe says."""
+def check_quantized(bundle: Bundle, *, mixed: bool) -> None:
+    """Raises ContractError for a bundle that is not what its recipe says: not quantized, or not of mixed precision."""
     import onnx
 
+    if mixed and all(artifact.weights != "mixed" for artifact in bundle.manifest.artifacts):
+        raise ContractError(
+            f"recipe {bundle.manifest.recipe['name']} asks for mixed precision, but each component has one bit width",
+            hint="does this version of fewstep share out bits?",
+        )
     names = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits", "QLinearConv", "QGemm", "QLinearMatMul"}
     for artifact in bundle.manifest.artifacts:
         model = onnx.load(bundle.file(artifact.path), load_external_data=False)

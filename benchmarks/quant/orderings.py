@@ -65,10 +65,10 @@ _MIXDQ = "Zhao et al. (2024), arXiv:2405.17873"
 _ADAROUND = "Nagel et al. (2020), arXiv:2004.10568"
 
 _CALIBRATION = ("first", "qsample", "random", "single", "uniform", "ndtc", "tdac")
-_RANGES = ("minmax", "mse", "kl", "cosine", "l1")
+_RANGES = ("lp", "minmax", "kl", "cosine", "l1")
 _COUNTS = (1, 2, 4, 8)
 # What all others change one key of; written out, so that another default of the preset changes no claim.
-_W8A8: Mapping[str, Any] = {"sampler": "own", "ranges": "lp", "correction": True}
+_W8A8: Mapping[str, Any] = {"sampler": "own", "ranges": "mse", "rounding": "gptq", "correction": True}
 
 
 def _variants() -> dict[str, Variant]:
@@ -117,7 +117,8 @@ ORDERINGS = (
         "Which measure should choose a tensor's range?",
         (
             Claim("w8a8-4", "ranges-minmax", _PTQ4DM),
-            Claim("ranges-mse", "ranges-cosine", _PTQ4DM),
+            Claim("ranges-lp", "ranges-minmax", _PTQ4DM),
+            Claim("w8a8-4", "ranges-cosine", _PTQ4DM),
             Claim("ranges-cosine", "ranges-kl", _PTQ4DM),
             Claim("ranges-kl", "ranges-l1", _PTQ4DM),
         ),

@@ -18,6 +18,7 @@ from benchmarks.scale.table import describe_machine
 from fewstep.bundle import Bundle
 from fewstep.cache import code_sha256
 from fewstep.errors import FewstepError
+from fewstep.hashing import value_sha256
 from fewstep.isolated import run_isolated
 
 HERE = Path(__file__).parent
@@ -68,11 +69,14 @@ def measure(variant: Variant, variants: Mapping[str, Variant], bundle: Bundle, c
         out = WORK / "variants" / variant.name
         recipe = write_recipe(variant, max_bytes, WORK / "recipes" / f"{variant.name}.toml")
         made = run_isolated(models.build_recipe, {"recipe": str(recipe), "out": str(out)}).result
-        size = sum(a.bytes for a in Bundle.open(out).manifest.artifacts)
+        manifest = Bundle.open(out).manifest
+        schedules = {str(n): schedule.to_json() for n, schedule in manifest.schedules.items()}
+        identity = value_sha256([models.networks(Bundle(out, manifest)), schedules])
+        size = sum(a.bytes for a in manifest.artifacts)
         arguments = {"bundle": str(out), "reference": str(_reference(bundle, variant.steps))}
         found: dict[str, Any] = run_isolated(compare, arguments).result
         shutil.rmtree(out)
-        return {**found, "bytes": size, **made}
+        return {**found, "bytes": size, "identity": identity, **made}
 
     return cells.get_or_make(f"orderings/{variant.name}", key, make)
 
@@ -128,6 +132,8 @@ def judge(claim: Claim, cells: Cells) -> tuple[str, str]:
     if any(cell is None or "error" in cell["values"] for cell in found):
         return "", "not measured"
     better, worse = (cell["values"] for cell in found if cell is not None)
+    if better["identity"] == worse["identity"]:
+        return "", "none: both are the same bundle"
     margin, error = paired(better, worse)
     if margin > STANDARD_ERRORS * error:
         verdict = "holds"
