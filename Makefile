@@ -124,6 +124,13 @@ bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on w
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
 	$(BIN)/python -m benchmarks.scale.bundle sd15
 
+ROWS ?=
+.PHONY: bench-quant
+bench-quant: $(VENV)/.dev bundle ## Compares recipes with other tools' int8 (goes on where it was interrupted); ROWS=... for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant $(ROWS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
+
 # --- distribution ------------------------------------------------------------------------------------------------------
 
 .PHONY: wheel
