@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 LOWERING = "lowering"
 COMPRESSION = "compression"
 # Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
-_FLAT = 0.5 / 255
+FLAT = 0.5 / 255
 
 
 @dataclass(frozen=True)
@@ -158,4 +158,4 @@ def compare_samples(
 
 def _not_flat(error: str, label: str, picture_HWC: Array) -> Check:
     """Two black pictures agree perfectly; this check is what refuses them."""
-    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), _FLAT)
+    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), FLAT)
