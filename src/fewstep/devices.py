@@ -78,10 +78,10 @@ def parse_result(body: bytes, bundle: Bundle, *, where: str) -> dict[str, Any]:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{where} is not JSON: {error}", hint=_HINT) from error
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_schema()).iter_errors(values))
-    if error is not None:
-        place = "/".join(str(part) for part in error.absolute_path) or "(top)"
-        raise ContractError(f"{where}: {place}: {error.message[:200]}", hint=_HINT)
+    departure = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(_schema()).iter_errors(values))
+    if departure is not None:
+        place = "/".join(str(part) for part in departure.absolute_path) or "(top)"
+        raise ContractError(f"{where}: {place}: {departure.message[:200]}", hint=_HINT)
     expected = content_id(bundle.manifest)
     if values["bundle"]["content_id"] != expected:
         raise ContractError(

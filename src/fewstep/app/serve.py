@@ -38,7 +38,7 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Certificate:
-    """What https needs, as PEM files: browsers give a page on the local network threads and offline use only with it."""
+    """PEM files for https. Over http, browsers give pages of the local network no threads and no storage."""
 
     chain: Path
     key: Path

@@ -122,17 +122,26 @@ export const threadsText = (threads: number): string => (threads === 1 ? "1 thre
 const valueText = (check: Check): string =>
   check.metric === "spread (std)" ? check.value.toPrecision(3) : `${Number.isFinite(check.value) ? check.value.toFixed(1) : check.value} dB`;
 
+/** What a comparison is of, in the order in which the table shows it. */
+function subject(check: Check): { order: number; text: string } {
+  const step = check.step === null ? "" : `, step ${check.step + 1}`;
+  if (check.metric === "spread (std)") return { order: 3, text: "picture’s spread" };
+  if (check.level === "picture") return { order: 2, text: "picture" };
+  if (check.level === "trajectory") return { order: 1 + check.step! / 1000, text: `latent${step}` };
+  return { order: 0, text: `${check.component.replaceAll("_", " ")}${step}` };
+}
+
 /** One row for each thing compared: its worst value. */
 function worstTable(check: DeviceCheck): HTMLTableElement {
   const groups = new Map<string, Check[]>();
-  for (const one of check.checks) {
-    const step = one.step === null ? "" : `, step ${one.step + 1}`;
-    const what = one.metric === "spread (std)" ? "picture is not one colour" : one.level === "trajectory" ? `latent${step}` : `${one.component}${step}`;
-    groups.set(what, [...(groups.get(what) ?? []), one]);
+  for (const one of [...check.checks].sort((a, b) => subject(a).order - subject(b).order)) {
+    const { text } = subject(one);
+    groups.set(text, [...(groups.get(text) ?? []), one]);
   }
   const rows = [...groups].map(([what, all]) => {
     const worst = all.reduce((a, b) => (Number.isNaN(b.value) || (!b.passed && a.passed) || b.value < a.value ? b : a));
     const limit = worst.limit === null ? "–" : worst.metric === "spread (std)" ? worst.limit.toPrecision(2) : `${worst.limit} dB`;
+    const passed = all.every((c) => c.passed);
     return h(
       "tr",
       {},
@@ -140,10 +149,10 @@ function worstTable(check: DeviceCheck): HTMLTableElement {
       h("td", { class: "number" }, String(all.length)),
       h("td", { class: "number" }, valueText(worst)),
       h("td", { class: "number" }, limit),
-      h("td", { class: all.every((c) => c.passed) ? "passed" : "failed" }, all.every((c) => c.passed) ? "✓ passed" : "✗ failed"),
+      h("td", { class: `number ${passed ? "passed" : "failed"}`, "aria-label": passed ? "passed" : "failed" }, passed ? "✓" : "✗"),
     );
   });
-  return table("The least agreement with PyTorch", ["compared", "times", "worst", "limit", "verdict"], rows);
+  return table("The least agreement with PyTorch", ["compared", "times", "worst", "limit", "ok"], rows);
 }
 
 function timingTable(check: DeviceCheck): HTMLTableElement {
@@ -160,7 +169,7 @@ function timingTable(check: DeviceCheck): HTMLTableElement {
 }
 
 function table(caption: string, heads: string[], rows: HTMLTableRowElement[]): HTMLTableElement {
-  const numeric = new Set(["times", "worst", "limit", "calls", "median"]);
+  const numeric = new Set(["times", "worst", "limit", "ok", "calls", "median"]);
   const cells = heads.map((head) => h("th", { scope: "col", class: numeric.has(head) ? "number" : "" }, head));
   return h("table", {}, h("caption", {}, caption), h("thead", {}, h("tr", {}, ...cells)), h("tbody", {}, ...rows));
 }

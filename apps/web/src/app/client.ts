@@ -31,6 +31,9 @@ export class Client {
   private readonly tasks = new Map<number | null, Task>();
   private next = 1;
   private dead = false;
+  private keep = (): void => {};
+  /** Ends when all that the bundle needs offline is on the device; never where it cannot be kept. */
+  readonly kept = new Promise<void>((resolve) => (this.keep = resolve));
 
   constructor(private readonly onDeath: (error: FewstepError) => void) {
     this.worker = new Worker(workerUrl, { type: "module", name: this.name });
@@ -95,6 +98,7 @@ export class Client {
   }
 
   private receive(report: Report): void {
+    if (report.type === "kept") return this.keep();
     const id = "id" in report ? report.id : null;
     const task = this.tasks.get(id);
     if (report.type === "error" || report.type === "cancelled") {

@@ -33,8 +33,6 @@ byId("again").onclick = () => {
 };
 byId("forget").onclick = () => void pictures?.clear().then(showHistory);
 
-await start(settings.engine);
-
 async function start(engine: EngineChoice): Promise<void> {
   running?.client.stop();
   running = null;
@@ -47,7 +45,7 @@ async function start(engine: EngineChoice): Promise<void> {
     running = { client, ready };
     await welcome(ready);
     busy(false);
-    await keepOffline();
+    await keepOffline(client.kept);
   } catch (error) {
     client.stop();
     stage.showEmpty("Not loaded");
@@ -173,3 +171,5 @@ function showError(error: unknown): void {
 }
 
 const capitalized = (text: string): string => `${text.slice(0, 1).toUpperCase()}${text.slice(1)}.`;
+
+await start(settings.engine);

@@ -74,6 +74,8 @@ export interface PictureInfo {
 export type Report =
   | { type: "loading"; what: string; received: number; total: number }
   | { type: "ready"; bundle: BundleInfo; engine: EngineInfo }
+  /** Everything that the device check reads is on the device, too. */
+  | { type: "kept" }
   | { type: "step"; id: number; done: number; steps: number; preview: Pixels | null }
   | { type: "picture"; id: number; picture: Pixels; info: PictureInfo; output: Float32Array | null }
   | { type: "checking"; id: number; progress: CheckProgress }

@@ -43,9 +43,7 @@ scope.addEventListener("fetch", (event) => {
 async function install(): Promise<void> {
   const cache = await caches.open(CACHE);
   for (const [path, expected] of Object.entries(release.files)) {
-    const response = await fetch(new URL(path, root));
-    const bytes = new Uint8Array(await response.arrayBuffer());
-    if (!response.ok || (await sha256(bytes)) !== expected) throw new Error(`${path} is not the file of this release`);
+    const { response, bytes } = (await expectedFile(path, expected, "default")) ?? (await expectedFile(path, expected, "reload")) ?? missing(path);
     const headers = new Headers(response.headers);
     headers.set("Cross-Origin-Opener-Policy", "same-origin");
     headers.set("Cross-Origin-Embedder-Policy", "require-corp");
@@ -53,6 +51,17 @@ async function install(): Promise<void> {
     await cache.put(new URL(path, root), new Response(bytes, { headers }));
   }
   await scope.skipWaiting();
+}
+
+/** Returns a file and its content if it is the one of this release: the browser's own cache may have an older one. */
+async function expectedFile(path: string, expected: string, cache: RequestCache): Promise<{ response: Response; bytes: Uint8Array<ArrayBuffer> } | null> {
+  const response = await fetch(new URL(path, root), { cache });
+  const bytes = new Uint8Array(await response.arrayBuffer());
+  return response.ok && (await sha256(bytes)) === expected ? { response, bytes } : null;
+}
+
+function missing(path: string): never {
+  throw new Error(`${path} is not the file of this release`); // the release before stays in use
 }
 
 async function activate(): Promise<void> {

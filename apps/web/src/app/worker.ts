@@ -89,7 +89,10 @@ async function load(bundle: string, choice: EngineChoice): Promise<void> {
   };
   post({ type: "ready", bundle: info, engine });
   // Kept for the device check, so that it works offline, too.
-  if (store !== null) for (const path of files.under("golden")) await files.read(path);
+  if (store !== null) {
+    for (const path of files.under("golden")) await files.read(path);
+    post({ type: "kept" });
+  }
 }
 
 /** Returns a sampler on WebGPU if it is there and computes what the golden pack says, else on WebAssembly. */

@@ -58,7 +58,7 @@ export async function readBundle(
 ): Promise<{ manifest: Manifest; files: BundleFiles }> {
   const href = String(url);
   const base = href.endsWith("/") ? href : `${href}/`;
-  const response = await fetchOrExplain(`${base}manifest.json`, "manifest.json");
+  const response = await fetchOrExplain(`${base}manifest.json`, "manifest.json", "no-cache"); // it may be a newer one
   const manifest = parseManifest(await response.text());
   return { manifest, files: new BundleFiles(base, manifest.files, store, onBytes) };
 }

@@ -48,8 +48,13 @@ export class BundleFiles {
       if ((await mismatch(bytes, entry)) === null) return bytes;
       await this.store!.delete(url); // damaged on the device: fetched again below
     }
-    const bytes = await this.fetch(path, url, entry);
-    const difference = await mismatch(bytes, entry);
+    let bytes = await this.fetch(path, url, entry, "default");
+    let difference = await mismatch(bytes, entry);
+    if (difference !== null) {
+      // Perhaps the browser's own cache has a damaged copy: once more, past it.
+      bytes = await this.fetch(path, url, entry, "reload");
+      difference = await mismatch(bytes, entry);
+    }
     if (difference !== null) {
       throw new FewstepError(
         "hash",
@@ -74,8 +79,8 @@ export class BundleFiles {
     }
   }
 
-  private async fetch(path: string, url: string, entry: FileEntry): Promise<Bytes> {
-    const response = await fetchOrExplain(url, path);
+  private async fetch(path: string, url: string, entry: FileEntry, cache: RequestCache): Promise<Bytes> {
+    const response = await fetchOrExplain(url, path, cache);
     if (response.body === null) return new Uint8Array(await response.arrayBuffer());
     // One buffer of the right size: joining chunks would need the memory twice.
     const bytes = new Uint8Array(entry.bytes);
@@ -103,10 +108,10 @@ async function mismatch(bytes: Bytes, entry: FileEntry): Promise<string | null> 
 }
 
 /** Returns the response to a request that succeeded. */
-export async function fetchOrExplain(url: string, what: string): Promise<Response> {
+export async function fetchOrExplain(url: string, what: string, cache: RequestCache): Promise<Response> {
   let response: Response;
   try {
-    response = await fetch(url);
+    response = await fetch(url, { cache });
   } catch (error) {
     throw new FewstepError(
       "network",
