@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -20,10 +20,11 @@ import jsonschema
 from fewstep.bundle import Bundle
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import Manifest
+from fewstep.manifest import INTEGERS, Manifest
 from fewstep.recipe import Limits
-from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport
-from fewstep.verify import GOLDEN
+from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport, label
+from fewstep.runtimes.quantized_parity import floor_checks_of
+from fewstep.verify import FLOOR_SAMPLES, GOLDEN, known_floor
 
 # The runtime whose artifacts browsers run.
 WEB_RUNTIME = "onnxruntime"
@@ -94,7 +95,8 @@ def parse_result(body: bytes, bundle: Bundle, *, where: str) -> dict[str, Any]:
 
 def device_report(result: Mapping[str, Any], bundle: Bundle, *, where: str) -> DeviceReport:
     """Returns the report of a result that `parse_result` let through."""
-    expected = {_key(check): check for check in _expected(bundle)}
+    golden, limits = load_samples(bundle.path / "golden"), Limits(**bundle.manifest.recipe["limits"])
+    expected = {_key(check): check for check in _expected(bundle, golden, limits)}
     measured = {}
     for values in result["checks"]:
         check = Check(**{**values, "value": float(values["value"]), "limit": None})
@@ -103,13 +105,14 @@ def device_report(result: Mapping[str, Any], bundle: Bundle, *, where: str) -> D
         if _key(check) in measured:
             raise ContractError(f"{where}: {check.level} of {check.where} is there twice", hint=_HINT)
         measured[_key(check)] = check.value
-    checks = tuple(replace(check, value=measured.get(key, math.nan)) for key, check in expected.items())
+    checks = [replace(check, value=measured.get(key, math.nan)) for key, check in expected.items()]
+    checks += _floor_checks(bundle, golden, limits, checks)
     device, executor = result["device"], result["executor"]
     name = (
         f"{executor['runtime']} {executor['version']}, {executor['provider']}, {executor['threads']} threads, "
         f"in {device['browser']} on {device['os']}, {device['cores']} cores"
     )
-    report = ParityReport(checks, GOLDEN, name)
+    report = ParityReport(tuple(checks), GOLDEN, name)
     return DeviceReport(report, {**device, **executor}, result["picture_ms"], result["wasm_bytes"])
 
 
@@ -123,22 +126,37 @@ def _key(check: Check) -> tuple[str, str, int | None, str | None, str | None, st
     return check.level, check.component, check.step, check.sample, check.tensor, check.metric
 
 
-def _expected(bundle: Bundle) -> Iterator[Check]:
-    """Yields every comparison that the golden pack makes, not measured yet."""
-    limits = Limits(**bundle.manifest.recipe["limits"])
-    for sample in load_samples(bundle.path / "golden"):
-        label = f"{sample.label}, {sample.steps} steps"
-        yield from _expected_calls(sample, label, limits.component_sqnr_db)
-        limit = limits.picture_psnr_db
+def _integers(manifest: Manifest) -> list[str]:
+    """Returns the components that compute with whole numbers, which the noise floor judges."""
+    artifacts = {component: manifest.artifact(WEB_RUNTIME, component) for component in manifest.components}
+    return [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
+
+
+def _expected(bundle: Bundle, golden: Sequence[Sample], limits: Limits) -> Iterator[Check]:
+    """Yields every comparison that the golden pack makes, not measured yet; see `fewstep.verify.verify_against`."""
+    integers = _integers(bundle.manifest)
+    limit = None if integers else limits.picture_psnr_db
+    for sample in golden:
+        where = label(sample)
+        for feed in sample.feeds:
+            own = None if feed.component in integers else limits.component_sqnr_db
+            for name in feed.outputs:
+                tensor = name if feed.branch == "cond" else f"{name} ({feed.branch})"
+                yield Check(LOWERING, "component", feed.component, feed.step, where, tensor, "SQNR dB", math.nan, own)
         for k in range(len(sample.latents)):
-            yield Check(LOWERING, "trajectory", "denoiser", k, label, "latent", "SQNR dB", math.nan, limit)
+            yield Check(LOWERING, "trajectory", "denoiser", k, where, "latent", "SQNR dB", math.nan, limit)
         metric = "PSNR dB" if sample.kind == "picture" else "SQNR dB"
-        yield Check(LOWERING, "picture", sample.kind, None, label, None, metric, math.nan, limit)
-        yield Check(LOWERING, "picture", "picture", None, label, None, "spread (std)", math.nan, FLAT)
+        yield Check(LOWERING, "picture", sample.kind, None, where, None, metric, math.nan, limit)
+        yield Check(LOWERING, "picture", "picture", None, where, None, "spread (std)", math.nan, FLAT)
 
 
-def _expected_calls(sample: Sample, label: str, limit: float) -> Iterator[Check]:
-    for feed in sample.feeds:
-        for name in feed.outputs:
-            tensor = name if feed.branch == "cond" else f"{name} ({feed.branch})"
-            yield Check(LOWERING, "component", feed.component, feed.step, label, tensor, "SQNR dB", math.nan, limit)
+def _floor_checks(bundle: Bundle, golden: Sequence[Sample], limits: Limits, checks: Sequence[Check]) -> list[Check]:
+    """Returns the checks against the noise floor, of the same samples as in a verification."""
+    some = [label(sample) for sample in golden[:FLOOR_SAMPLES]]
+    of_some = [check for check in checks if check.sample in some]
+    calls = {
+        name: [c.value for c in of_some if (c.level, c.component) == ("component", name)]
+        for name in _integers(bundle.manifest)
+    }
+    pictures = [c.value for c in of_some if c.level == "picture" and c.metric.endswith("dB")]
+    return floor_checks_of(known_floor(bundle), limits, calls, pictures, golden[0].kind) if calls else []

@@ -42,7 +42,9 @@ def write(bundle: str, out: str, *, prompts: int = 8, seeds: int = 2) -> None:
         return CheckedSession(component, manifest.components[component], _PlainSession(path))
 
     native = open_sampler(opened)
-    plain = Sampler(manifest.contract, manifest.components, open_tokenizers(opened.path, manifest), open_plain)
+    plain = Sampler(
+        manifest.contract, manifest.components, open_tokenizers(opened.path, manifest.tokenizers), open_plain
+    )
     pictures, cases = {}, []
     for prompt in manifest.prompts[:prompts]:
         for seed in range(seeds):

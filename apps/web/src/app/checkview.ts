@@ -125,7 +125,8 @@ const valueText = (check: Check): string =>
 /** What a comparison is of, in the order in which the table shows it. */
 function subject(check: Check): { order: number; text: string } {
   const step = check.step === null ? "" : `, step ${check.step + 1}`;
-  if (check.metric === "spread (std)") return { order: 3, text: "picture’s spread" };
+  if (check.metric === "spread (std)") return { order: 5, text: "picture’s spread" };
+  if (check.sample === null) return { order: 4, text: `${check.component.replaceAll("_", " ")}, median` };
   if (check.level === "picture") return { order: 2, text: "picture" };
   if (check.level === "trajectory") return { order: 1 + check.step! / 1000, text: `latent${step}` };
   return { order: 0, text: `${check.component.replaceAll("_", " ")}${step}` };
@@ -140,7 +141,7 @@ function worstTable(check: DeviceCheck): HTMLTableElement {
   }
   const rows = [...groups].map(([what, all]) => {
     const worst = all.reduce((a, b) => (Number.isNaN(b.value) || (!b.passed && a.passed) || b.value < a.value ? b : a));
-    const limit = worst.limit === null ? "–" : worst.metric === "spread (std)" ? worst.limit.toPrecision(2) : `${worst.limit} dB`;
+    const limit = worst.limit === null ? "–" : worst.metric === "spread (std)" ? worst.limit.toPrecision(2) : `${Number(worst.limit.toFixed(1))} dB`;
     const passed = all.every((c) => c.passed);
     return h(
       "tr",

@@ -17,7 +17,8 @@ export function deviceResult({ bundle, engine }: Ready, check: DeviceCheck, memo
       memory_gb: (navigator as { deviceMemory?: number }).deviceMemory ?? null,
       user_agent: navigator.userAgent.slice(0, 512),
     },
-    checks: check.checks.map(({ passed: _, limit: __, ...measured }) => ({ ...measured, value: jsonNumber(measured.value) })),
+    // What is judged over several samples follows from the others.
+    checks: check.checks.filter(({ sample }) => sample !== null).map(({ passed: _, limit: __, ...measured }) => ({ ...measured, value: jsonNumber(measured.value) })),
     timings: check.timings,
     picture_ms: check.picture_ms,
     wasm_bytes: memory.wasmBytes,

@@ -8,7 +8,7 @@
 import { FewstepError } from "./errors.js";
 import type { BundleFiles } from "./files.js";
 import { goldenPaths, readGolden, type GoldenSample } from "./golden.js";
-import { scheduleOf, type Manifest } from "./manifest.js";
+import { artifactOf, scheduleOf, type Manifest } from "./manifest.js";
 import { psnrDb, spread, sqnrDb } from "./metrics.js";
 import type { Call, Sampler } from "./sampler.js";
 import { numbers } from "./tensor.js";
@@ -19,9 +19,10 @@ export interface Check {
   level: "component" | "trajectory" | "picture";
   component: string;
   step: number | null;
-  sample: string;
+  /** Null for what is judged over several samples. */
+  sample: string | null;
   tensor: string | null;
-  metric: "SQNR dB" | "PSNR dB" | "spread (std)";
+  metric: "SQNR dB" | "PSNR dB" | "spread (std)" | "median SQNR dB" | "median agreement dB";
   value: number;
   limit: number | null;
   passed: boolean;
@@ -50,9 +51,24 @@ export interface CheckProgress {
 // Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
 const FLAT = 0.5 / 255;
 
+// Of components that compute with whole numbers: how far below the noise floor they may be, and how many samples tell.
+const BELOW_FLOOR_DB = 1;
+const FLOOR_SAMPLES = 8;
+/** What an artifact's `compute` says where it multiplies whole numbers. */
+const INTEGERS = "int8";
+
 interface Limits {
-  component: number | null;
+  /** Of one network call; null for components that are judged by the noise floor. */
+  component: (name: string) => number | null;
+  /** Of one sample; null where the noise floor judges. */
   picture: number | null;
+  floor: Floor | null;
+}
+
+interface Floor {
+  /** The least that the median of each component's calls, and of the pictures, must reach. */
+  components: { [name: string]: number };
+  picture: number;
 }
 
 export async function checkDevice(
@@ -67,9 +83,11 @@ export async function checkDevice(
   const checks: Check[] = [];
   const calls: Call[] = [];
   const pictures: number[] = [];
+  const labels: string[] = [];
   for (const [i, path] of paths.entries()) {
     const golden = await readGolden(files, path);
     onProgress({ done: i, total: paths.length, what: labelOf(golden) });
+    labels.push(labelOf(golden));
     if (cancelled()) throw new DOMException("cancelled", "AbortError");
     checks.push(...(await checkCalls(golden, sampler, limits.component)));
     const start = performance.now();
@@ -81,6 +99,7 @@ export async function checkDevice(
     }
   }
   onProgress({ done: paths.length, total: paths.length, what: "" });
+  if (limits.floor !== null) checks.push(...checkFloor(limits.floor, checks, labels.slice(0, FLOOR_SAMPLES)));
   const gated = checks.some((check) => check.limit !== null);
   return {
     passed: gated && checks.every((check) => check.passed),
@@ -90,23 +109,54 @@ export async function checkDevice(
   };
 }
 
-/** Returns whether the first recorded sample's network calls agree: the quick check before a provider is trusted. */
+/** Returns the first recorded sample's network calls, compared: the quick check before a provider is trusted. */
 export async function checkProvider(manifest: Manifest, files: BundleFiles, sampler: Sampler): Promise<Check[]> {
   const golden = await readGolden(files, goldenPaths(files)[0]!);
   const once = golden.calls.filter((call, i, all) => all.findIndex((c) => c.component === call.component) === i);
   return checkCalls({ ...golden, calls: once }, sampler, limitsOf(manifest).component);
 }
 
+/**
+ * Returns the limits of a bundle: its recipe's, or its noise floor's where roundings of whole numbers decide.
+ *
+ * The rule is that of `fewstep.runtimes.quantized_parity`: medians over the same samples, not more than 1 dB below what
+ * two executions in PyTorch agree to, and nothing beyond the limits of float arithmetic.
+ */
 function limitsOf(manifest: Manifest): Limits {
   const limits = (manifest.recipe.limits ?? {}) as { [name: string]: unknown };
-  const read = (name: string): number | null => {
-    const value = limits[name] ?? null;
-    if (value !== null && typeof value !== "number") {
-      throw new FewstepError("unsupported", `the recipe's limit ${name} is ${JSON.stringify(value)}`, "update the app");
-    }
-    return value;
+  const read = (name: string): number => {
+    const value = limits[name];
+    if (typeof value === "number") return value;
+    throw new FewstepError("unsupported", `the recipe's limit ${name} is ${JSON.stringify(value)}`, "update the app");
   };
-  return { component: read("component_sqnr_db"), picture: read("picture_psnr_db") };
+  const [component, picture] = [read("component_sqnr_db"), read("picture_psnr_db")];
+  const integers = Object.keys(manifest.components).filter((name) => artifactOf(manifest, name).compute === INTEGERS);
+  if (integers.length === 0) return { component: () => component, picture, floor: null };
+  const known = manifest.parity?.floor as Floor | null | undefined;
+  if (!known) {
+    throw new FewstepError("bundle", "the bundle does not say what its noise floor is", "build the bundle again");
+  }
+  const floors = integers.map((name) => [name, Math.min(known.components[name]! - BELOW_FLOOR_DB, component)]);
+  return {
+    component: (name) => (integers.includes(name) ? null : component),
+    picture: null,
+    floor: { components: Object.fromEntries(floors), picture: Math.min(known.picture - BELOW_FLOOR_DB, picture) },
+  };
+}
+
+function checkFloor(floor: Floor, checks: readonly Check[], samples: readonly string[]): Check[] {
+  const some = checks.filter((check) => samples.includes(check.sample!));
+  const common = { step: null, sample: null, tensor: null };
+  const calls = Object.entries(floor.components).map(([component, limit]) => {
+    const values = some.filter((c) => c.level === "component" && c.component === component).map((c) => c.value);
+    return judged({ ...common, level: "component", component, metric: "median SQNR dB", value: median(values), limit });
+  });
+  const pictures = some.filter((check) => check.level === "picture" && check.metric !== "spread (std)");
+  const [component, value] = [pictures[0]!.component, median(pictures.map((check) => check.value))];
+  return [
+    ...calls,
+    judged({ ...common, level: "picture", component, metric: "median agreement dB", value, limit: floor.picture }),
+  ];
 }
 
 const labelOf = (golden: GoldenSample): string => `${golden.prompt} #${golden.seed}, ${golden.steps} steps`;
@@ -116,7 +166,7 @@ function judged(check: Omit<Check, "error" | "passed">): Check {
   return { error: "lowering", ...check, passed };
 }
 
-async function checkCalls(golden: GoldenSample, sampler: Sampler, limit: number | null): Promise<Check[]> {
+async function checkCalls(golden: GoldenSample, sampler: Sampler, limitOf: Limits["component"]): Promise<Check[]> {
   const checks: Check[] = [];
   for (const { component, step, branch, inputs, outputs } of golden.calls) {
     const found = await sampler.runComponent(component, inputs);
@@ -124,6 +174,7 @@ async function checkCalls(golden: GoldenSample, sampler: Sampler, limit: number 
       const tensor = branch === "cond" ? name : `${name} (${branch})`;
       const result = found[name];
       const value = result === undefined ? NaN : sqnrDb(numbers(reference), numbers(result));
+      const limit = limitOf(component);
       checks.push(
         judged({ level: "component", component, step, sample: labelOf(golden), tensor, metric: "SQNR dB", value, limit }),
       );
@@ -189,5 +240,6 @@ function timingsOf(calls: readonly Call[]): Timing[] {
 function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2 || 0;
+  if (sorted.length === 0) return NaN;
+  return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }

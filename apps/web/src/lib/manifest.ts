@@ -111,6 +111,7 @@ export interface Manifest {
   prompts: string[];
   licences: { [part: string]: string };
   versions: { [part: string]: string };
+  parity: { [key: string]: unknown } | null;
   caveats: string[];
   files: { [path: string]: FileEntry };
 }
