@@ -183,8 +183,8 @@ def test_result_is_taken_once(server: AppServer, bundle: Bundle, tmp_path: Path)
     assert post(server, body)[0] == 201, "the next token is good"
 
 
-def _changed(bundle: Bundle, **changes: Any) -> bytes:
-    return json.dumps({**result_of(bundle), **changes}).encode()
+def _changed(of: Bundle, **changes: Any) -> bytes:
+    return json.dumps({**result_of(of), **changes}).encode()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ async function welcome({ bundle, engine }: Ready): Promise<void> {
   pill.hidden = false;
   const facts: [string, string][] = [
     ["Computes with", `${name}, ${threadsText(engine.threads)} (ONNX Runtime Web ${engine.version})`],
-    ...engine.reasons.map((reason): [string, string] => ["Because", reason]),
+    ...(engine.reasons.length > 0 ? [["Because", engine.reasons.join("; ")] satisfies [string, string]] : []),
     ["Networks", `${bundle.precision}, ${bytesText(bundle.bytes)}`],
     ["Bundle", bundle.contentId.slice(0, 16)],
     ...Object.entries(bundle.licences),
@@ -170,6 +170,6 @@ function showError(error: unknown): void {
   byId("alert").scrollIntoView({ block: "nearest" });
 }
 
-const capitalized = (text: string): string => `${text.slice(0, 1).toUpperCase()}${text.slice(1)}.`;
+const capitalized = (text: string): string => `${text.slice(0, 1).toUpperCase()}${text.slice(1)}${/[.…]$/.test(text) ? "" : "."}`;
 
 await start(settings.engine);

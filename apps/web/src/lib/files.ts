@@ -58,8 +58,8 @@ export class BundleFiles {
     if (difference !== null) {
       throw new FewstepError(
         "hash",
-        `${path} ${difference}`,
-        "the file was altered or cut short on its way: reload, and if it stays so, put the bundle there again",
+        `damaged file: ${path} ${difference}`,
+        "it was altered or cut short on its way: try again, and if it stays so, put the bundle on the server again",
       );
     }
     await this.keep(url, bytes);
@@ -91,7 +91,7 @@ export class BundleFiles {
       if (done) break;
       if (received + value.length > bytes.length) {
         await reader.cancel();
-        throw new FewstepError("hash", `${path} has more than ${entry.bytes} bytes`, "put the bundle there again");
+        throw new FewstepError("hash", `damaged file: ${path} has more than ${entry.bytes} bytes`, "put the bundle on the server again");
       }
       bytes.set(value, received);
       received += value.length;
@@ -104,7 +104,7 @@ export class BundleFiles {
 async function mismatch(bytes: Bytes, entry: FileEntry): Promise<string | null> {
   if (bytes.length !== entry.bytes) return `has ${bytes.length} bytes, expected ${entry.bytes}`;
   const digest = await sha256(bytes);
-  return digest === entry.sha256 ? null : `has sha256 ${digest.slice(0, 16)}..., expected ${entry.sha256.slice(0, 16)}...`;
+  return digest === entry.sha256 ? null : `has sha256 ${digest.slice(0, 12)}…, expected ${entry.sha256.slice(0, 12)}…`;
 }
 
 /** Returns the response to a request that succeeded. */

@@ -98,7 +98,11 @@ describe("visits", () => {
       return Buffer.from(`self.FEWSTEP_RELEASE=${JSON.stringify(release)};\n${rest.join("\n")}`);
     };
     await page.evaluate(() => navigator.serviceWorker.getRegistration().then((registration) => registration!.update()));
-    await page.waitForFunction(async () => (await caches.keys()).join() === "fewstep-files,fewstep-app-newer");
+    await page.waitForFunction(async () => {
+      const kept = (await caches.keys()).filter((name) => name.startsWith("fewstep-app-"));
+      const registration = await navigator.serviceWorker.getRegistration();
+      return kept.join() === "fewstep-app-newer" && registration?.active?.state === "activated";
+    });
     await page.reload();
     await ready(page);
     expect(await page.innerText("#title")).toBe("newer one");
@@ -230,7 +234,7 @@ describe("trouble", () => {
       return content;
     };
     await open();
-    expect(await alert()).toMatch(/model\.onnx has sha256 [0-9a-f]{16}\.\.\., expected [0-9a-f]{16}\.\.\.\.\n+The file was altered/);
+    expect(await alert()).toMatch(/^Damaged file: .*model\.onnx has sha256 [0-9a-f]{12}…, expected [0-9a-f]{12}…\n+It was altered/);
     expect(await page.isDisabled("#draw")).toBe(true);
     await page.screenshot({ path: join(shots(), "corrupted.png") });
     host.change = (asked, content) => (asked === path ? content.subarray(0, 1000) : content);
