@@ -97,6 +97,32 @@ $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/p
 		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx pytest torch
 	touch $@
 
+# --- the web app -------------------------------------------------------------------------------------------------------
+
+WEB := apps/web
+# The bundles that the app is tested with in a browser; `make test-app BUNDLES=build/stickers,build/stickers-w8a8`.
+BUNDLES ?= $(BUNDLE)
+
+.PHONY: app
+app: app-build bundle ## Builds the web app, serves it with build/stickers and opens it (needs Node 18 or later)
+	$(BIN)/fewstep app $(BUNDLE) --serve --open
+
+.PHONY: app-build
+app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep/app/static, which ships in the wheel
+	cd $(WEB) && npx --no-install tsc --noEmit && npx --no-install vite build
+
+.PHONY: test-app
+test-app: app-build bundle ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
+	$(WEB)/build/need.sh chromium
+	@git diff --quiet -- src/fewstep/app/static || { echo 'src/fewstep/app/static was not what apps/web builds: commit it' >&2; exit 1; }
+	cd $(WEB) && npx --no-install vitest run
+	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
+
+$(WEB)/node_modules/.installed: $(WEB)/package-lock.json
+	$(WEB)/build/need.sh node
+	cd $(WEB) && npm ci --no-audit --no-fund
+	touch $@
+
 # --- the built-in generator --------------------------------------------------------------------------------------------
 
 AUTOENCODER_STEPS ?= 1800
@@ -139,6 +165,6 @@ wheel: $(VENV)/.dev ## Builds dist/*.tar.gz, and dist/*.whl from it
 
 .PHONY: clean
 clean: ## Removes environments, caches and distributions; keeps build/, where training states and bundles are
-	rm -rf $(VENV) $(INTEROP) dist src/*.egg-info build/lib build/bdist.*
+	rm -rf $(VENV) $(INTEROP) $(WEB)/node_modules $(WEB)/lib dist src/*.egg-info build/lib build/bdist.*
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./build -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

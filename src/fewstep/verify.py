@@ -165,6 +165,15 @@ def _floor(
     if quantized is not None:
         with stage(progress, "measure the noise floor"):
             return quantized.floor(references)
+    return known_floor(bundle)
+
+
+def known_floor(bundle: Bundle) -> Floor:
+    """Returns the noise floor as it was when the bundle was built.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
