@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,9 @@ from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
 from fewstep.export import Programs
 from fewstep.optimize.quantize.apply import float_graph
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
-from fewstep.optimize.quantize.quantizer import attribute
 from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
@@ -152,10 +152,10 @@ def plan_component(
     program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
-    module, sites = float_graph(program)
+    module, sites = float_graph(program, split=quantization.split)
     decisions = decide(program, sites, quantization, profile)
     ranges = observe_sites(module, decisions, profile, calls)
-    plan = draw_up(module, sites, decisions, ranges, profile)
+    plan = replace(draw_up(module, sites, decisions, ranges, profile), split=quantization.split)
     methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
     return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
