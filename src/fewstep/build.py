@@ -135,7 +135,7 @@ def build(
             contract=programs.contract,
             components=programs.components,
             tokenizers=described.tokenizers,
-            schedules=described.schedules,
+            schedules=described.schedules if quantized is None else quantized.schedules,
             default_steps=optimized.default_steps,
             artifacts=tuple(artifacts),
             recipe={**recipe.to_json(), "notes": [asdict(note) for note in notes]},
@@ -173,7 +173,7 @@ def quantize_programs(
     if recipe.quantization is None:
         return None
     from fewstep.calibration import collect
-    from fewstep.optimize.quantize import QuantizedPrograms, make_plan
+    from fewstep.optimize.quantize import QuantizedPrograms, corrected_schedules, make_plan
 
     q, generator, described = recipe.quantization, programs.generator, programs.described
     key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
@@ -192,7 +192,8 @@ def quantize_programs(
     plan = make_plan(programs, q, calls, progress)
     plan.save(folder / PLAN_FOLDER)
     tokenizers = open_tokenizers(folder, described.tokenizers)
-    return QuantizedPrograms(programs, plan, tokenizers, described.schedules)
+    schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
+    return QuantizedPrograms(programs, plan, tokenizers, schedules)
 
 
 def compile_targets(
