@@ -85,8 +85,9 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 INTEROP := .venv-interop
 
 .PHONY: interop
-interop: bundle $(INTEROP)/.installed ## Opens the bundle with Optimum's ONNX Runtime pipeline
-	FEWSTEP_BUNDLE=$(BUNDLE) $(INTEROP)/bin/pytest tests/interop -W default
+interop: $(VENV)/.all $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline
+	$(BIN)/fewstep build stickers --target onnxruntime --form step -o $(BUNDLE)-step
+	FEWSTEP_BUNDLE=$(BUNDLE)-step $(INTEROP)/bin/pytest tests/interop -W default
 
 $(INTEROP)/bin/python:
 	$(PYTHON) -m venv $(INTEROP)
@@ -148,6 +149,13 @@ CASES ?= small middle sd15
 bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on where it was interrupted); CASES=sdxl needs 15 GB of disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
 	$(BIN)/python -m benchmarks.scale.bundle sd15
+
+ROWS ?=
+.PHONY: bench-quant
+bench-quant: $(VENV)/.dev bundle ## Compares recipes with other tools' int8 (goes on where it was interrupted); ROWS=... for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant $(ROWS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

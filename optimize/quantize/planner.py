@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,11 +12,12 @@ from torch.fx import GraphModule
 
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
-from fewstep.export import Description, Generator, trace
+from fewstep.export import Programs
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import attribute
+from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
+_ROUNDING_CALLS = 32
 # And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
 # finds the first and the last convolution the most sensitive of all).
 _OUTERMOST_SHARE = 0.02
@@ -70,13 +73,15 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         reason = "the recipe keeps it in float"
     elif site.parameters < _SMALLEST_WEIGHT:
         bits, reason = FLOAT_BITS, f"{site.parameters} values, whose scales would take more than they save"
-    elif site.outermost:
+    elif site.outermost or site.of_guidance_scale:
         bits = max(bits, _OUTERMOST_BITS)
     activation_reason: str | None
     if bits == FLOAT_BITS:
         activation_reason = reason
     elif choice.activations == FLOAT_BITS:
         activation_reason = "the recipe computes in float"
+    elif site.of_guidance_scale:
+        activation_reason = "of the guidance scale alone, once a picture: not worth an error at every step"
     elif site.op not in profile.computes:
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
@@ -110,17 +115,12 @@ def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
 
 
 def make_plan(
-    generator: Generator,
-    described: Description,
-    quantization: Quantization,
-    calls: CalibrationSet,
-    progress: Progress | None = None,
+    programs: Programs, quantization: Quantization, calls: CalibrationSet, progress: Progress | None = None
 ) -> QuantPlan:
     """Returns the plan of every component.
 
     Args:
-        generator: the generator, after all passes.
-        described: its description.
+        programs: of the generator, after all passes.
         quantization: what the recipe asks for.
         calls: recorded calls of the generator.
         progress: told of each component.
@@ -130,23 +130,34 @@ def make_plan(
         QuantizationError: a budget cannot be met.
     """
     profile = get_profile(quantization.profile)
-    advance = (progress or Silent()).task("plan quantization", len(described.components))
+    advance = (progress or Silent()).task("plan quantization", len(programs.components))
     plans = {}
-    for component, spec in described.components.items():
-        program = trace(generator, described.wirings[component], spec)
-        plans[component], _ = plan_component(program, quantization, profile, partial(calls.calls, component))
+    for component in programs.components:
+        recorded = partial(_calls, programs, calls, component)
+        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded)
         advance()
-    return QuantPlan(generator.source.sha256, profile.name, plans)
+    return QuantPlan(programs.generator.source.sha256, profile.name, plans)
+
+
+def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
+    names = [spec.name for spec in programs.components[component].inputs]
+    for sample in calls.samples():
+        for feed in programs.restate([sample])[0].feeds:
+            if feed.component == component:
+                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
 
 
 def plan_component(
     program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
 ) -> tuple[ComponentPlan, StepRanges | None]:
-    """Returns the plan of a component with weights rounded to the nearest, and the ranges that it was made from."""
+    """Returns the plan of a component, and the ranges that it was made from."""
     module, sites = float_graph(program)
     decisions = decide(program, sites, quantization, profile)
     ranges = observe_sites(module, decisions, profile, calls)
-    return draw_up(module, sites, decisions, ranges, profile), ranges
+    plan = draw_up(module, sites, decisions, ranges, profile)
+    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
+    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
 
 def draw_up(

@@ -17,15 +17,14 @@ from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shape
+from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shape
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
-    from fewstep.export import Description, Generator
-    from fewstep.optimize.prepared import Prepared
-    from fewstep.optimize.quantize import QuantPlan
+    from fewstep.export import Description, Generator, Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
 
 PROMPTS, SEEDS = 8, 2
 # How many samples are decoded again to look for values beyond fp16.
@@ -57,6 +56,7 @@ def build(
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     shape: str | None = None,
+    form: str | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -73,6 +73,7 @@ def build(
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
         shape: height and width of the pictures such as ``512x768``; None takes the recipe's, then the generator's.
+        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -80,9 +81,8 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
+    from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
-    from fewstep.optimize.prepared import Prepared
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_against
@@ -93,6 +93,8 @@ def build(
     check_targets(targets)
     if shape is not None:
         recipe = replace(recipe, shape=parse_shape(shape, "shape"))
+    if form is not None:
+        recipe = replace(recipe, form=check_form(form, "form"))
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
@@ -109,29 +111,29 @@ def build(
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
+        programs = programs_of(optimized, described, recipe)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        plan = plan_quantization(optimized, described, recipe, cache, progress)
-        if plan is not None:
-            plan.save(folder / PLAN_FOLDER)
-        prepared = Prepared(optimized, described, plan, open_tokenizers(folder, described.tokenizers))
-        artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress)
-        if "onnxruntime" in targets:
+        quantized = quantize_programs(programs, recipe, folder, cache, progress)
+        artifacts = compile_targets(quantized or programs, recipe, targets, folder, cache, progress)
+        if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         requests = _requests(optimized, described, options)
-        lowered_from = _record(prepared, requests, recipe, cache, progress)
+        if quantized is None:
+            lowered_from = programs.restate(_record(optimized, described, requests, recipe, cache, progress))
+        else:
+            lowered_from = list(quantized.samples(requests))
         uncompressed = None
-        if plan is not None or any(note.modified for note in notes):
-            before = Prepared(original, described, None, prepared.tokenizers)
-            uncompressed = _record(before, requests, Recipe("original"), cache, progress)
+        if quantized is not None or any(note.modified for note in notes):
+            uncompressed = _record(original, described, requests, Recipe("original"), cache, progress)
         _write_golden(lowered_from, folder / "golden")
         manifest = Manifest(
             name=optimized.name,
             source=optimized.source,
             pipeline=type(optimized.pipeline).__name__,
-            contract=described.contract,
-            components=described.components,
+            contract=programs.contract,
+            components=programs.components,
             tokenizers=described.tokenizers,
             schedules=described.schedules,
             default_steps=optimized.default_steps,
@@ -148,7 +150,7 @@ def build(
             lowered_from,
             uncompressed,
             recipe.limits,
-            prepared=prepared,
+            quantized=quantized,
             caveats=caveats,
             progress=progress,
         )
@@ -161,18 +163,20 @@ def build(
     return Bundle(out, manifest)
 
 
-def plan_quantization(
-    generator: Generator, described: Description, recipe: Recipe, cache: StageCache, progress: Progress
-) -> QuantPlan | None:
-    """Returns the plan of a recipe that quantizes, made from the generator's own trajectories; else None."""
+def quantize_programs(
+    programs: Programs, recipe: Recipe, folder: Path, cache: StageCache, progress: Progress
+) -> QuantizedPrograms | None:
+    """Returns programs quantized by a plan made from the generator's own trajectories; None for a recipe in float.
+
+    The plan is written to a folder of ``folder``, where the tokenizers are.
+    """
     if recipe.quantization is None:
         return None
     from fewstep.calibration import collect
-    from fewstep.optimize.quantize import make_plan
+    from fewstep.optimize.quantize import QuantizedPrograms, make_plan
 
-    q = recipe.quantization
+    q, generator, described = recipe.quantization, programs.generator, programs.described
     key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
-    folder = cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps})
     calls = collect(
         generator,
         described,
@@ -182,42 +186,47 @@ def plan_quantization(
         seed=q.seed,
         steps=generator.default_steps,
         guidance=generator.guidance,
-        folder=folder,
+        folder=cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps}),
         progress=progress,
     )
-    return make_plan(generator, described, q, calls, progress)
+    plan = make_plan(programs, q, calls, progress)
+    plan.save(folder / PLAN_FOLDER)
+    tokenizers = open_tokenizers(folder, described.tokenizers)
+    return QuantizedPrograms(programs, plan, tokenizers, described.schedules)
 
 
 def compile_targets(
-    prepared: Prepared, recipe: Recipe, targets: Sequence[str], folder: Path, cache: StageCache, progress: Progress
+    programs: Programs | QuantizedPrograms,
+    recipe: Recipe,
+    targets: Sequence[str],
+    folder: Path,
+    cache: StageCache,
+    progress: Progress,
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
     from fewstep.runtimes import get_runtime
 
-    components = prepared.described.components
     artifacts = []
-    advance = progress.task("compile", len(targets) * len(components))
-    for component, spec in components.items():
-        for target in targets:
+    advance = progress.task("compile", len(targets) * len(programs.components))
+    for target in targets:
+        for component in programs.components:
             key = {
-                "source": prepared.generator.source.sha256,
-                "component": component,
-                "spec": asdict(spec),
-                "program": prepared.key(component),
+                "source": programs.generator.source.sha256,
+                "program": programs.key(component),
                 "weights": recipe.weights,
                 "runtime": target,
                 "versions": versions(),
             }
 
             def make(entry: Path, target: str = target, component: str = component) -> None:
-                artifact = get_runtime(target).compile(prepared.program(component), entry / "files", recipe.weights)
+                artifact = get_runtime(target).compile(programs.make(component), entry / "files", recipe.weights)
                 (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
 
             entry, _ = cache.get_or_make("compile", key, make)
             artifact = Artifact(**json.loads((entry / "artifact.json").read_text()))
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
             artifact = replace(artifact, path=f"{target}/{artifact.path}")
-            artifacts.append(artifact if prepared.plan is None else prepared.plan.label(artifact))
+            artifacts.append(programs.label(artifact))
             advance()
     return artifacts
 
@@ -269,15 +278,22 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 
 
 def _record(
-    prepared: Prepared, requests: Sequence[SampleRequest], recipe: Recipe, cache: StageCache, progress: Progress
+    generator: Generator,
+    described: Description,
+    requests: Sequence[SampleRequest],
+    recipe: Recipe,
+    cache: StageCache,
+    progress: Progress,
 ) -> list[Sample]:
-    described = prepared.described
+    from fewstep.calibration import record_samples
+    from fewstep.export import digest
+
     key = {
-        "source": prepared.generator.source.sha256,
+        "source": generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
-        "inputs": [asdict(spec) for spec in prepared.generator.inputs],
+        "inputs": [asdict(spec) for spec in generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "programs": {name: prepared.key(name) for name in described.components},
+        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),
@@ -288,7 +304,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in prepared.samples(requests):
+            for sample in record_samples(generator, described, requests):
                 done.append(sample)
                 advance()
             return done

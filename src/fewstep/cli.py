@@ -26,6 +26,7 @@ from fewstep.devices import read_device_report
 from fewstep.errors import FewstepError
 from fewstep.inputs import example_inputs
 from fewstep.progress import Advance, Progress
+from fewstep.recipe import FORMS
 from fewstep.runtimes import RUNTIMES
 from fewstep.source import Lora, Replacement, SourceSpec
 
@@ -158,6 +159,7 @@ def cli() -> None:
 @_counts
 @_guidance
 @click.option("--shape", metavar="HEIGHTxWIDTH", help="Size of the pictures in pixels, for instance 512x768.")
+@click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
@@ -172,6 +174,7 @@ def build(
     steps: tuple[int, ...] | None,
     guidance: float | None,
     shape: str | None,
+    form: str | None,
     out: Path,
     prompts: int,
     seeds: int,
@@ -189,6 +192,7 @@ def build(
             steps=steps,
             guidance=guidance,
             shape=shape,
+            form=form,
             options=options,
             progress=progress,
         )

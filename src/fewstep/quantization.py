@@ -7,7 +7,7 @@ A recipe's ``[quantization]`` table::
     activations = 8             # bits of activations: 8; 32 computes in float (weight-only)
     granularity = "channel"     # scales of weights: tensor | channel | group
     group_size = 32             # input channels that share a scale, for group
-    rounding = "nearest"        # nearest | gptq | adaround
+    rounding = "gptq"           # nearest | gptq | adaround
     ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     profile = "x86"             # what the target computes well: see fewstep.profiles
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
@@ -72,7 +72,7 @@ class Quantization:
     activations: int = FLOAT_BITS
     granularity: str = "channel"
     group_size: int = 32
-    rounding: str = "nearest"
+    rounding: str = "gptq"
     ranges: str = "mse"
     profile: str = "x86"
     sampler: str = "own"

@@ -5,6 +5,7 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``) or a TOML file::
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
+    form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
@@ -32,6 +33,7 @@ from fewstep.quantization import Quantization, parse_quantization, refuse_unknow
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
+FORMS = ("step", "table")
 MAX_STEPS = 64
 
 
@@ -62,6 +64,8 @@ class Recipe:
     shape: tuple[int, int] | None = None
     """Height and width of the pictures, in pixels."""
     quantization: Quantization | None = None
+    form: str | None = None
+    """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -99,9 +103,9 @@ PRESETS = {
     "fp16": Recipe("fp16", weights="fp16", limits=Limits(compression_psnr_db=40.0)),
     "w8": _quantized("w8", 30.0),
     "w8a8": _quantized("w8a8", 30.0, activations=8),
-    "w4": _quantized("w4", 20.0, weights=4, granularity="group", rounding="gptq"),
-    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8, rounding="gptq"),
-    "mixed": _quantized("mixed", 20.0, bits=5.0, rounding="gptq"),
+    "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
+    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
+    "mixed": _quantized("mixed", 20.0, bits=5.0),
 }
 
 
@@ -163,6 +167,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
         shape=None if values.get("shape") is None else parse_shape(str(values["shape"]), f"{where}: shape"),
         quantization=quantization,
+        form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -173,6 +178,16 @@ def parse_shape(text: str, where: str) -> tuple[int, int]:
     if match is None:
         raise RecipeError(f"{where} is {text!r}, expected HEIGHTxWIDTH", hint="for example 512x768, in pixels")
     return int(match[1]), int(match[2])
+
+
+def check_form(form: object, where: str) -> str:
+    """Returns the form; refuses others."""
+    if form not in FORMS:
+        raise RecipeError(
+            f"{where} is {form!r}, expected one of {', '.join(FORMS)}",
+            hint=suggestion(str(form), FORMS) or "leave it out: few steps are compiled as a table",
+        )
+    return str(form)
 
 
 def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
