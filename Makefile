@@ -85,7 +85,7 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 INTEROP := .venv-interop
 
 .PHONY: interop
-interop: bundle $(INTEROP)/.installed ## Opens the bundle with Optimum's ONNX Runtime pipeline
+interop: bundle $(INTEROP)/.installed ## Opens the bundle with Optimum's ONNX Runtime pipeline; compares merged LoRAs with PEFT's
 	FEWSTEP_BUNDLE=$(BUNDLE) $(INTEROP)/bin/pytest tests/interop -W default
 
 $(INTEROP)/bin/python:
@@ -93,7 +93,7 @@ $(INTEROP)/bin/python:
 
 $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/python
 	$(INTEROP)/bin/python -m pip install --progress-bar off -c constraints-interop.txt \
-		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx pytest torch
+		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx peft pytest torch
 	touch $@
 
 # --- the built-in generator --------------------------------------------------------------------------------------------
