@@ -11,9 +11,8 @@ from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
 from fewstep.export.reference import run
 from fewstep.export.sampling import Anatomy, loop_schedule, pipeline_schedule, probe_run
-from fewstep.export.wiring import (
-    Wiring,
-)
+from fewstep.export.specs import read_specs
+from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs
 from fewstep.manifest import (
     ComponentSpec,
@@ -61,6 +60,6 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
     schedules = {n: schedule(generator, recorded, reader.anatomy, n, inputs) for n in steps}
     contract, wirings = reader.read()
-    specs = reader.specs(wirings)
+    specs = read_specs(generator, recorded, reader.anatomy, wirings)
     tokenizers = read_tokenizers(generator, recorded, prompt)
     return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)

@@ -71,7 +71,7 @@ class Branch:
 
 
 def text_modules(text_encoder: torch.nn.Module) -> tuple[str, ...]:
-    """Returns the names of `TEXT_MODULES` in the installed transformers: before 5, a model inside the model has them."""
+    """Returns the names of `TEXT_MODULES` here: before transformers 5, a model inside the model has them."""
     prefix = "text_model." if hasattr(text_encoder, "text_model") else ""
     return tuple(f"{prefix}{name}" for name in TEXT_MODULES)
 
