@@ -1,17 +1,18 @@
-"""What each component of a bundle takes and gives, from the tensors of a recorded run."""
+"""What each component of a bundle takes and gives, from the tensors of a recorded run; decoders of tiles apart."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Run
 from fewstep.export.sampling import Anatomy
-from fewstep.export.tape import GlueModule
-from fewstep.export.wiring import Wiring, spec_of, wired_module
-from fewstep.manifest import DENOISER, GUIDANCE, LATENT, SAMPLE, TIME, TIMESTEP, ComponentSpec
+from fewstep.export.tape import Glue, GlueModule, Ref
+from fewstep.export.wiring import Wiring, glue_component, spec_of, wired_module
+from fewstep.manifest import AFTER, DECODER, DENOISER, GUIDANCE, LATENT, SAMPLE, TIME, TIMESTEP, ComponentSpec
 
 
 def read_specs(
@@ -39,3 +40,24 @@ def read_specs(
         found.update({f"{name}.{output}": t for output, t in zip(wiring.outputs, outputs, strict=True)})
         specs[name] = spec_of(wiring, inputs, outputs)
     return specs
+
+
+def without_glue(wirings: Mapping[str, Wiring]) -> dict[str, Wiring]:
+    """Returns the wirings with what a pipeline does to the latent before its decoder as a component of its own.
+
+    A tile of a packed latent is not what the decoder takes.
+    """
+    decoder = wirings[DECODER]
+    if not decoder.before.steps:
+        return dict(wirings)
+    name = f"{DECODER}_input"
+    (argument,) = decoder.arguments
+    origin = f"{name}.{argument}"
+    direct = Glue((origin,), (), (), (Ref(("leaf", origin)),))
+    split: dict[str, Wiring] = {}
+    for component, wiring in wirings.items():
+        if component == DECODER:
+            split[name] = glue_component(name, decoder.before, [argument], AFTER)
+            wiring = replace(wiring, before=direct)
+        split[component] = wiring
+    return split

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,8 @@ class Runtime:
     """(program, runtime folder, weights) -> artifact, its path relative to the runtime folder."""
     open: Callable[[Path, ComponentSpec, int | None], CheckedSession]
     """(artifact path, spec, threads) -> session."""
+    compile_variants: Callable[[Iterable[Program], Path, str], list[Artifact]] | None = None
+    """(programs of one component, runtime folder, weights) -> artifacts that share one set of weights."""
 
 
 class CheckedSession:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,4 +94,10 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return ort_lower.lower(program, folder, weights)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session)
+def _compile_variants(programs: Iterable[Program], folder: Path, weights: str) -> list[Artifact]:
+    from fewstep.runtimes import ort_lower  # as above
+
+    return ort_lower.lower_variants(programs, folder, weights)
+
+
+RUNTIME = Runtime(NAME, availability, _compile, open_session, _compile_variants)

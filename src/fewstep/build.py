@@ -15,9 +15,10 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
+from fewstep.graphs import AtShape, Graph, compile_graphs, graphs_of
 from fewstep.manifest import Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shape
+from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shapes
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fewstep.export import Description, Generator
 
 PROMPTS, SEEDS = 8, 2
+# How many samples each further shape is verified with: its graphs have the weights that the first shape's have shown.
+SHAPE_SAMPLES = 1
 # How many samples are decoded again to look for values beyond fp16.
 FP16_SAMPLES = 2
 # How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
@@ -54,6 +57,7 @@ def build(
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     shape: str | None = None,
+    decoder_tile: int | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -69,7 +73,9 @@ def build(
         decoder: folder of a decoder to use instead; None takes the source's, then the recipe's, then its own.
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
-        shape: height and width of the pictures such as ``512x768``; None takes the recipe's, then the generator's.
+        shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
+            first is the default; None takes the recipe's, then the generator's.
+        decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -88,7 +94,9 @@ def build(
     check_writable(out)
     check_targets(targets)
     if shape is not None:
-        recipe = replace(recipe, shape=parse_shape(shape, "shape"))
+        recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
+    if decoder_tile is not None:
+        recipe = replace(recipe, decoder_tile=decoder_tile)
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
@@ -98,15 +106,17 @@ def build(
             original = load(given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters), guidance=w)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
-        original = original if recipe.shape is None else original.shaped(*recipe.shape)
+        original = original if recipe.decoder_tile is None else original.tiled(recipe.decoder_tile)
+        original = original.shaped(*recipe.shape[0]) if recipe.shape else original
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
+        others = AtShape.of(original, optimized, recipe.shape[1:], counts)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress)
+        artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress, others)
         if "onnxruntime" in targets:
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         requests = _requests(optimized, described, options)
@@ -114,6 +124,13 @@ def build(
         changed = any(note.modified for note in notes)
         uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if changed else None
         _write_golden(lowered_from, folder / "golden")
+        at_shapes = {}
+        for name, at in others.items():
+            few = _requests(at.generator, at.described, options)[:SHAPE_SAMPLES]
+            references = _record(at.generator, at.described, few, recipe, cache, progress)
+            before = _record(at.original, at.described, few, Recipe("original"), cache, progress) if changed else None
+            at_shapes[name] = references, before
+            _write_golden(references[:1], folder / "golden" / name)
         manifest = Manifest(
             name=optimized.name,
             source=optimized.source,
@@ -128,12 +145,19 @@ def build(
             prompts=optimized.prompts,
             licences=optimized.licences,
             versions=versions(),
+            shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
+            shapes={name: at.manifest_part for name, at in others.items()},
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
         verified = verify_against(
             Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
         )
+        for name, (references, before) in at_shapes.items():
+            at_shape = Bundle(folder, manifest.shaped(name))
+            verified = verified.and_at(
+                name, verify_against(at_shape, references, before, recipe.limits, progress=progress)
+            )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
         write_bundle_report(folder / "report", manifest, verified, profiles)
@@ -151,34 +175,36 @@ def compile_targets(
     folder: Path,
     cache: StageCache,
     progress: Progress,
+    others: Mapping[str, AtShape] | None = None,
 ) -> list[Artifact]:
-    """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
-    from fewstep.export import digest, trace
+    """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
+
+    ``others`` are the generator at its further shapes, whose graphs share the weights of the first.
+    """
     from fewstep.runtimes import get_runtime
 
-    artifacts = []
+    artifacts: list[Artifact] = []
     advance = progress.task("compile", len(targets) * len(described.components))
     for target in targets:
-        for component, spec in described.components.items():
+        for component in described.components:
+            graphs = graphs_of(component, generator, described, others or {})
             key = {
                 "source": generator.source.sha256,
                 "component": component,
-                "spec": asdict(spec),
-                "wiring": digest(described.wirings[component]),
+                "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
                 "runtime": target,
                 "versions": versions(),
             }
 
-            def make(entry: Path, target: str = target, component: str = component) -> None:
-                program = trace(generator, described.wirings[component], described.components[component])
-                artifact = get_runtime(target).compile(program, entry / "files", recipe.weights)
-                (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
+            def make(entry: Path, target: str = target, graphs: Sequence[Graph] = graphs) -> None:
+                made = compile_graphs(get_runtime(target), graphs, entry / "files", recipe.weights)
+                (entry / "artifacts.json").write_text(json.dumps([asdict(artifact) for artifact in made]))
 
             entry, _ = cache.get_or_make("compile", key, make)
-            artifact = Artifact(**json.loads((entry / "artifact.json").read_text()))
+            found = [Artifact(**values) for values in json.loads((entry / "artifacts.json").read_text())]
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            artifacts.append(replace(artifact, path=f"{target}/{artifact.path}"))
+            artifacts += [replace(artifact, path=f"{target}/{artifact.path}") for artifact in found]
             advance()
     return artifacts
 

@@ -155,7 +155,10 @@ def cli() -> None:
 @_recipe
 @_counts
 @_guidance
-@click.option("--shape", metavar="HEIGHTxWIDTH", help="Size of the pictures in pixels, for instance 512x768.")
+@click.option(
+    "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
+)
+@click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
@@ -170,6 +173,7 @@ def build(
     steps: tuple[int, ...] | None,
     guidance: float | None,
     shape: str | None,
+    decoder_tile: int | None,
     out: Path,
     prompts: int,
     seeds: int,
@@ -187,6 +191,7 @@ def build(
             steps=steps,
             guidance=guidance,
             shape=shape,
+            decoder_tile=decoder_tile,
             options=options,
             progress=progress,
         )
@@ -205,6 +210,7 @@ def build(
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
+@click.option("--shape", metavar="HEIGHTxWIDTH", help="One of the bundle's shapes; its first unless given.")
 @_guidance
 @_runtime
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
@@ -217,6 +223,7 @@ def generate(
     given: tuple[str, ...],
     seed: int,
     steps: int | None,
+    shape: str | None,
     guidance: float | None,
     runtime: str | None,
     out: Path,
@@ -226,6 +233,7 @@ def generate(
 ) -> None:
     """Draw PROMPT with BUNDLE, or whatever it makes of its inputs."""
     opened = fewstep.Bundle.open(bundle)
+    opened = opened if shape is None else opened.shaped(shape)
     contract, prompts = opened.manifest.contract, opened.manifest.prompts
     if not grid:
         prompts = (prompt or "",)

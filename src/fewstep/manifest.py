@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -13,6 +13,7 @@ import jsonschema
 from fewstep.errors import BundleError, ContractError
 from fewstep.schedule import Schedule
 from fewstep.source import Lora, Replacement, SourceSpec
+from fewstep.tiles import Tiles
 
 SCHEMA_VERSION = 1
 DENOISER = "denoiser"
@@ -73,6 +74,8 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     bindings: Mapping[str, str]
     phase: str = BEFORE
+    tiles: Tiles | None = None
+    """Whether the input is cut into tiles, and how; the runtime's graphs are those of the tiles then."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,11 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one runtime runs for one component."""
+    """What one runtime runs for one component.
+
+    A component with several graphs has an artifact for each, told apart by ``variant``: empty for the first or only
+    one, a shape (``512x768``), or a size of tiles (``tile-32x16``). The weights are those of the first.
+    """
 
     runtime: str
     component: str
@@ -175,6 +182,7 @@ class Artifact:
     weights: str
     compute: str
     bytes: int
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -231,8 +239,21 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """What differs at another shape: sizes, and tables where the sampler depends on them."""
+
+    contract: Contract
+    components: Mapping[str, ComponentSpec]
+    schedules: Mapping[int, Schedule]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The whole of ``manifest.json``."""
+    """The whole of ``manifest.json``.
+
+    ``shape`` is the size of the pictures (``512x768``, height first) where the build chose it, None where it is the
+    generator's own; ``shapes`` are the others that the bundle can draw.
+    """
 
     name: str
     source: SourceInfo
@@ -250,17 +271,40 @@ class Manifest:
     parity: Mapping[str, Any] | None = None
     caveats: tuple[str, ...] = ()
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    shape: str | None = None
+    shapes: Mapping[str, Shaped] = field(default_factory=dict)
+
+    def shaped(self, shape: str) -> Manifest:
+        """Returns the manifest as it is for one of the bundle's shapes.
+
+        Raises:
+            ContractError: the bundle was not built for this shape.
+        """
+        if shape == self.shape:
+            return self
+        if shape not in self.shapes:
+            have = ", ".join(name for name in (self.shape, *self.shapes) if name) or "the generator's own alone"
+            raise ContractError(
+                f"bundle has no shape {shape}, it has {have}",
+                hint=f"build it with --shape {','.join([*filter(None, (self.shape, *self.shapes)), shape])}",
+            )
+        other = self.shapes[shape]
+        return replace(
+            self, shape=shape, contract=other.contract, components=other.components, schedules=other.schedules
+        )
 
     @property
     def runtimes(self) -> tuple[str, ...]:
         """The runtimes that this bundle has artifacts for, in order."""
         return tuple(dict.fromkeys(artifact.runtime for artifact in self.artifacts))
 
-    def artifact(self, runtime: str, component: str) -> Artifact:
-        """Returns the artifact of a component for a runtime."""
-        for artifact in self.artifacts:
-            if (artifact.runtime, artifact.component) == (runtime, component):
-                return artifact
+    def artifact(self, runtime: str, component: str, variant: str | None = None) -> Artifact:
+        """Returns the artifact of a component for a runtime: of a variant, by default of the manifest's shape."""
+        found = {a.variant: a for a in self.artifacts if (a.runtime, a.component) == (runtime, component)}
+        wanted = (self.shape or "", "") if variant is None else (variant,)
+        for name in wanted:
+            if name in found:
+                return found[name]
         have = ", ".join(self.runtimes) or "none"
         raise BundleError(
             f"bundle has no {component} for runtime {runtime!r}, it has runtimes: {have}",
@@ -281,7 +325,9 @@ class Manifest:
         """Returns the manifest as JSON-ready values."""
         values = asdict(self)
         values["schema_version"] = SCHEMA_VERSION
-        values["schedules"] = {str(n): schedule.to_json() for n, schedule in sorted(self.schedules.items())}
+        values["schedules"] = _tables(self.schedules)
+        for shape, other in self.shapes.items():
+            values["shapes"][shape]["schedules"] = _tables(other.schedules)
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(values))}
 
     @classmethod
@@ -303,9 +349,9 @@ class Manifest:
             source=_source(values["source"]),
             pipeline=values["pipeline"],
             contract=_contract(values["contract"]),
-            components={name: _component(value) for name, value in values["components"].items()},
+            components=_components(values["components"]),
             tokenizers={name: TokenizerSpec(**value) for name, value in values["tokenizers"].items()},
-            schedules={int(n): Schedule.from_json(value) for n, value in values["schedules"].items()},
+            schedules=_schedules(values["schedules"]),
             default_steps=values["default_steps"],
             artifacts=tuple(Artifact(**value) for value in values["artifacts"]),
             recipe=values["recipe"],
@@ -315,6 +361,8 @@ class Manifest:
             parity=values["parity"],
             caveats=tuple(values["caveats"]),
             files={path: FileEntry(**value) for path, value in values["files"].items()},
+            shape=values.get("shape"),
+            shapes={shape: _shaped(value) for shape, value in values.get("shapes", {}).items()},
         )
 
 
@@ -336,8 +384,31 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(v["name"], v["dtype"], tuple(v["shape"])) for v in values)
 
 
+def _components(values: Any) -> dict[str, ComponentSpec]:
+    return {name: _component(value) for name, value in values.items()}
+
+
 def _component(values: Any) -> ComponentSpec:
-    return ComponentSpec(_specs(values["inputs"]), _specs(values["outputs"]), values["bindings"], values["phase"])
+    tiles = values.get("tiles")
+    return ComponentSpec(
+        _specs(values["inputs"]),
+        _specs(values["outputs"]),
+        values["bindings"],
+        values["phase"],
+        None if tiles is None else Tiles(**tiles),
+    )
+
+
+def _schedules(values: Any) -> dict[int, Schedule]:
+    return {int(n): Schedule.from_json(value) for n, value in values.items()}
+
+
+def _tables(schedules: Mapping[int, Schedule]) -> dict[str, Any]:
+    return {str(n): schedule.to_json() for n, schedule in sorted(schedules.items())}
+
+
+def _shaped(values: Any) -> Shaped:
+    return Shaped(_contract(values["contract"]), _components(values["components"]), _schedules(values["schedules"]))
 
 
 def _source(values: Any) -> SourceInfo:

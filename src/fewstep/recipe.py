@@ -7,6 +7,8 @@ A recipe is a preset (``fp32``, ``fp16``) or a TOML file::
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
+    shape = "512x512,512x768"   # heights and widths of the pictures, in pixels; the first is the default
+    decoder_tile = 256          # decode in overlapping tiles of so many pixels to a side
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -55,8 +57,10 @@ class Recipe:
     guidance: float | None = None
     loras: tuple[Lora, ...] = ()
     decoder: str | None = None
-    shape: tuple[int, int] | None = None
-    """Height and width of the pictures, in pixels."""
+    shape: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of the pictures, in pixels; empty: the generator's own."""
+    decoder_tile: int | None = None
+    """Decode in overlapping tiles of this many pixels to a side."""
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -69,7 +73,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["steps"] = None if self.steps is None else list(self.steps)
         values["loras"] = list(self.loras)
-        values["shape"] = None if self.shape is None else list(self.shape)
+        values["shape"] = [list(size) for size in self.shape]
         return values
 
 
@@ -128,17 +132,24 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         guidance=None if values.get("guidance") is None else _number(values["guidance"], f"{where}: guidance"),
         loras=_loras(values.get("loras", []), where, folder),
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
-        shape=None if values.get("shape") is None else parse_shape(str(values["shape"]), f"{where}: shape"),
+        shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
+        decoder_tile=_tile(values.get("decoder_tile"), where),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
 
-def parse_shape(text: str, where: str) -> tuple[int, int]:
-    """Returns height and width of a text such as ``512x768``."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise RecipeError(f"{where} is {text!r}, expected HEIGHTxWIDTH", hint="for example 512x768, in pixels")
-    return int(match[1]), int(match[2])
+def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
+    """Returns the heights and widths of a text such as ``512x512,512x768``, in its order and each once."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip())
+        if match is None:
+            raise RecipeError(
+                f"{where} is {text!r}, expected HEIGHTxWIDTH, or several with commas between them",
+                hint="for example 512x768, in pixels",
+            )
+        found.append((int(match[1]), int(match[2])))
+    return tuple(dict.fromkeys(found))
 
 
 def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
@@ -160,6 +171,14 @@ def _steps(value: object, where: str) -> tuple[int, ...] | None:
     if not isinstance(value, list) or not value:
         raise RecipeError(f"{where}: steps is {value!r}, expected a list such as [1, 2, 4]", hint="edit the recipe")
     return check_steps(value, f"{where}: steps")
+
+
+def _tile(value: object, where: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise RecipeError(
+            f"{where}: decoder_tile is {value!r}, expected a number of pixels", hint="for example decoder_tile = 256"
+        )
+    return value
 
 
 def _loras(value: object, where: str, folder: Path) -> tuple[Lora, ...]:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import SourceInfo
+from fewstep.manifest import Manifest, SourceInfo
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Limits, Recipe
+from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes.parity import COMPRESSION, ParityReport, compare_components, compare_samples
 from fewstep.runtimes.sampler import open_sampler
 from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
+    from fewstep.export import Generator
+    from fewstep.optimize.passes import PassNote
     from fewstep.runtimes.ort_bisect import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
@@ -33,6 +35,11 @@ class Verification:
     results: tuple[Sample, ...]
     caveats: tuple[str, ...]
     departures: dict[str, Departure | None] = field(default_factory=dict)
+
+    def and_at(self, shape: str, other: Verification) -> Verification:
+        """Returns the verification with the checks of another shape's."""
+        checks = tuple(replace(check, sample=f"{check.sample}, {shape}") for check in other.report.checks)
+        return replace(self, report=replace(self.report, checks=self.report.checks + checks))
 
 
 def verify(
@@ -65,17 +72,26 @@ def verify(
     limits = Limits(**bundle.manifest.recipe["limits"])
     source, reason = _usable_source(bundle, against)
     if source is None:
-        golden = load_samples(bundle.path / "golden")
-        if not golden:
-            raise BundleError(f"{bundle.path} has no golden samples to verify against", hint="give --against SOURCE")
+        golden = _golden(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
-        return verify_against(
+        verified = verify_against(
             bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
         )
-    lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
+        for shape in bundle.manifest.shapes:
+            at, golden = bundle.shaped(shape), _golden(bundle, shape)
+            found = verify_against(at, golden, None, limits, runtime=runtime, reference=GOLDEN, progress=progress)
+            verified = verified.and_at(shape, found)
+        return verified
+    original = _load(bundle, source, progress)
+    lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
     verified = verify_against(bundle, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
+    for shape in bundle.manifest.shapes:
+        at = bundle.shaped(shape)
+        references = _live_references(at, original, 1, 1, progress)
+        found = verify_against(at, *references, limits, runtime=runtime, progress=progress)
+        verified = verified.and_at(shape, found)
     if bisect and not verified.report:
         verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
     return verified
@@ -143,20 +159,36 @@ def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[So
     return (built_from.spec(), "") if gone is None else (None, f"{gone} is not on this machine")
 
 
+def _golden(bundle: Bundle, shape: str) -> list[Sample]:
+    """Returns the golden samples of one of the further shapes, or those of the first."""
+    golden = load_samples(bundle.path / "golden" / shape)
+    if not golden:
+        what = f"golden samples of shape {shape}" if shape else "golden samples"
+        raise BundleError(f"{bundle.path} has no {what} to verify against", hint="give --against SOURCE")
+    return golden
+
+
+def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
+    """Returns the generator that a bundle was built from, before its recipe."""
+    from fewstep.export import load
+
+    with stage(progress, f"load {source}"):
+        original = load(source, guidance=bundle.manifest.contract.guidance.scale)
+        _check_same(bundle.manifest.source, original.source)
+    return original
+
+
 def _live_references(
-    bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
+    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
 ) -> tuple[list[Sample], list[Sample] | None]:
+    """Returns samples of the network that a bundle of one shape was lowered from, and of the original if it differs."""
     from fewstep.calibration import SampleRequest, record_samples
-    from fewstep.export import describe, load
-    from fewstep.optimize import optimize
+    from fewstep.export import describe
 
     manifest = bundle.manifest
-    with stage(progress, f"load {source}"):
-        original = load(source, guidance=manifest.contract.guidance.scale)
-        _check_same(bundle.manifest.source, original.source)
-        if manifest.recipe["shape"] is not None:
-            original = original.shaped(*manifest.recipe["shape"])
-        optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
+    with stage(progress, "read the contract"):
+        original = _as_built(original, manifest)
+        optimized, notes = _optimized(original, manifest)
         described = describe(optimized, sorted(manifest.schedules))
     changed = any(note.modified for note in notes)
     w = manifest.contract.guidance.scale
@@ -172,6 +204,19 @@ def _live_references(
         return samples
 
     return run(optimized), run(original) if changed else None
+
+
+def _as_built(generator: Generator, manifest: Manifest) -> Generator:
+    """Returns a generator that draws and decodes at the sizes of a manifest."""
+    tile = manifest.recipe.get("decoder_tile")
+    generator = generator if tile is None else generator.tiled(tile)
+    return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
+
+
+def _optimized(generator: Generator, manifest: Manifest) -> tuple[Generator, list[PassNote]]:
+    from fewstep.optimize import optimize
+
+    return optimize(generator, Recipe("", weights=manifest.recipe["weights"]))
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -195,14 +240,11 @@ def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
     from fewstep.export import describe, load, trace
-    from fewstep.optimize import optimize
     from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
-    generator, _ = optimize(
-        load(source, guidance=manifest.contract.guidance.scale, eager=True),
-        Recipe("", weights=manifest.recipe["weights"]),
-    )
+    original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
+    generator, _ = _optimized(_as_built(original, manifest), manifest)
     described = describe(generator, sorted(manifest.schedules))
     failing = {check.component for check in verified.report.failures if check.level == "component"}
     found: dict[str, Departure | None] = {}
