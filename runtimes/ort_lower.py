@@ -20,7 +20,8 @@ from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
-from fewstep.runtimes.ort_shared import SharedWeights, drop_notes
+from fewstep.runtimes.ort_pack import pack_int4, strip
+from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -66,10 +67,8 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
             artifacts.append(save(program, model, folder, weights, external=True))
             shared = SharedWeights(folder / program.folder / MODEL)
             continue
-        if weights == "fp16":
-            _store_halves(model)
+        _shrink(model, weights)
         shared.attach(model)
-        drop_notes(model)
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
         size = (folder / name).stat().st_size
@@ -84,8 +83,7 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str, *, exter
 
     ``external`` puts the weights in a file of their own, whatever their size.
     """
-    if weights == "fp16":
-        _store_halves(model)
+    _shrink(model, weights)
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
@@ -93,6 +91,14 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str, *, exter
     total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
     relative = f"{program.folder}/{MODEL}"
     return Artifact("onnxruntime", program.component, relative, weights, "fp32", total, variant=program.variant)
+
+
+def _shrink(model: ir.Model, weights: str) -> None:
+    """Stores what is exact in fewer bits in those, and drops the exporter's notes, in place."""
+    if weights == "fp16":
+        _store_halves(model)
+    pack_int4(model)
+    strip(model)
 
 
 def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-# What torch.onnx writes beside a node to say where it comes from; the module path is what bisecting needs.
-_KEPT_NOTES = frozenset({"pkg.torch.onnx.name_scopes"})
 # A reference to a place in a file is about as large as this.
 _SMALLEST_BYTES = 256
 
@@ -46,13 +44,6 @@ class SharedWeights:
                     name=str(value.name),
                     base_dir=self._folder,
                 )
-
-
-def drop_notes(model: ir.Model) -> None:
-    """Removes from every node where it came from but for its module's path, in place: most of a graph's size."""
-    for node in model.graph:
-        for key in node.metadata_props.keys() - _KEPT_NOTES:
-            del node.metadata_props[key]
 
 
 def _digest(tensor: ir.TensorProtocol) -> str:

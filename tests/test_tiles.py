@@ -100,3 +100,8 @@ def test_recipes_name_a_tile() -> None:
     assert parse_recipe({"decoder_tile": 256}, where="r.toml", name="r").decoder_tile == 256
     with pytest.raises(RecipeError, match=r"r.toml: decoder_tile is 'big', expected a number of pixels"):
         parse_recipe({"decoder_tile": "big"}, where="r.toml", name="r")
+
+
+def test_tiles_are_not_quantized() -> None:
+    with pytest.raises(RecipeError, match="r: decoder_tile and quantization are both given"):
+        parse_recipe({"base": "w8", "decoder_tile": 256}, where="r.toml", name="r")

@@ -133,8 +133,8 @@ def page(figures: Mapping[str, Any], compiled: Mapping[str, Any]) -> str:
         "# A plan for FLUX.1-schnell",
         "",
         "From its configurations alone, written by `python -m benchmarks.scale.plan`: 1024x1024 pictures, prompts of "
-        "256 tokens. Sizes count parameters; in int8 and int4 matrices and kernels are quantized (int8 with an fp16 scale "
-        "for each output channel, int4 with one for 32 weights), vectors stay fp16. *Trace* and *translate* were run "
+        "256 tokens. Sizes count parameters; in int8 and int4 matrices and kernels are quantized (int8 with an fp16 "
+        "scale for each output channel, int4 with one for 32 weights), vectors stay fp16. *Trace* and *translate* were run "
         "at full size on weights that are not there, each component in a process of its own. *Write* is computed: "
         "bytes at the rate of the largest network that was written (README.md here). None of this was run on a device.",
         "",

@@ -15,15 +15,18 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
-from fewstep.graphs import AtShape, Graph, compile_graphs, graphs_of
-from fewstep.manifest import Artifact, Manifest
+from fewstep.graphs import Graph, compile_graphs, graphs_of
+from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shapes
+from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
     from fewstep.export import Description, Generator
+    from fewstep.optimize.prepared import Prepared
+    from fewstep.optimize.quantize import QuantPlan
 
 PROMPTS, SEEDS = 8, 2
 # How many samples each further shape is verified with: its graphs have the weights that the first shape's have shown.
@@ -85,6 +88,7 @@ def build(
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
     from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
     from fewstep.optimize import optimize
+    from fewstep.optimize.prepared import Prepared
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_against
@@ -103,34 +107,44 @@ def build(
     with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
-            original = load(given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters), guidance=w)
+            spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
+            # Quantization looks at every weight several times: it holds them all.
+            original = load(spec, guidance=w, eager=recipe.quantization is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
+        sizes = {f"{height}x{width}": (height, width) for height, width in recipe.shape}
         original = original if recipe.decoder_tile is None else original.tiled(recipe.decoder_tile)
         original = original.shaped(*recipe.shape[0]) if recipe.shape else original
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
-        others = AtShape.of(original, optimized, recipe.shape[1:], counts)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress, others)
+        plan = plan_quantization(optimized, described, recipe, cache, progress)
+        if plan is not None:
+            plan.save(folder / PLAN_FOLDER)
+        prepared = Prepared(optimized, described, plan, open_tokenizers(folder, described.tokenizers))
+        others = {name: prepared.at(*size) for name, size in sizes.items() if size != recipe.shape[0]}
+        artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress, others)
         if "onnxruntime" in targets:
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
-        requests = _requests(optimized, described, options)
-        lowered_from = _record(optimized, described, requests, recipe, cache, progress)
-        changed = any(note.modified for note in notes)
-        uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if changed else None
+        changed = plan is not None or any(note.modified for note in notes)
+
+        def reference(at: Prepared, plain: Generator, most: int | None) -> tuple[list[Sample], list[Sample] | None]:
+            requests = _requests(at.generator, at.described, options)[:most]
+            lowered_from = _record(at, requests, recipe, cache, progress)
+            if not changed:
+                return lowered_from, None
+            before = replace(at, generator=plain, plan=None)
+            return lowered_from, _record(before, requests, Recipe("original"), cache, progress)
+
+        lowered_from, uncompressed = reference(prepared, original, None)
         _write_golden(lowered_from, folder / "golden")
-        at_shapes = {}
-        for name, at in others.items():
-            few = _requests(at.generator, at.described, options)[:SHAPE_SAMPLES]
-            references = _record(at.generator, at.described, few, recipe, cache, progress)
-            before = _record(at.original, at.described, few, Recipe("original"), cache, progress) if changed else None
-            at_shapes[name] = references, before
-            _write_golden(references[:1], folder / "golden" / name)
+        at_shapes = {name: reference(at, original.shaped(*sizes[name]), SHAPE_SAMPLES) for name, at in others.items()}
+        for name, (samples, _) in at_shapes.items():
+            _write_golden(samples, folder / "golden" / name)
         manifest = Manifest(
             name=optimized.name,
             source=optimized.source,
@@ -145,19 +159,27 @@ def build(
             prompts=optimized.prompts,
             licences=optimized.licences,
             versions=versions(),
-            shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
-            shapes={name: at.manifest_part for name, at in others.items()},
+            shape=next(iter(sizes), None),
+            shapes={
+                name: Shaped(at.described.contract, at.described.components, at.described.schedules)
+                for name, at in others.items()
+            },
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
         verified = verify_against(
-            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
+            Bundle(folder, manifest),
+            lowered_from,
+            uncompressed,
+            recipe.limits,
+            prepared=prepared,
+            caveats=caveats,
+            progress=progress,
         )
-        for name, (references, before) in at_shapes.items():
+        for name, references in at_shapes.items():
             at_shape = Bundle(folder, manifest.shaped(name))
-            verified = verified.and_at(
-                name, verify_against(at_shape, references, before, recipe.limits, progress=progress)
-            )
+            found = verify_against(at_shape, *references, recipe.limits, prepared=others[name], progress=progress)
+            verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
         write_bundle_report(folder / "report", manifest, verified, profiles)
@@ -167,29 +189,56 @@ def build(
     return Bundle(out, manifest)
 
 
+def plan_quantization(
+    generator: Generator, described: Description, recipe: Recipe, cache: StageCache, progress: Progress
+) -> QuantPlan | None:
+    """Returns the plan of a recipe that quantizes, made from the generator's own trajectories; else None."""
+    if recipe.quantization is None:
+        return None
+    from fewstep.calibration import collect
+    from fewstep.optimize.quantize import make_plan
+
+    q = recipe.quantization
+    key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
+    folder = cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps})
+    calls = collect(
+        generator,
+        described,
+        q.sampler,
+        generator.calibration_prompts or generator.prompts,
+        size=q.samples * generator.default_steps,
+        seed=q.seed,
+        steps=generator.default_steps,
+        guidance=generator.guidance,
+        folder=folder,
+        progress=progress,
+    )
+    return make_plan(generator, described, q, calls, progress)
+
+
 def compile_targets(
-    generator: Generator,
-    described: Description,
+    prepared: Prepared,
     recipe: Recipe,
     targets: Sequence[str],
     folder: Path,
     cache: StageCache,
     progress: Progress,
-    others: Mapping[str, AtShape] | None = None,
+    others: Mapping[str, Prepared] | None = None,
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``others`` are the generator at its further shapes, whose graphs share the weights of the first.
+    ``others`` are the generator at further shapes, by name; their graphs share the weights of the first.
     """
     from fewstep.runtimes import get_runtime
 
+    components = prepared.described.components
     artifacts: list[Artifact] = []
-    advance = progress.task("compile", len(targets) * len(described.components))
-    for target in targets:
-        for component in described.components:
-            graphs = graphs_of(component, generator, described, others or {})
+    advance = progress.task("compile", len(targets) * len(components))
+    for component in components:
+        graphs = graphs_of(component, prepared, others or {})
+        for target in targets:
             key = {
-                "source": generator.source.sha256,
+                "source": prepared.generator.source.sha256,
                 "component": component,
                 "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
@@ -204,7 +253,8 @@ def compile_targets(
             entry, _ = cache.get_or_make("compile", key, make)
             found = [Artifact(**values) for values in json.loads((entry / "artifacts.json").read_text())]
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            artifacts += [replace(artifact, path=f"{target}/{artifact.path}") for artifact in found]
+            found = [replace(artifact, path=f"{target}/{artifact.path}") for artifact in found]
+            artifacts += found if prepared.plan is None else map(prepared.plan.label, found)
             advance()
     return artifacts
 
@@ -225,6 +275,7 @@ def versions() -> dict[str, str]:
     for name in (
         "fewstep",
         "torch",
+        "torchao",
         "diffusers",
         "transformers",
         "tokenizers",
@@ -255,22 +306,15 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 
 
 def _record(
-    generator: Generator,
-    described: Description,
-    requests: Sequence[SampleRequest],
-    recipe: Recipe,
-    cache: StageCache,
-    progress: Progress,
+    prepared: Prepared, requests: Sequence[SampleRequest], recipe: Recipe, cache: StageCache, progress: Progress
 ) -> list[Sample]:
-    from fewstep.calibration import record_samples
-    from fewstep.export import digest
-
+    described = prepared.described
     key = {
-        "source": generator.source.sha256,
+        "source": prepared.generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
-        "inputs": [asdict(spec) for spec in generator.inputs],
+        "inputs": [asdict(spec) for spec in prepared.generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
+        "programs": {name: prepared.key(name) for name in described.components},
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),
@@ -281,7 +325,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in record_samples(generator, described, requests):
+            for sample in prepared.samples(requests):
                 done.append(sample)
                 advance()
             return done

@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import ExportError, RuntimeMissingError
-from fewstep.manifest import Artifact, ComponentSpec, Shaped
+from fewstep.manifest import Artifact, ComponentSpec
 from fewstep.program import Program
 from fewstep.runtimes.base import Runtime
 from fewstep.runtimes.tiled import tile_spec, tile_variant
 
 if TYPE_CHECKING:
-    from fewstep.export import Description, Generator
-    from fewstep.export.wiring import Wiring
-
-
-@dataclass(frozen=True)
-class AtShape:
-    """A generator that draws pictures of one of a bundle's further shapes, before and after its recipe's passes."""
-
-    original: Generator
-    generator: Generator
-    described: Description
-
-    @classmethod
-    def of(
-        cls, original: Generator, generator: Generator, shapes: Sequence[tuple[int, int]], steps: Sequence[int]
-    ) -> dict[str, AtShape]:
-        """Returns a generator at each shape, (height, width) in pixels, by the shape's name."""
-        from fewstep.export import describe
-
-        found = {}
-        for height, width in shapes:
-            at = generator.shaped(height, width)
-            found[f"{height}x{width}"] = cls(original.shaped(height, width), at, describe(at, steps))
-        return found
-
-    @property
-    def manifest_part(self) -> Shaped:
-        """What the manifest says of the shape."""
-        return Shaped(self.described.contract, self.described.components, self.described.schedules)
+    from fewstep.optimize.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -50,26 +22,20 @@ class Graph:
     """One program of a component, not traced yet."""
 
     variant: str
-    generator: Generator
-    wiring: Wiring
+    component: str
+    prepared: Prepared
     spec: ComponentSpec
 
     def program(self) -> Program:
         """Returns the traced program."""
-        from fewstep.export import trace
+        return replace(self.prepared.program(self.component, self.spec), variant=self.variant)
 
-        return replace(trace(self.generator, self.wiring, self.spec), variant=self.variant)
-
-    def key(self) -> list[Any]:
-        """Returns what determines the program beside the networks' weights, JSON-ready."""
-        from fewstep.export import digest
-
-        return [self.variant, asdict(self.spec), digest(self.wiring)]
+    def key(self) -> dict[str, Any]:
+        """Returns what determines the program beside the source and the versions of packages, JSON-ready."""
+        return {"variant": self.variant, "spec": asdict(self.spec), "program": self.prepared.key(self.component)}
 
 
-def graphs_of(
-    component: str, generator: Generator, described: Description, others: Mapping[str, AtShape]
-) -> list[Graph]:
+def graphs_of(component: str, prepared: Prepared, others: Mapping[str, Prepared]) -> list[Graph]:
     """Returns the graphs of a component, the first of which brings the weights.
 
     A shape has a graph of its own only where that is another one.
@@ -78,28 +44,23 @@ def graphs_of(
         ExportError: the generator has other components at another shape.
     """
     for shape, at in others.items():
-        if list(at.described.components) != list(described.components):
+        if list(at.described.components) != list(prepared.described.components):
             raise ExportError(
                 f"at {shape} the generator consists of {', '.join(at.described.components)}, expected "
-                f"{', '.join(described.components)} as at its first shape",
+                f"{', '.join(prepared.described.components)} as at its first shape",
                 hint="build a bundle for each of these shapes",
             )
-    first = Graph("", generator, described.wirings[component], described.components[component])
+    first = Graph("", component, prepared, prepared.described.components[component])
+    further = [Graph(shape, component, at, at.described.components[component]) for shape, at in others.items()]
     if first.spec.tiles is not None:
-        specs = [described.components[component], *(at.described.components[component] for at in others.values())]
         return [
-            Graph(tile_variant(shape), generator, first.wiring, tile_spec(first.spec, shape))
-            for shape in _tile_shapes(specs)
+            Graph(tile_variant(shape), component, prepared, tile_spec(first.spec, shape))
+            for shape in _tile_shapes(graph.spec for graph in (first, *further))
         ]
-    graphs = [first]
-    for shape, at in others.items():
-        graph = Graph(shape, at.generator, at.described.wirings[component], at.described.components[component])
-        if graph.key()[1:] != first.key()[1:]:
-            graphs.append(graph)
-    return graphs
+    return [first, *(graph for graph in further if graph.key() | {"variant": ""} != first.key())]
 
 
-def _tile_shapes(specs: Sequence[ComponentSpec]) -> list[tuple[int, int]]:
+def _tile_shapes(specs: Iterable[ComponentSpec]) -> list[tuple[int, int]]:
     """Returns the sizes of tiles that any of these specifications needs, the largest first."""
     found: set[tuple[int, int]] = set()
     for spec in specs:

@@ -16,6 +16,10 @@ from fewstep.source import Lora, Replacement, SourceSpec
 from fewstep.tiles import Tiles
 
 SCHEMA_VERSION = 1
+# Folder of a bundle with the plan of its quantization, if it has one.
+PLAN_FOLDER = "quantization"
+# What `Artifact.compute` says of a component that multiplies whole numbers.
+INTEGERS = "int8"
 DENOISER = "denoiser"
 DECODER = "decoder"
 ENCODER = "encoder"
@@ -301,7 +305,8 @@ class Manifest:
     def artifact(self, runtime: str, component: str, variant: str | None = None) -> Artifact:
         """Returns the artifact of a component for a runtime: of a variant, by default of the manifest's shape."""
         found = {a.variant: a for a in self.artifacts if (a.runtime, a.component) == (runtime, component)}
-        wanted = (self.shape or "", "") if variant is None else (variant,)
+        # Of tiles, the first stands for all.
+        wanted = (self.shape or "", "", *found) if variant is None else (variant,)
         for name in wanted:
             if name in found:
                 return found[name]

@@ -32,6 +32,8 @@ from fewstep.verify import Verification
 _UNITS = {
     "SQNR dB": ("SQNR", "dB"),
     "PSNR dB": ("PSNR", "dB"),
+    "mean SQNR dB": ("mean SQNR", "dB"),
+    "mean PSNR dB": ("mean PSNR", "dB"),
     "SSIM": ("SSIM", ""),
     "spread (std)": ("spread (std)", ""),
 }
