@@ -119,9 +119,12 @@ stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on tw
 
 CASES ?= small middle sd15
 .PHONY: bench-scale
-bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on where it was interrupted); CASES=sdxl needs 15 GB of disk
+bench-scale: $(VENV)/.dev $(INTEROP)/.installed ## Measures compiling networks of full size (goes on where it was interrupted), beside optimum-onnx; CASES=sdxl needs 15 GB of disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
+	$(BIN)/python -m benchmarks.scale --shapes --tiles
 	$(BIN)/python -m benchmarks.scale.bundle sd15
+	$(BIN)/python -m benchmarks.scale.plan
+	$(BIN)/python -m benchmarks.scale.versus --peer $(INTEROP)/bin/python
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from fewstep.export.loop import Loop, SampleFunction
 from fewstep.export.stored_networks import StoredNetworks
 from fewstep.export.tiled_decoder import with_tiling
 from fewstep.hashing import value_sha256
-from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec, SourceInfo
+from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec
+from fewstep.source import SourceInfo
 
 DEFAULT_PROMPTS = (
     "a red apple on a table",

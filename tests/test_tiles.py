@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from fewstep.export.tiled_decoder import tiles_of, with_tiling
 from fewstep.manifest import DECODER
 from fewstep.recipe import parse_recipe
 from fewstep.tiles import Tiles, decode_tiles
+from tests import zoo
 from tests.bundles import built
+from tests.families import generator_of
 
 
 def decoder(levels: int = 2) -> AutoencoderKL:
@@ -64,11 +68,10 @@ def test_a_picture_without_seams_is_put_together_exactly() -> None:
 
 
 def test_a_bundle_decodes_in_tiles(tmp_path: Path) -> None:
-    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    turbo = built("turbo")
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=turbo.options.cache_root, profile=False)
     out = tmp_path / "bundle"
-    bundle = fewstep.build(
-        str(built("turbo").source), out=out, steps=[1], shape="16x24,16x16", decoder_tile=16, options=options
-    )
+    bundle = fewstep.build(str(turbo.source), out=out, steps=[1], shape="16x24,16x16", decoder_tile=16, options=options)
     spec = bundle.manifest.components[DECODER]
     assert spec.tiles == Tiles(size=8, stride=6, scale=2, blend=4, keep=12)
     # 8 x 12 elements make tiles of 8 and 6 across; 2 more of the rows that come after the first stride.
@@ -78,11 +81,38 @@ def test_a_bundle_decodes_in_tiles(tmp_path: Path) -> None:
     assert parity is not None and parity["passed"]
     assert parity["worst"]["lowering.component"]["value"] >= 100
     opened = fewstep.Bundle.open(out)
-    whole = built("turbo").bundle.generate("cat", seed=1, steps=1)
-    # Tiles of another size than the training's change a picture, as diffusers says; seldom do they leave it as it is.
+    tiled, whole = opened.shaped("16x16").generate("cat", seed=1), turbo.bundle.generate("cat", seed=1, steps=1)
+    # A latent that fits in a tile is decoded as ever.
+    np.testing.assert_allclose(tiled.output, whole.output, rtol=0, atol=1e-6)
     assert opened.generate("cat", seed=1).output.shape == (16, 24, 3)
-    assert opened.shaped("16x16").generate("cat", seed=1).output.shape == whole.output.shape
     assert fewstep.verify(opened, prompts=1, seeds=1).report
+
+
+@pytest.mark.slow
+def test_packed_latents_are_unpacked_before_they_are_cut(tmp_path: Path) -> None:
+    family = next(family for family in zoo.FAMILIES if family.name == "flux-schnell")
+    generator = replace(generator_of(family, tmp_path / "source"), steps=(1,), default_steps=1)
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    manifest = fewstep.build(generator, out=tmp_path / "bundle", decoder_tile=8, options=options).manifest
+    assert list(manifest.components)[-2:] == ["decoder_input", DECODER]
+    assert manifest.components[DECODER].bindings == {"latent_sample": "decoder_input.latent_sample"}
+    assert manifest.parity is not None and manifest.parity["worst"]["lowering.component"]["value"] >= 100
+
+
+@pytest.mark.slow
+def test_weights_in_files_are_shared_and_tiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("fewstep.export.load"), "STORED_BYTES", 0)
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    out = tmp_path / "bundle"
+    bundle = fewstep.build(
+        str(built("turbo").source), "fp16", out=out, steps=[1], shape="16x24,16x16", decoder_tile=16, options=options
+    )
+    assert bundle.manifest.parity is not None and bundle.manifest.parity["passed"]
+    sizes = {p.name: p.stat().st_size for p in (out / "onnxruntime" / "unet").glob("model*")}
+    assert sizes.keys() == {"model.onnx", "model-16x16.onnx", "model.onnx.data"}
+    weights = sum(p.numel() for p in AutoencoderKL.from_pretrained(built("turbo").source / "vae").decoder.parameters())
+    held = (out / "onnxruntime" / "vae_decoder" / "model.onnx.data").stat().st_size
+    assert held < 2.2 * weights, "once, as halves"
 
 
 @pytest.mark.parametrize("tile", [12, 4], ids=["no multiple", "too small"])

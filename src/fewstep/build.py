@@ -112,9 +112,7 @@ def build(
             original = load(spec, guidance=w, eager=recipe.quantization is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
-        sizes = {f"{height}x{width}": (height, width) for height, width in recipe.shape}
-        original = original if recipe.decoder_tile is None else original.tiled(recipe.decoder_tile)
-        original = original.shaped(*recipe.shape[0]) if recipe.shape else original
+        original = sized(original, recipe)
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
@@ -126,7 +124,7 @@ def build(
         if plan is not None:
             plan.save(folder / PLAN_FOLDER)
         prepared = Prepared(optimized, described, plan, open_tokenizers(folder, described.tokenizers))
-        others = {name: prepared.at(*size) for name, size in sizes.items() if size != recipe.shape[0]}
+        others = further_shapes(prepared, recipe)
         artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress, others)
         if "onnxruntime" in targets:
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
@@ -142,7 +140,10 @@ def build(
 
         lowered_from, uncompressed = reference(prepared, original, None)
         _write_golden(lowered_from, folder / "golden")
-        at_shapes = {name: reference(at, original.shaped(*sizes[name]), SHAPE_SAMPLES) for name, at in others.items()}
+        at_shapes = {
+            name: reference(at, original.shaped(*size), SHAPE_SAMPLES)
+            for size, (name, at) in zip(recipe.shape[1:], others.items(), strict=True)
+        }
         for name, (samples, _) in at_shapes.items():
             _write_golden(samples, folder / "golden" / name)
         manifest = Manifest(
@@ -159,7 +160,7 @@ def build(
             prompts=optimized.prompts,
             licences=optimized.licences,
             versions=versions(),
-            shape=next(iter(sizes), None),
+            shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
             shapes={
                 name: Shaped(at.described.contract, at.described.components, at.described.schedules)
                 for name, at in others.items()
@@ -187,6 +188,17 @@ def build(
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)
     return Bundle(out, manifest)
+
+
+def sized(generator: Generator, recipe: Recipe) -> Generator:
+    """Returns a generator that draws at a recipe's first shape and decodes in its tiles."""
+    generator = generator if recipe.decoder_tile is None else generator.tiled(recipe.decoder_tile)
+    return generator.shaped(*recipe.shape[0]) if recipe.shape else generator
+
+
+def further_shapes(prepared: Prepared, recipe: Recipe) -> dict[str, Prepared]:
+    """Returns a generator at a recipe's shapes after the first, by their names."""
+    return {f"{height}x{width}": prepared.at(height, width) for height, width in recipe.shape[1:]}
 
 
 def plan_quantization(

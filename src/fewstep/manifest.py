@@ -12,7 +12,7 @@ import jsonschema
 
 from fewstep.errors import BundleError, ContractError
 from fewstep.schedule import Schedule
-from fewstep.source import Lora, Replacement, SourceSpec
+from fewstep.source import SourceInfo
 from fewstep.tiles import Tiles
 
 SCHEMA_VERSION = 1
@@ -198,51 +198,6 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class SourcePart:
-    """A file or folder that a source took beside itself, by content."""
-
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class MergedLora:
-    """A LoRA file by content, and the scale that it was merged with."""
-
-    path: str
-    scale: float
-    sha256: str
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """Where a generator came from; ``uri`` is what ``fewstep build`` was given.
-
-    ``sha256`` covers everything: the source's files, its decoder and components where others took their place, and the
-    LoRAs with their scales. ``revision`` is the commit that a hub id stood for.
-    """
-
-    uri: str
-    kind: str
-    sha256: str
-    revision: str | None = None
-    config: str | None = None
-    decoder: SourcePart | None = None
-    components: Mapping[str, SourcePart] = field(default_factory=dict)
-    loras: tuple[MergedLora, ...] = ()
-
-    def spec(self) -> SourceSpec:
-        """Returns what to load to have the same generator again: of a hub id, the very commit."""
-        return SourceSpec(
-            self.uri if self.revision is None else f"{self.uri.partition('@')[0]}@{self.revision}",
-            loras=tuple(Lora(lora.path, lora.scale) for lora in self.loras),
-            decoder=None if self.decoder is None else self.decoder.path,
-            replacements=tuple(Replacement(name, part.path) for name, part in self.components.items()),
-            config=self.config,
-        )
-
-
-@dataclass(frozen=True)
 class Shaped:
     """What differs at another shape: sizes, and tables where the sampler depends on them."""
 
@@ -351,7 +306,7 @@ class Manifest:
         _validate(values, where)
         return cls(
             name=values["name"],
-            source=_source(values["source"]),
+            source=SourceInfo.from_json(values["source"]),
             pipeline=values["pipeline"],
             contract=_contract(values["contract"]),
             components=_components(values["components"]),
@@ -414,18 +369,6 @@ def _tables(schedules: Mapping[int, Schedule]) -> dict[str, Any]:
 
 def _shaped(values: Any) -> Shaped:
     return Shaped(_contract(values["contract"]), _components(values["components"]), _schedules(values["schedules"]))
-
-
-def _source(values: Any) -> SourceInfo:
-    decoder = values.get("decoder")
-    return SourceInfo(
-        **{
-            **values,
-            "decoder": None if decoder is None else SourcePart(**decoder),
-            "components": {name: SourcePart(**part) for name, part in values.get("components", {}).items()},
-            "loras": tuple(MergedLora(**lora) for lora in values.get("loras", ())),
-        }
-    )
 
 
 def _contract(values: Any) -> Contract:

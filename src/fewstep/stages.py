@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets, plan_quantization
+from fewstep.build import check_targets, compile_targets, further_shapes, plan_quantization, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError
@@ -185,7 +185,7 @@ def compile(
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            original = load(spec, guidance=w, eager=chosen.quantization is not None)
+            original = sized(load(spec, guidance=w, eager=chosen.quantization is not None), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
@@ -193,7 +193,8 @@ def compile(
         cache = StageCache()
         plan = plan_quantization(generator, described, chosen, cache, progress)
         prepared = Prepared(generator, described, plan, {})
-        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress)
+        others = further_shapes(prepared, chosen)
+        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress, others)
     return [out / artifact.path for artifact in artifacts]
 
 

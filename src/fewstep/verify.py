@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest, SourceInfo
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
-from fewstep.source import SourceSpec
+from fewstep.source import SourceInfo, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.export import Generator
@@ -42,7 +42,9 @@ class Verification:
 
     def and_at(self, shape: str, other: Verification) -> Verification:
         """Returns the verification with the checks of another shape's."""
-        checks = tuple(replace(check, sample=f"{check.sample}, {shape}") for check in other.report.checks)
+        checks = tuple(
+            replace(check, sample=", ".join(filter(None, (check.sample, shape)))) for check in other.report.checks
+        )
         return replace(self, report=replace(self.report, checks=self.report.checks + checks))
 
 
