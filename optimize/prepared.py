@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from fewstep.calibration import SampleRequest, record_samples
 from fewstep.export import Description, Generator, describe, digest, trace
@@ -17,8 +14,11 @@ from fewstep.manifest import ComponentSpec
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize import QuantPlan, quantize
 from fewstep.program import Program
-from fewstep.runtimes.parity import Floor, agreement_db, mean_db
+from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.parity import Floor
+from fewstep.runtimes.pytorch_double import open_double
 from fewstep.runtimes.pytorch_reference import open_program
+from fewstep.runtimes.quantized_parity import floor_of
 from fewstep.runtimes.sampler import Sampler
 from fewstep.runtimes.tokenizer import Tokenizer
 
@@ -61,40 +61,38 @@ class Prepared:
         """Whether any component multiplies whole numbers."""
         return self.plan is not None and any(plan.computes for plan in self.plan.components.values())
 
-    def samples(self, requests: Sequence[SampleRequest], *, other_kernels: bool = False) -> Iterator[Sample]:
+    def samples(self, requests: Sequence[SampleRequest]) -> Iterator[Sample]:
         """Yields the reference's sample of each request.
 
         In float that is the generator's own pipeline. With a plan it is the quantized programs in PyTorch, sampled with
-        the generator's table; ``other_kernels`` runs them with other convolutions and products of PyTorch's, which
-        tells how much two correct executions differ.
+        the generator's table.
         """
         if self.plan is None:
             yield from record_samples(self.generator, self.described, requests)
-            return
-        sampler = Sampler(
-            self.described.contract, self.described.components, self.tokenizers, lambda c: open_program(self.program(c))
-        )
-        with _kernels(other=other_kernels):
-            for r in requests:
-                schedule = self.described.schedules[r.steps]
-                yield sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs)
+        else:
+            yield from self._sampled(requests, open_program)
 
     def floor(self, references: Sequence[Sample]) -> Floor:
         """Returns what two executions of the quantized programs in PyTorch agree to, from samples of the first."""
         requests = [SampleRequest(r.prompt, r.seed, r.steps, r.guidance, r.inputs) for r in references]
-        others = list(self.samples(requests, other_kernels=True))
-        picture = mean_db(agreement_db(a, b) for a, b in zip(references, others, strict=True))
+        others = list(self._sampled(requests, open_double))
         values: dict[str, list[float]] = defaultdict(list)
-        with _kernels(other=True):
-            for component in self.described.components:
-                session = open_program(self.program(component))
+        for component in self.described.components:
+            with open_double(self.program(component)) as session:
                 for feed in (f for sample in references for f in sample.feeds if f.component == component):
                     outputs = session.run(feed.inputs)
                     values[component] += [sqnr_db(feed.outputs[name], outputs[name]) for name in feed.outputs]
-        return Floor({name: mean_db(found) for name, found in values.items()}, picture)
+        return floor_of(values, references, others)
 
-
-@contextmanager
-def _kernels(*, other: bool) -> Iterator[None]:
-    with torch.backends.mkldnn.flags(enabled=not other):
-        yield
+    def _sampled(
+        self, requests: Sequence[SampleRequest], open_session: Callable[[Program], CheckedSession]
+    ) -> Iterator[Sample]:
+        sampler = Sampler(
+            self.described.contract, self.described.components, self.tokenizers, lambda c: open_session(self.program(c))
+        )
+        try:
+            for r in requests:
+                schedule = self.described.schedules[r.steps]
+                yield sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs)
+        finally:
+            sampler.close()

@@ -20,7 +20,8 @@ from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
-from fewstep.runtimes.ort_pack import pack_int4, strip
+from fewstep.runtimes.ort_integer_conv import unfold_convolutions
+from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
@@ -97,6 +98,8 @@ def _shrink(model: ir.Model, weights: str) -> None:
     """Stores what is exact in fewer bits in those, and drops the exporter's notes, in place."""
     if weights == "fp16":
         _store_halves(model)
+    unfold_convolutions(model)
+    widen_weights(model)
     pack_int4(model)
     strip(model)
 

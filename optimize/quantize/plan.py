@@ -41,7 +41,7 @@ class Grid:
         scale: float32; one number for the whole tensor, one for each channel, or [channels, groups].
         zero_point: int32, of scale's shape.
         axis: of the channels; None for a grid of the whole tensor.
-        group_size: how many successive input channels (axis 1) share a scale; None where all do.
+        group_size: how many successive inputs (a convolution's flattened with its kernel) share a scale; None: all.
     """
 
     dtype: str

@@ -17,6 +17,7 @@ from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import attribute
+from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
+_ROUNDING_CALLS = 32
+# And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
+# finds the first and the last convolution the most sensitive of all).
+_OUTERMOST_SHARE = 0.02
 
 Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
 """Returns (step, inputs in order) of a component's recorded calls, the same each time."""
@@ -51,10 +57,15 @@ def decide(
     program: Program, sites: Iterable[Site], quantization: Quantization, profile: TargetProfile
 ) -> list[Decision]:
     """Returns what the recipe and the profile make of every site of a component."""
-    return [_decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile) for site in sites]
+    sites = list(sites)
+    macs = max(1, sum(site.macs for site in sites))
+    return [
+        _decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile, site.macs / macs)
+        for site in sites
+    ]
 
 
-def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decision:
+def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float) -> Decision:
     bits, reason = choice.weights, None
     if site.on_time_path:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
@@ -73,6 +84,8 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decisio
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
         activation_reason = f"{site.rows} row: reading the weights takes the time, not multiplying"
+    elif site.outermost and share <= _OUTERMOST_SHARE:
+        activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
         activation_reason = None
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
@@ -92,7 +105,11 @@ def observe_sites(
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
     """Returns the activations that go onto a grid where a site multiplies whole numbers."""
-    return [site.data, site.result] if site.op in profile.outputs else [site.data]
+    return [site.data, site.result] if _has_output_grid(site, profile) else [site.data]
+
+
+def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
+    return profile.needs_output_grid(site.op, site.unfolded, site.groups)
 
 
 def make_plan(
@@ -128,11 +145,13 @@ def make_plan(
 def plan_component(
     program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
 ) -> tuple[ComponentPlan, StepRanges | None]:
-    """Returns the plan of a component with weights rounded to the nearest, and the ranges that it was made from."""
+    """Returns the plan of a component, and the ranges that it was made from."""
     module, sites = float_graph(program)
     decisions = decide(program, sites, quantization, profile)
     ranges = observe_sites(module, decisions, profile, calls)
-    return draw_up(module, sites, decisions, ranges, profile), ranges
+    plan = draw_up(module, sites, decisions, ranges, profile)
+    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
+    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
 
 def draw_up(
@@ -165,7 +184,7 @@ def draw_up(
         )
         if d.computes:
             computes.append(site.name)
-            if site.op in profile.outputs:
+            if _has_output_grid(site, profile):
                 outputs.append(site.name)
             for name in _activations(site, profile):
                 if name not in activations:

@@ -111,8 +111,7 @@ def spread(parameters: torch.Tensor, grid: Grid, shape: torch.Size) -> torch.Ten
         return parameters
     if grid.group_size is None:
         return parameters.reshape([-1 if i == grid.axis else 1 for i in range(len(shape))])
-    spread = parameters.repeat_interleave(grid.group_size, dim=1)[:, : shape[1]]
-    return spread.reshape(*spread.shape, *([1] * (len(shape) - 2)))
+    return parameters.repeat_interleave(grid.group_size, dim=1).reshape(shape)
 
 
 def attribute(model: torch.nn.Module, name: str) -> torch.Tensor:

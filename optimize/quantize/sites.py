@@ -46,6 +46,7 @@ class Site:
         bias: name of the bias' parameter, None without one.
         outermost: whether no other site is between it and an input or output of the program (PTQ4DM's first and last).
         rows: how many vectors its weight is multiplied with in a call (batch and positions, or output pixels).
+        groups: of a convolution; 1 otherwise.
         depends: origins (see `fewstep.manifest`) of the program's inputs that its data depends on.
     """
 
@@ -60,6 +61,7 @@ class Site:
     bias: str | None
     outermost: bool
     rows: int
+    groups: int
     depends: frozenset[str]
 
     @property
@@ -71,6 +73,11 @@ class Site:
     def macs(self) -> int:
         """Multiplications and additions of a call; 0 for a lookup."""
         return 0 if self.op == "embedding" else self.rows * self.parameters
+
+    @property
+    def unfolded(self) -> int:
+        """Number of values of its data once every row of its product is written out (im2col)."""
+        return self.rows * math.prod(self.weight_shape[1:])
 
     @property
     def on_time_path(self) -> bool:
@@ -123,6 +130,7 @@ def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
                 bias=str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None,
                 outermost=node not in between,
                 rows=_rows(op, node, shape),
+                groups=_groups(op, node),
                 depends=depends[data],
             )
         )
@@ -159,3 +167,10 @@ def _rows(op: str, node: Node, weight_shape: tuple[int, ...]) -> int:
     out = node.meta["val"].numel()
     channels = weight_shape[0] if not op.startswith("conv_transpose") else node.meta["val"].shape[1]
     return int(out // channels)
+
+
+def _groups(op: str, node: Node) -> int:
+    """Returns the groups of a convolution, whose arguments are (x, w, b, stride, padding, dilation, groups)."""
+    groups = node.args[6] if op.startswith("conv") and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups

@@ -7,8 +7,8 @@ A recipe's ``[quantization]`` table::
     activations = 8             # bits of activations: 8; 32 computes in float (weight-only)
     granularity = "channel"     # scales of weights: tensor | channel | group
     group_size = 32             # input channels that share a scale, for group
-    rounding = "nearest"        # nearest | gptq | adaround
-    ranges = "lp"               # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
+    rounding = "gptq"           # nearest | gptq | adaround
+    ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     profile = "x86"             # what the target computes well: see fewstep.profiles
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
@@ -72,8 +72,8 @@ class Quantization:
     activations: int = FLOAT_BITS
     granularity: str = "channel"
     group_size: int = 32
-    rounding: str = "nearest"
-    ranges: str = "lp"
+    rounding: str = "gptq"
+    ranges: str = "mse"
     profile: str = "x86"
     sampler: str = "own"
     samples: int = 32
@@ -158,9 +158,8 @@ def suggestion(word: str, known: Collection[str]) -> str | None:
 def _site_choice(values: object, where: str) -> SiteChoice:
     table = _table(values, where)
     refuse_unknown(table, [f.name for f in dataclasses.fields(SiteChoice)], where)
-    return SiteChoice(
-        **{key: _value(key, value, f"{where}.{key}") for key, value in table.items() if value is not None}
-    )
+    given: dict[str, Any] = {key: _value(key, value, f"{where}.{key}") for key, value in table.items()}
+    return SiteChoice(**given)
 
 
 def _table(values: object, where: str) -> Mapping[str, object]:

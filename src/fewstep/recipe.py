@@ -111,9 +111,9 @@ PRESETS = {
     "fp16": Recipe("fp16", weights="fp16", limits=Limits(compression_psnr_db=40.0)),
     "w8": _quantized("w8", 30.0),
     "w8a8": _quantized("w8a8", 30.0, activations=8),
-    "w4": _quantized("w4", 20.0, weights=4, granularity="group", rounding="gptq"),
-    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8, rounding="gptq"),
-    "mixed": _quantized("mixed", 20.0, bits=5.0, rounding="gptq"),
+    "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
+    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
+    "mixed": _quantized("mixed", 20.0, bits=5.0),
 }
 
 

@@ -14,7 +14,7 @@ from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples
+from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, label
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceInfo, SourceSpec
@@ -151,9 +151,12 @@ def verify_against(
     checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
     floor = None
     if integers:
-        floor = _floor(bundle, prepared, references, progress)
-        found = {c: [x.value for x in checks if (x.level, x.component) == ("component", c)] for c in integers}
-        checks += floor_checks(floor, limits, found, references, results)
+        some = references[:FLOOR_SAMPLES]
+        floor = _floor(bundle, prepared, some, progress)
+        labels = {label(sample) for sample in some}
+        of_some = [x for x in checks if x.level == "component" and x.sample in labels]
+        found = {c: [x.value for x in of_some if x.component == c] for c in integers}
+        checks += floor_checks(floor, limits, found, some, results[: len(some)])
         if prepared is None:
             notes.append("quantized operations were not compared one by one: that needs the source")
         else:
@@ -173,7 +176,7 @@ def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sampl
     """Returns the noise floor: measured now, or as it was when the bundle was built."""
     if prepared is not None:
         with stage(progress, "measure the noise floor"):
-            return prepared.floor(references[:FLOOR_SAMPLES])
+            return prepared.floor(references)
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
