@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from fewstep.manifest import ComponentSpec
 from fewstep.runtimes.base import Array, CheckedSession
 from fewstep.tiles import Tiles, decode_tiles
@@ -29,6 +31,15 @@ def tile_spec(spec: ComponentSpec, shape: Shape) -> ComponentSpec:
         outputs=(replace(picture, shape=(*picture.shape[:2], scale * height, scale * width)),),
         tiles=None,
     )
+
+
+def first_tile(spec: ComponentSpec, feeds: Mapping[str, Array]) -> tuple[ComponentSpec, dict[str, Array], str]:
+    """Returns what the graph for a component's first tile takes and gives, its input, and the graph's name."""
+    assert spec.tiles is not None
+    (latent,) = spec.inputs
+    height, width = shape = spec.tiles.shapes(*latent.shape[2:])[0]
+    tile = np.ascontiguousarray(feeds[latent.name][:, :, :height, :width])
+    return tile_spec(spec, shape), {latent.name: tile}, tile_variant(shape)
 
 
 class TiledSession:

@@ -86,6 +86,11 @@ def test_a_bundle_decodes_in_tiles(tmp_path: Path) -> None:
     np.testing.assert_allclose(tiled.output, whole.output, rtol=0, atol=1e-6)
     assert opened.generate("cat", seed=1).output.shape == (16, 24, 3)
     assert fewstep.verify(opened, prompts=1, seeds=1).report
+    # A limit that no arithmetic keeps: the first value that is not the same is found in the first tile's graph.
+    limits = {**opened.manifest.recipe["limits"], "component_sqnr_db": 500.0}
+    strict = replace(opened, manifest=replace(opened.manifest, recipe={**opened.manifest.recipe, "limits": limits}))
+    departure = fewstep.verify(strict, prompts=1, seeds=1, bisect=True).departures[DECODER]
+    assert departure is not None and departure.module_path
 
 
 @pytest.mark.slow

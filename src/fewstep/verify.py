@@ -17,6 +17,7 @@ from fewstep.runtimes import get_runtime
 from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, label
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
+from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceInfo, SourceSpec
 
 if TYPE_CHECKING:
@@ -324,8 +325,11 @@ def _bisect(
     failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
-        program = prepared.program(component)
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
-        path = bundle.file(manifest.artifact(runtime, component).path)
-        found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
+        spec, inputs, variant = manifest.components[component], feed.inputs, None
+        if spec.tiles is not None:
+            spec, inputs, variant = first_tile(spec, inputs)
+        program = prepared.program(component, spec)
+        path = bundle.file(manifest.artifact(runtime, component, variant).path)
+        found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found
