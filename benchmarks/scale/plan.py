@@ -70,16 +70,16 @@ def page(figures: Mapping[str, Any], compiled: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     sums = [f"{total['parameters'] / 1e6:.1f}", *(f"{total[k] / _MIB:.0f}" for k in ("fp16", "int8", "int4"))]
     lines.append(f"| all | | {' | '.join(sums)} | | | | | |")
-    peak = max(figure["total_peak_bytes"] for figure in components.values())
+    peaks = {name: figure["total_peak_bytes"] for name, figure in components.items()}
     # A tensor is read as it is stored, and rounded or turned beside that.
-    largest = max(figure["sizes"]["largest_fp16"] for figure in components.values())
+    writing = {name: peak + 2 * components[name]["sizes"]["largest_fp16"] for name, peak in peaks.items()}
     denoiser = components["denoiser"]["sizes"]
     lines += [
         "",
-        f"- Compiling: at least {peak / _MIB:.0f} MiB, which is what tracing and translating took; while weights are "
-        f"written, the largest tensor ({largest / _MIB:.0f} MiB in fp16) is beside that, stored and rounded: about "
-        f"{(peak + 2 * largest) / _MIB:.0f} MiB. All of it about {seconds / 60:.0f} minutes of CPU time, one component "
-        "after the other.",
+        f"- Compiling: at least {max(peaks.values()) / _MIB:.0f} MiB, which is what tracing and translating took. "
+        "While weights are written, the largest tensor is beside that, stored and rounded: at most "
+        f"{max(writing.values()) / _MIB:.0f} MiB is to be expected. All of it takes about {seconds / 60:.0f} minutes "
+        "of CPU time, one component after the other.",
         f"- Disk: {2 * total['fp16'] / _GIB:.0f} GiB for the fp16 checkpoint and its fp16 bundle.",
         "- Verifying on a CPU: ONNX Runtime widens fp16 weights to fp32 when it opens them, so the denoiser takes "
         f"{2 * denoiser['fp16'] / _GIB:.0f} GiB, and PyTorch's reference as much.",

@@ -96,7 +96,8 @@ def section(figures: dict[str, Any]) -> list[str]:
         "## Decoding in tiles",
         "",
         "The SD 1.5-size decoder with fp16 weights in ONNX Runtime, one picture, opening its graphs included. *Above "
-        "idle* is the peak of resident memory beyond that of the process with its imports.",
+        "idle* is the peak of resident memory beyond that of the process with its imports. The machine was shared: "
+        "seconds are upper bounds.",
         "",
         "| picture and tiles | above idle, MiB | of whole | s | graphs | files, MiB |",
         "|---|---|---|---|---|---|",
