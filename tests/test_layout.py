@@ -19,6 +19,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
     "fewstep.runtimes.ort_lower",
+    "fewstep.runtimes.ort_shared",
     "fewstep.runtimes.ort_weights",
     "fewstep.runtimes.pytorch_reference",
 }
