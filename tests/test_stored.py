@@ -49,7 +49,7 @@ def test_compiling_loads_no_network(everything_stored: None, tmp_path: Path, mon
         guidance=None,
         progress=Silent(),
     )
-    assert len(paths) == 3 and all(path.is_file() for path in paths)
+    assert len(paths) == 4 and all(path.is_file() for path in paths)
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "fp16"])

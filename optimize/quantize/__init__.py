@@ -5,6 +5,7 @@ from __future__ import annotations
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
 from fewstep.optimize.quantize.planner import make_plan
+from fewstep.optimize.quantize.programs import QuantizedPrograms
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
 
@@ -13,6 +14,7 @@ __all__ = [
     "Grid",
     "PlanQuantizer",
     "QuantPlan",
+    "QuantizedPrograms",
     "Site",
     "find_sites",
     "make_plan",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
-from fewstep.export import Description, Generator, trace
+from fewstep.export import Programs
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
@@ -73,13 +73,15 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         reason = "the recipe keeps it in float"
     elif site.parameters < _SMALLEST_WEIGHT:
         bits, reason = FLOAT_BITS, f"{site.parameters} values, whose scales would take more than they save"
-    elif site.outermost:
+    elif site.outermost or site.of_guidance_scale:
         bits = max(bits, _OUTERMOST_BITS)
     activation_reason: str | None
     if bits == FLOAT_BITS:
         activation_reason = reason
     elif choice.activations == FLOAT_BITS:
         activation_reason = "the recipe computes in float"
+    elif site.of_guidance_scale:
+        activation_reason = "of the guidance scale alone, once a picture: not worth an error at every step"
     elif site.op not in profile.computes:
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
@@ -113,17 +115,12 @@ def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
 
 
 def make_plan(
-    generator: Generator,
-    described: Description,
-    quantization: Quantization,
-    calls: CalibrationSet,
-    progress: Progress | None = None,
+    programs: Programs, quantization: Quantization, calls: CalibrationSet, progress: Progress | None = None
 ) -> QuantPlan:
     """Returns the plan of every component.
 
     Args:
-        generator: the generator, after all passes.
-        described: its description.
+        programs: of the generator, after all passes.
         quantization: what the recipe asks for.
         calls: recorded calls of the generator.
         progress: told of each component.
@@ -133,13 +130,22 @@ def make_plan(
         QuantizationError: a budget cannot be met.
     """
     profile = get_profile(quantization.profile)
-    advance = (progress or Silent()).task("plan quantization", len(described.components))
+    advance = (progress or Silent()).task("plan quantization", len(programs.components))
     plans = {}
-    for component, spec in described.components.items():
-        program = trace(generator, described.wirings[component], spec)
-        plans[component], _ = plan_component(program, quantization, profile, partial(calls.calls, component))
+    for component in programs.components:
+        recorded = partial(_calls, programs, calls, component)
+        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded)
         advance()
-    return QuantPlan(generator.source.sha256, profile.name, plans)
+    return QuantPlan(programs.generator.source.sha256, profile.name, plans)
+
+
+def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
+    names = [spec.name for spec in programs.components[component].inputs]
+    for sample in calls.samples():
+        for feed in programs.restate([sample])[0].feeds:
+            if feed.component == component:
+                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
 
 
 def plan_component(

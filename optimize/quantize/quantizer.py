@@ -42,11 +42,9 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
             grid = self._plan.weights.get(site.weight)
             if grid is None:
                 continue
-            node = nodes[name]
-            inputs: dict[Node, QuantizationSpec] = {}
-            for argument in node.all_input_nodes:
-                if argument.op == "get_attr" and argument.target == site.weight:
-                    inputs[argument] = _constant(grid, self._weight(model, site))
+            node, reader = nodes[name], nodes[site.reader]
+            weight = next(a for a in reader.all_input_nodes if a.op == "get_attr" and a.target == site.weight)
+            inputs: dict[Node, QuantizationSpec] = {weight: _constant(grid, self._weight(model, site))}
             output = None
             if site.name in self._plan.computes:
                 data = nodes[site.data]
@@ -60,7 +58,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                     nodes[site.result].meta["quantization_annotation"] = QuantizationAnnotation(
                         output_qspec=activations[site.result], _annotated=True
                     )
-            node.meta["quantization_annotation"] = QuantizationAnnotation(
+            reader.meta["quantization_annotation"] = QuantizationAnnotation(
                 input_qspec_map=inputs, output_qspec=output, _annotated=True
             )
         return model
@@ -68,8 +66,8 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
     def validate(self, model: GraphModule) -> None:
         """Raises QuantizationError unless every site that the plan quantizes is annotated."""
         nodes = {node.name: node for node in model.graph.nodes}
-        for name, site in self._sites.items():
-            if site.weight in self._plan.weights and "quantization_annotation" not in nodes[name].meta:
+        for site in self._sites.values():
+            if site.weight in self._plan.weights and "quantization_annotation" not in nodes[site.reader].meta:
                 raise QuantizationError(f"{site.name} is in the plan and was not annotated")
 
     def _weight(self, model: GraphModule, site: Site) -> Callable[[], torch.Tensor]:

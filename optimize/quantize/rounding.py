@@ -23,7 +23,7 @@ from fewstep.optimize.rounding import adaround, gptq
 _HESSIAN_BYTES = 1 << 30
 # A layer's second moments of more inputs than this take longer to gather than all else together.
 _MOST_INPUTS = 1 << 13
-_LAYERS = ("linear", "conv1d", "conv2d")
+_LAYERS = ("linear", "matmul", "conv1d", "conv2d")
 
 
 def round_weights(
@@ -61,7 +61,7 @@ def round_weights(
 
 def layer_of(site: Site, node: Node) -> Layer:
     """Returns how a site applies its weight."""
-    if site.op == "linear":
+    if site.op in ("linear", "matmul"):
         return Layer()
     kernel = site.weight_shape[2:]
 

@@ -18,15 +18,14 @@ from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.graphs import Graph, compile_graphs, graphs_of
 from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shapes
+from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
-    from fewstep.export import Description, Generator
-    from fewstep.optimize.prepared import Prepared
-    from fewstep.optimize.quantize import QuantPlan
+    from fewstep.export import Description, Generator, Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
 
 PROMPTS, SEEDS = 8, 2
 # How many samples each further shape is verified with: its graphs have the weights that the first shape's have shown.
@@ -61,6 +60,7 @@ def build(
     guidance: float | None = None,
     shape: str | None = None,
     decoder_tile: int | None = None,
+    form: str | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -79,6 +79,7 @@ def build(
         shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
             first is the default; None takes the recipe's, then the generator's.
         decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
+        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -86,9 +87,8 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
+    from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
-    from fewstep.optimize.prepared import Prepared
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_against
@@ -101,6 +101,8 @@ def build(
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
     if decoder_tile is not None:
         recipe = replace(recipe, decoder_tile=decoder_tile)
+    if form is not None:
+        recipe = replace(recipe, form=check_form(form, "form"))
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
@@ -117,28 +119,28 @@ def build(
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
+        programs = programs_of(optimized, described, recipe)
+        others = further_shapes(programs, recipe)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        plan = plan_quantization(optimized, described, recipe, cache, progress)
-        if plan is not None:
-            plan.save(folder / PLAN_FOLDER)
-        prepared = Prepared(optimized, described, plan, open_tokenizers(folder, described.tokenizers))
-        others = further_shapes(prepared, recipe)
-        artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress, others)
-        if "onnxruntime" in targets:
+        quantized = quantize_programs(programs, recipe, folder, cache, progress)
+        artifacts = compile_targets(quantized or programs, recipe, targets, folder, cache, progress, others)
+        if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
-        changed = plan is not None or any(note.modified for note in notes)
+        changed = quantized is not None or any(note.modified for note in notes)
 
-        def reference(at: Prepared, plain: Generator, most: int | None) -> tuple[list[Sample], list[Sample] | None]:
+        def reference(
+            at: Programs, plain: Generator, most: int | None = None
+        ) -> tuple[list[Sample], list[Sample] | None]:
             requests = _requests(at.generator, at.described, options)[:most]
-            lowered_from = _record(at, requests, recipe, cache, progress)
-            if not changed:
-                return lowered_from, None
-            before = replace(at, generator=plain, plan=None)
-            return lowered_from, _record(before, requests, Recipe("original"), cache, progress)
+            before = Recipe("original")
+            uncompressed = _record(plain, at.described, requests, before, cache, progress) if changed else None
+            if quantized is not None:
+                return list(quantized.samples(requests)), uncompressed
+            return at.restate(_record(at.generator, at.described, requests, recipe, cache, progress)), uncompressed
 
-        lowered_from, uncompressed = reference(prepared, original, None)
+        lowered_from, uncompressed = reference(programs, original)
         _write_golden(lowered_from, folder / "golden")
         at_shapes = {
             name: reference(at, original.shaped(*size), SHAPE_SAMPLES)
@@ -150,8 +152,8 @@ def build(
             name=optimized.name,
             source=optimized.source,
             pipeline=type(optimized.pipeline).__name__,
-            contract=described.contract,
-            components=described.components,
+            contract=programs.contract,
+            components=programs.components,
             tokenizers=described.tokenizers,
             schedules=described.schedules,
             default_steps=optimized.default_steps,
@@ -161,10 +163,7 @@ def build(
             licences=optimized.licences,
             versions=versions(),
             shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
-            shapes={
-                name: Shaped(at.described.contract, at.described.components, at.described.schedules)
-                for name, at in others.items()
-            },
+            shapes={name: Shaped(at.contract, at.components, at.described.schedules) for name, at in others.items()},
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
@@ -173,13 +172,13 @@ def build(
             lowered_from,
             uncompressed,
             recipe.limits,
-            prepared=prepared,
+            quantized=quantized,
             caveats=caveats,
             progress=progress,
         )
         for name, references in at_shapes.items():
             at_shape = Bundle(folder, manifest.shaped(name))
-            found = verify_against(at_shape, *references, recipe.limits, prepared=others[name], progress=progress)
+            found = verify_against(at_shape, *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
@@ -196,23 +195,32 @@ def sized(generator: Generator, recipe: Recipe) -> Generator:
     return generator.shaped(*recipe.shape[0]) if recipe.shape else generator
 
 
-def further_shapes(prepared: Prepared, recipe: Recipe) -> dict[str, Prepared]:
-    """Returns a generator at a recipe's shapes after the first, by their names."""
-    return {f"{height}x{width}": prepared.at(height, width) for height, width in recipe.shape[1:]}
+def further_shapes(programs: Programs, recipe: Recipe) -> dict[str, Programs]:
+    """Returns the programs at a recipe's shapes after the first, by their names."""
+    from fewstep.export import describe, programs_of
+
+    found = {}
+    for height, width in recipe.shape[1:]:
+        generator = programs.generator.shaped(height, width)
+        described = describe(generator, sorted(programs.described.schedules))
+        found[f"{height}x{width}"] = programs_of(generator, described, recipe)
+    return found
 
 
-def plan_quantization(
-    generator: Generator, described: Description, recipe: Recipe, cache: StageCache, progress: Progress
-) -> QuantPlan | None:
-    """Returns the plan of a recipe that quantizes, made from the generator's own trajectories; else None."""
+def quantize_programs(
+    programs: Programs, recipe: Recipe, folder: Path, cache: StageCache, progress: Progress
+) -> QuantizedPrograms | None:
+    """Returns programs quantized by a plan made from the generator's own trajectories; None for a recipe in float.
+
+    The plan is written to a folder of ``folder``, where the tokenizers are.
+    """
     if recipe.quantization is None:
         return None
     from fewstep.calibration import collect
-    from fewstep.optimize.quantize import make_plan
+    from fewstep.optimize.quantize import QuantizedPrograms, make_plan
 
-    q = recipe.quantization
+    q, generator, described = recipe.quantization, programs.generator, programs.described
     key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
-    folder = cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps})
     calls = collect(
         generator,
         described,
@@ -222,36 +230,37 @@ def plan_quantization(
         seed=q.seed,
         steps=generator.default_steps,
         guidance=generator.guidance,
-        folder=folder,
+        folder=cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps}),
         progress=progress,
     )
-    return make_plan(generator, described, q, calls, progress)
+    plan = make_plan(programs, q, calls, progress)
+    plan.save(folder / PLAN_FOLDER)
+    tokenizers = open_tokenizers(folder, described.tokenizers)
+    return QuantizedPrograms(programs, plan, tokenizers, described.schedules)
 
 
 def compile_targets(
-    prepared: Prepared,
+    programs: Programs | QuantizedPrograms,
     recipe: Recipe,
     targets: Sequence[str],
     folder: Path,
     cache: StageCache,
     progress: Progress,
-    others: Mapping[str, Prepared] | None = None,
+    others: Mapping[str, Programs] | None = None,
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``others`` are the generator at further shapes, by name; their graphs share the weights of the first.
+    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first.
     """
     from fewstep.runtimes import get_runtime
 
-    components = prepared.described.components
     artifacts: list[Artifact] = []
-    advance = progress.task("compile", len(targets) * len(components))
-    for component in components:
-        graphs = graphs_of(component, prepared, others or {})
-        for target in targets:
+    advance = progress.task("compile", len(targets) * len(programs.components))
+    for target in targets:
+        for component in programs.components:
+            graphs = graphs_of(component, programs, others or {})
             key = {
-                "source": prepared.generator.source.sha256,
-                "component": component,
+                "source": programs.generator.source.sha256,
                 "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
                 "runtime": target,
@@ -263,10 +272,10 @@ def compile_targets(
                 (entry / "artifacts.json").write_text(json.dumps([asdict(artifact) for artifact in made]))
 
             entry, _ = cache.get_or_make("compile", key, make)
-            found = [Artifact(**values) for values in json.loads((entry / "artifacts.json").read_text())]
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            found = [replace(artifact, path=f"{target}/{artifact.path}") for artifact in found]
-            artifacts += found if prepared.plan is None else map(prepared.plan.label, found)
+            for values in json.loads((entry / "artifacts.json").read_text()):
+                artifact = Artifact(**values)
+                artifacts.append(programs.label(replace(artifact, path=f"{target}/{artifact.path}")))
             advance()
     return artifacts
 
@@ -318,15 +327,22 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 
 
 def _record(
-    prepared: Prepared, requests: Sequence[SampleRequest], recipe: Recipe, cache: StageCache, progress: Progress
+    generator: Generator,
+    described: Description,
+    requests: Sequence[SampleRequest],
+    recipe: Recipe,
+    cache: StageCache,
+    progress: Progress,
 ) -> list[Sample]:
-    described = prepared.described
+    from fewstep.calibration import record_samples
+    from fewstep.export import digest
+
     key = {
-        "source": prepared.generator.source.sha256,
+        "source": generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
-        "inputs": [asdict(spec) for spec in prepared.generator.inputs],
+        "inputs": [asdict(spec) for spec in generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "programs": {name: prepared.key(name) for name in described.components},
+        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),
@@ -337,7 +353,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in prepared.samples(requests):
+            for sample in record_samples(generator, described, requests):
                 done.append(sample)
                 advance()
             return done

@@ -20,10 +20,13 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 import fewstep
+from fewstep import app as web
 from fewstep import media, stages
+from fewstep.devices import read_device_report
 from fewstep.errors import FewstepError
 from fewstep.inputs import example_inputs
 from fewstep.progress import Advance, Progress
+from fewstep.recipe import FORMS
 from fewstep.runtimes import RUNTIMES
 from fewstep.source import Lora, Replacement, SourceSpec
 
@@ -159,6 +162,7 @@ def cli() -> None:
     "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
 )
 @click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
+@click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
@@ -174,6 +178,7 @@ def build(
     guidance: float | None,
     shape: str | None,
     decoder_tile: int | None,
+    form: str | None,
     out: Path,
     prompts: int,
     seeds: int,
@@ -192,6 +197,7 @@ def build(
             guidance=guidance,
             shape=shape,
             decoder_tile=decoder_tile,
+            form=form,
             options=options,
             progress=progress,
         )
@@ -273,6 +279,13 @@ def generate(
 @click.option("--prompts", default=8, show_default=True)
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--bisect", is_flag=True, help="If a component fails, name its first departing tensor.")
+@click.option(
+    "--device-result",
+    "device_results",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Result of the app's device check, as one more executor; may be repeated.",
+)
 @_json
 @click.pass_context
 def verify(
@@ -284,10 +297,12 @@ def verify(
     prompts: int,
     seeds: int,
     bisect: bool,
+    device_results: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with PyTorch again, on this machine."""
     opened = fewstep.Bundle.open(bundle)
+    devices = [read_device_report(path, opened) for path in device_results]
     given = replace(over, uri=against or "")
     with _progress() as progress:
         result = fewstep.verify(
@@ -301,15 +316,57 @@ def verify(
         )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
-        _print_json({**result.report.to_json(), "caveats": list(result.caveats), "departures": departures})
+        values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
+        _print_json({**values, "devices": [device.to_json() for device in devices]})
     else:
         _print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             _out.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
         for component, departure in departures.items():
             _out.print(f"first departure in {component}: {departure or 'none found on this feed'}", markup=False)
-    if not result.report:
+        for device in devices:
+            _out.print(f"device  {device.report.executor}; {device.picture_ms:.0f} ms a picture", markup=False)
+            _print_parity(device.report.summary(), ())
+    if not (result.report and all(device.report for device in devices)):
         context.exit(1)
+
+
+@cli.command()
+@_bundle
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write, for any static web host.")
+@click.option("--serve", is_flag=True, help="Serve it from here until interrupted.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
+@click.option("--lan", is_flag=True, help="Serve the local network, and not this machine alone.")
+@click.option("--collect", type=click.Path(path_type=Path), metavar="FOLDER", help="Take results of device checks.")
+@click.option("--certificate", type=click.Path(path_type=Path), help="PEM file, for https; with --key.")
+@click.option("--key", type=click.Path(path_type=Path), help="PEM file of the certificate's key.")
+@click.option("--open", "open_browser", is_flag=True, help="Open it in this machine's browser.")
+def app(
+    bundle: Path,
+    out: Path | None,
+    serve: bool,
+    port: int,
+    lan: bool,
+    collect: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    open_browser: bool,
+) -> None:
+    """Make a web app of BUNDLE that any phone's browser runs: as a folder (-o), or served (--serve)."""
+    if (out is None) != serve:
+        raise click.UsageError("give -o FOLDER or --serve, and not both")
+    if (certificate is None) != (key is None):
+        raise click.UsageError("--certificate and --key belong together")
+    opened = fewstep.Bundle.open(bundle)
+    site = web.Site.of(opened)
+    if out is not None:
+        web.write_site(site, out)
+        _out.print(str(out), markup=False)
+        return
+    pair = None if certificate is None or key is None else web.Certificate(certificate, key)
+    collector = None if collect is None else web.Collector(opened, collect)
+    with web.AppServer(site, port=port, lan=lan, collector=collector, certificate=pair) as server:
+        web.run(server, lambda text: _out.print(text, markup=False), open_browser=open_browser)
 
 
 @cli.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +14,31 @@ from fewstep.runtimes.base import Runtime
 from fewstep.runtimes.tiled import tile_spec, tile_variant
 
 if TYPE_CHECKING:
-    from fewstep.optimize.prepared import Prepared
+    from fewstep.export import Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One program of a component, not traced yet."""
+    """One program of a component, not traced yet; ``tile`` is the height and width of the tiles that it takes."""
 
     variant: str
     component: str
-    prepared: Prepared
-    spec: ComponentSpec
+    programs: Programs | QuantizedPrograms
+    tile: tuple[int, int] | None = None
 
     def program(self) -> Program:
         """Returns the traced program."""
-        return replace(self.prepared.program(self.component, self.spec), variant=self.variant)
+        spec = self.programs.components[self.component]
+        spec = spec if self.tile is None else tile_spec(spec, self.tile)
+        return replace(self.programs.make(self.component, spec), variant=self.variant)
 
     def key(self) -> dict[str, Any]:
         """Returns what determines the program beside the source and the versions of packages, JSON-ready."""
-        return {"variant": self.variant, "spec": asdict(self.spec), "program": self.prepared.key(self.component)}
+        return {"variant": self.variant, **self.programs.key(self.component)}
 
 
-def graphs_of(component: str, prepared: Prepared, others: Mapping[str, Prepared]) -> list[Graph]:
+def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Mapping[str, Programs]) -> list[Graph]:
     """Returns the graphs of a component, the first of which brings the weights.
 
     A shape has a graph of its own only where that is another one.
@@ -44,19 +47,18 @@ def graphs_of(component: str, prepared: Prepared, others: Mapping[str, Prepared]
         ExportError: the generator has other components at another shape.
     """
     for shape, at in others.items():
-        if list(at.described.components) != list(prepared.described.components):
+        if list(at.components) != list(programs.components):
             raise ExportError(
-                f"at {shape} the generator consists of {', '.join(at.described.components)}, expected "
-                f"{', '.join(prepared.described.components)} as at its first shape",
+                f"at {shape} the generator consists of {', '.join(at.components)}, expected "
+                f"{', '.join(programs.components)} as at its first shape",
                 hint="build a bundle for each of these shapes",
             )
-    first = Graph("", component, prepared, prepared.described.components[component])
-    further = [Graph(shape, component, at, at.described.components[component]) for shape, at in others.items()]
-    if first.spec.tiles is not None:
-        return [
-            Graph(tile_variant(shape), component, prepared, tile_spec(first.spec, shape))
-            for shape in _tile_shapes(graph.spec for graph in (first, *further))
-        ]
+    spec = programs.components[component]
+    if spec.tiles is not None:
+        specs = [spec, *(at.components[component] for at in others.values())]
+        return [Graph(tile_variant(tile), component, programs, tile) for tile in _tile_shapes(specs)]
+    first = Graph("", component, programs)
+    further = [Graph(shape, component, at) for shape, at in others.items()]
     return [first, *(graph for graph in further if graph.key() | {"variant": ""} != first.key())]
 
 

@@ -35,6 +35,7 @@ INPUT = "input:"  # + name: what the user gave
 NOISE = "noise:"  # + offset: a draw of the seed's noise
 LATENT = "latent"  # s_k x_k
 TIMESTEP = "timestep"  # t_k
+STEP = "step"  # the row of the contract's table of steps
 TIME = "time:"  # + name: a further number of the step, column ``times`` of the schedule
 GUIDANCE = "guidance_embedding"
 SAMPLE = "sample"  # the last latent, as the contract scales it for the decoder
@@ -135,6 +136,9 @@ class Contract:
     names noise or an output of the component ``initial``, and ``anchor`` a tensor of the latent's shape that stays the
     same through the loop: the latent of the picture that image-to-image starts from, for instance. The decoder gets
     ``x / latent_scale + latent_shift``.
+
+    ``form`` says what the networks of the loop are told of a step: its numbers (``step``), or which row of the table
+    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``.
     """
 
     latent_shape: tuple[int, ...]
@@ -147,6 +151,25 @@ class Contract:
     inputs: tuple[InputSpec, ...] = (InputSpec("prompt", TEXT),)
     output: OutputSpec = OutputSpec()
     noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
+    form: str = "step"
+    rows: tuple[Mapping[str, float], ...] = ()
+
+    def row(self, schedule: Schedule, k: int) -> int:
+        """Returns the row of the table that holds the numbers of a schedule's step.
+
+        Raises:
+            ContractError: no row does.
+        """
+        numbers = step_numbers(schedule, k)
+        try:
+            return self.rows.index(numbers)
+        except ValueError:
+            told = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+            raise ContractError(
+                f"step {k} of {schedule.steps} has {told}, which is none of the {len(self.rows)} steps that the "
+                "bundle's networks are compiled for",
+                hint="build it with these step counts (--steps), or with --form step for any",
+            ) from None
 
     @property
     def takes_text(self) -> bool:
@@ -277,8 +300,9 @@ class Manifest:
             return self.schedules[steps]
         except KeyError:
             have = ", ".join(str(n) for n in sorted(self.schedules))
+            others = "" if self.contract.form == "step" else ", or build it with --form step for others"
             raise ContractError(
-                f"bundle has no schedule for {steps} steps, it has {have}", hint=f"choose one of {have}"
+                f"bundle has no schedule for {steps} steps, it has {have}", hint=f"choose one of {have}{others}"
             ) from None
 
     def to_json(self) -> dict[str, Any]:
@@ -324,6 +348,11 @@ class Manifest:
             shape=values.get("shape"),
             shapes={shape: _shaped(value) for shape, value in values.get("shapes", {}).items()},
         )
+
+
+def step_numbers(schedule: Schedule, k: int) -> dict[str, float]:
+    """Returns the numbers that networks take at a step, by origin."""
+    return {TIMESTEP: schedule.timesteps[k], **{f"{TIME}{name}": column[k] for name, column in schedule.times.items()}}
 
 
 def load_schema() -> dict[str, Any]:
@@ -383,6 +412,8 @@ def _contract(values: Any) -> Contract:
         inputs=tuple(InputSpec(v["name"], v["kind"], tuple(v["shape"]), v["count"]) for v in values["inputs"]),
         output=_output(values["output"]),
         noise=values["noise"],
+        form=values.get("form", "step"),
+        rows=tuple(values.get("rows", ())),
     )
 
 

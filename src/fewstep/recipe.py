@@ -5,6 +5,7 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``) or a TOML file::
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
+    form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
@@ -34,6 +35,7 @@ from fewstep.quantization import Quantization, parse_quantization, refuse_unknow
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
+FORMS = ("step", "table")
 MAX_STEPS = 64
 
 
@@ -66,15 +68,18 @@ class Recipe:
     decoder_tile: int | None = None
     """Decode in overlapping tiles of this many pixels to a side."""
     quantization: Quantization | None = None
+    form: str | None = None
+    """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared with PyTorch yet: quantized operations, tile by tile."""
-        if self.quantization is not None and self.decoder_tile is not None:
-            raise RecipeError(
-                f"{self.name}: decoder_tile and quantization are both given, expected one of them",
-                hint="leave decoder_tile out, or take weights = 'fp16' without quantization",
-            )
+        """Refuses what cannot be compared with PyTorch yet: quantized operations, tile by tile or at several shapes."""
+        for what, given in (("decoder_tile", self.decoder_tile is not None), ("several shapes", len(self.shape) > 1)):
+            if self.quantization is not None and given:
+                raise RecipeError(
+                    f"{self.name}: {what} and quantization are both given, expected one of them",
+                    hint="build without quantization, or without the other",
+                )
 
     @property
     def adapters(self) -> SourceSpec:
@@ -176,6 +181,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
         decoder_tile=_tile(values.get("decoder_tile"), where),
         quantization=quantization,
+        form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -192,6 +198,16 @@ def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
             )
         found.append((int(match[1]), int(match[2])))
     return tuple(dict.fromkeys(found))
+
+
+def check_form(form: object, where: str) -> str:
+    """Returns the form; refuses others."""
+    if form not in FORMS:
+        raise RecipeError(
+            f"{where} is {form!r}, expected one of {', '.join(FORMS)}",
+            hint=suggestion(str(form), FORMS) or "leave it out: few steps are compiled as a table",
+        )
+    return str(form)
 
 
 def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets, further_shapes, plan_quantization, sized
+from fewstep.build import check_targets, compile_targets, further_shapes, quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError
@@ -175,9 +175,8 @@ def compile(
     progress: Progress,
 ) -> list[Path]:
     """Writes the artifacts of every target without verifying them, and returns the paths."""
-    from fewstep.export import describe, load
+    from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
-    from fewstep.optimize.prepared import Prepared
 
     chosen = load_recipe(recipe)
     check_targets(targets)
@@ -191,10 +190,11 @@ def compile(
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
             described = describe(replace(generator, default_steps=default), counts)
         cache = StageCache()
-        plan = plan_quantization(generator, described, chosen, cache, progress)
-        prepared = Prepared(generator, described, plan, {})
-        others = further_shapes(prepared, chosen)
-        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress, others)
+        programs = programs_of(generator, described, chosen)
+        quantized = quantize_programs(programs, chosen, folder, cache, progress)
+        artifacts = compile_targets(
+            quantized or programs, chosen, targets, folder, cache, progress, further_shapes(programs, chosen)
+        )
     return [out / artifact.path for artifact in artifacts]
 
 

@@ -21,8 +21,8 @@ from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceInfo, SourceSpec
 
 if TYPE_CHECKING:
-    from fewstep.export import Generator
-    from fewstep.optimize.prepared import Prepared
+    from fewstep.export import Generator, Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
     from fewstep.runtimes.ort_bisect import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
@@ -92,12 +92,14 @@ def verify(
             verified = verified.and_at(shape, found)
         return verified
     original = _load(bundle, source, progress)
-    prepared, references = _live_references(bundle, original, prompts, seeds, progress)
-    verified = verify_against(bundle, *references, limits, prepared=prepared, runtime=runtime, progress=progress)
+    quantized, lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
+    verified = verify_against(
+        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtime=runtime, progress=progress
+    )
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
-        prepared, references = _live_references(at, original, 1, 1, progress)
-        found = verify_against(at, *references, limits, prepared=prepared, runtime=runtime, progress=progress)
+        _, lowered_from, uncompressed = _live_references(at, original, 1, 1, progress)
+        found = verify_against(at, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
         verified = verified.and_at(shape, found)
     if bisect and not verified.report:
         verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
@@ -110,7 +112,7 @@ def verify_against(
     uncompressed: Sequence[Sample] | None,
     limits: Limits,
     *,
-    prepared: Prepared | None = None,
+    quantized: QuantizedPrograms | None = None,
     runtime: str | None = None,
     reference: str = PYTORCH,
     caveats: Sequence[str] = (),
@@ -123,7 +125,7 @@ def verify_against(
         references: samples of the network that was lowered.
         uncompressed: the same samples of the original network; None where they are the same network.
         limits: the least that the artifacts must keep.
-        prepared: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
+        quantized: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
             operation by operation, and its noise floor measured instead of taken from the manifest.
         runtime: which of the bundle's runtimes; None takes the first.
         reference: what the references are, for people.
@@ -153,15 +155,15 @@ def verify_against(
     floor = None
     if integers:
         some = references[:FLOOR_SAMPLES]
-        floor = _floor(bundle, prepared, some, progress)
+        floor = _floor(bundle, quantized, some, progress)
         labels = {label(sample) for sample in some}
         of_some = [x for x in checks if x.level == "component" and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, results[: len(some)])
-        if prepared is None:
+        if quantized is None:
             notes.append("quantized operations were not compared one by one: that needs the source")
         else:
-            checks += _compare_operations(bundle, name, integers, prepared, references[0], progress)
+            checks += _compare_operations(bundle, name, integers, quantized, references[0], progress)
     if uncompressed is not None:
         checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
         if integers:
@@ -173,11 +175,22 @@ def verify_against(
     )
 
 
-def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sample], progress: Progress) -> Floor:
+def _floor(
+    bundle: Bundle, quantized: QuantizedPrograms | None, references: Sequence[Sample], progress: Progress
+) -> Floor:
     """Returns the noise floor: measured now, or as it was when the bundle was built."""
-    if prepared is not None:
+    if quantized is not None:
         with stage(progress, "measure the noise floor"):
-            return prepared.floor(references)
+            return quantized.floor(references)
+    return known_floor(bundle)
+
+
+def known_floor(bundle: Bundle) -> Floor:
+    """Returns the noise floor as it was when the bundle was built.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
@@ -185,7 +198,12 @@ def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sampl
 
 
 def _compare_operations(
-    bundle: Bundle, runtime: str, components: Sequence[str], prepared: Prepared, sample: Sample, progress: Progress
+    bundle: Bundle,
+    runtime: str,
+    components: Sequence[str],
+    quantized: QuantizedPrograms,
+    sample: Sample,
+    progress: Progress,
 ) -> list[Check]:
     compare = get_runtime(runtime).compare_integers
     if compare is None:
@@ -193,7 +211,7 @@ def _compare_operations(
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
-            program = prepared.program(component)
+            program = quantized.make(component)
             path = bundle.file(bundle.manifest.artifact(runtime, component).path)
             for feed in (f for f in sample.feeds if f.component == component):
                 checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
@@ -240,53 +258,10 @@ def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
     from fewstep.export import load
 
     with stage(progress, f"load {source}"):
-        quantized = bundle.manifest.recipe["quantization"] is not None
-        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=quantized)
+        eager = bundle.manifest.recipe["quantization"] is not None
+        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
         _check_same(bundle.manifest.source, original.source)
     return original
-
-
-def _live_references(
-    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
-) -> tuple[Prepared, tuple[list[Sample], list[Sample] | None]]:
-    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
-    from fewstep.calibration import SampleRequest
-
-    manifest = bundle.manifest
-    with stage(progress, "read the contract"):
-        original = _as_built(original, manifest)
-        prepared, changed = _prepare(bundle, original)
-    w = manifest.contract.guidance.scale
-    requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
-    requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
-    advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
-
-    def run(reference: Prepared) -> list[Sample]:
-        samples = []
-        for sample in reference.samples(requests):
-            samples.append(sample)
-            advance()
-        return samples
-
-    before = replace(prepared, generator=original, plan=None)
-    return prepared, (run(prepared), run(before) if changed else None)
-
-
-def _prepare(bundle: Bundle, original: Generator) -> tuple[Prepared, bool]:
-    """Returns the generator as the bundle's recipe made it, and whether that changed it."""
-    from fewstep.export import describe
-    from fewstep.optimize import optimize
-    from fewstep.optimize.prepared import Prepared
-    from fewstep.optimize.quantize import QuantPlan
-
-    manifest = bundle.manifest
-    optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
-    described = describe(optimized, sorted(manifest.schedules))
-    plan = None
-    if manifest.recipe["quantization"] is not None:
-        plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
-    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    return Prepared(optimized, described, plan, tokenizers), plan is not None or any(note.modified for note in notes)
 
 
 def _as_built(generator: Generator, manifest: Manifest) -> Generator:
@@ -294,6 +269,53 @@ def _as_built(generator: Generator, manifest: Manifest) -> Generator:
     tile = manifest.recipe.get("decoder_tile")
     generator = generator if tile is None else generator.tiled(tile)
     return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
+
+
+def _live_references(
+    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
+) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
+    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
+    from fewstep.calibration import SampleRequest, record_samples
+
+    manifest = bundle.manifest
+    with stage(progress, "read the contract"):
+        original = _as_built(original, manifest)
+        optimized, programs, quantized, changed = _prepare(bundle, original)
+        described = programs.described
+    w = manifest.contract.guidance.scale
+    requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
+    requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
+    advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
+
+    def run(generator: Generator) -> list[Sample]:
+        samples = []
+        for sample in record_samples(generator, described, requests):
+            samples.append(sample)
+            advance()
+        return samples
+
+    uncompressed = run(original) if changed else None
+    if quantized is None:
+        return None, programs.restate(run(optimized)), uncompressed
+    return quantized, list(quantized.samples(requests)), uncompressed
+
+
+def _prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, QuantizedPrograms | None, bool]:
+    """Returns the generator as the bundle's recipe made it, its programs, and whether the recipe changed it."""
+    from fewstep.export import describe, programs_of
+    from fewstep.optimize import optimize
+    from fewstep.optimize.quantize import QuantizedPrograms, QuantPlan
+
+    manifest = bundle.manifest
+    recipe = Recipe("", weights=manifest.recipe["weights"], form=manifest.contract.form)
+    optimized, notes = optimize(original, recipe)
+    programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
+    changed = any(note.modified for note in notes)
+    if manifest.recipe["quantization"] is None:
+        return optimized, programs, None, changed
+    plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
+    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
+    return optimized, programs, QuantizedPrograms(programs, plan, tokenizers, manifest.schedules), True
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -321,7 +343,7 @@ def _bisect(
 
     manifest = bundle.manifest
     original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
-    prepared, _ = _prepare(bundle, _as_built(original, manifest))
+    _, programs, quantized, _ = _prepare(bundle, _as_built(original, manifest))
     failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
@@ -329,7 +351,7 @@ def _bisect(
         spec, inputs, variant = manifest.components[component], feed.inputs, None
         if spec.tiles is not None:
             spec, inputs, variant = first_tile(spec, inputs)
-        program = prepared.program(component, spec)
+        program = (quantized or programs).make(component, spec)
         path = bundle.file(manifest.artifact(runtime, component, variant).path)
         found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found
