@@ -24,6 +24,7 @@ from fewstep.isolated import run_isolated
 ROOT = Path("build/scale")
 RESULTS = Path(__file__).parent / "results"
 _MIB = 1 << 20
+_PEER = "optimum-onnx, fp32"
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     source = write_folder(options.case, ROOT / options.case / "folder")
     path = RESULTS / "versus.json"
     figures: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"case": options.case, "runs": {}}
-    for name in ("fewstep, fp16", "fewstep, fp32", "optimum-onnx, fp32"):
+    for name in ("fewstep, fp16", "fewstep, fp32", _PEER):
         if name not in figures["runs"]:
             sys.stderr.write(f"{options.case}: {name}\n")
             out = ROOT / options.case / "versus"
@@ -69,7 +70,8 @@ def page(figures: dict[str, Any]) -> str:
     """Returns the figures as a page."""
     machine = figures["machine"]
     ours = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    theirs = figures["runs"]["optimum-onnx, fp32"]["versions"]
+    theirs = figures["runs"].get(_PEER, {}).get("versions", {})
+    peer = ", ".join(f"{name} {version}" for name, version in theirs.items()) or "not run on this machine yet"
     lines = [
         f"# Compiling every component beside optimum-onnx: {figures['case']}",
         "",
@@ -79,7 +81,7 @@ def page(figures: dict[str, Any]) -> str:
         "",
         f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']} GiB; {machine['system']}, "
         f"Python {machine['python']}. fewstep: {ours}. Peer: "
-        f"{', '.join(f'{name} {version}' for name, version in theirs.items())}. The machine was shared: CPU seconds "
+        f"{peer}. The machine was shared: CPU seconds "
         "compare, wall seconds are upper bounds.",
         "",
         "| compiler, weights | peak, MiB | wall, s | CPU, s | components | files, MiB |",
