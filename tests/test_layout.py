@@ -22,6 +22,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_lower",
     "fewstep.runtimes.ort_pack",
     "fewstep.runtimes.ort_points",
+    "fewstep.runtimes.ort_shared",
     "fewstep.runtimes.ort_weights",
     "fewstep.runtimes.pytorch_double",
     "fewstep.runtimes.pytorch_reference",
