@@ -21,6 +21,7 @@ from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
+from fewstep.runtimes.ort_nbits import multiply_packed
 from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
@@ -99,6 +100,7 @@ def _shrink(model: ir.Model, weights: str) -> None:
     if weights == "fp16":
         _store_halves(model)
     unfold_convolutions(model)
+    multiply_packed(model)
     widen_weights(model)
     pack_int4(model)
     strip(model)

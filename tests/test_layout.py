@@ -20,6 +20,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_files",
     "fewstep.runtimes.ort_integer_conv",
     "fewstep.runtimes.ort_lower",
+    "fewstep.runtimes.ort_nbits",
     "fewstep.runtimes.ort_pack",
     "fewstep.runtimes.ort_points",
     "fewstep.runtimes.ort_shared",
