@@ -85,7 +85,7 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 INTEROP := .venv-interop
 
 .PHONY: interop
-interop: $(VENV)/.all $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline
+interop: $(VENV)/.all $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline; compares merged LoRAs with PEFT's
 	$(BIN)/fewstep build stickers --target onnxruntime --form step -o $(BUNDLE)-step
 	FEWSTEP_BUNDLE=$(BUNDLE)-step $(INTEROP)/bin/pytest tests/interop -W default
 
@@ -94,7 +94,7 @@ $(INTEROP)/bin/python:
 
 $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/python
 	$(INTEROP)/bin/python -m pip install --progress-bar off -c constraints-interop.txt \
-		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx pytest torch
+		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx peft pytest torch
 	touch $@
 
 # --- the web app -------------------------------------------------------------------------------------------------------
@@ -146,9 +146,12 @@ stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on tw
 
 CASES ?= small middle sd15
 .PHONY: bench-scale
-bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on where it was interrupted); CASES=sdxl needs 15 GB of disk
+bench-scale: $(VENV)/.dev $(INTEROP)/.installed ## Measures compiling networks of full size (goes on where it was interrupted), beside optimum-onnx; CASES=sdxl needs 15 GB of disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
+	$(BIN)/python -m benchmarks.scale --shapes --tiles
 	$(BIN)/python -m benchmarks.scale.bundle sd15
+	$(BIN)/python -m benchmarks.scale.plan
+	$(BIN)/python -m benchmarks.scale.versus --peer $(INTEROP)/bin/python
 
 ROWS ?=
 .PHONY: bench-quant

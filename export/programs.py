@@ -55,11 +55,11 @@ class Programs:
             "rows": [dict(row) for row in self.contract.rows] if network in self.static else None,
         }
 
-    def make(self, component: str) -> Program:
-        """Returns the program of a component."""
+    def make(self, component: str, spec: ComponentSpec | None = None) -> Program:
+        """Returns the program of a component; ``spec`` traces one outside the loop for other shapes than its own."""
         network = self._network(component)
         if network not in self.static:
-            return trace(self.generator, self.described.wirings[network], self.described.components[network])
+            return trace(self.generator, self.described.wirings[network], spec or self.components[network])
         found = self.static[network]
         program = found.step if component == network else found.conditions
         assert program is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewstep.optimize.quantize.apply import quantize
+from fewstep.optimize.quantize.correct import corrected_schedules
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
 from fewstep.optimize.quantize.planner import make_plan
 from fewstep.optimize.quantize.programs import QuantizedPrograms
@@ -16,6 +17,7 @@ __all__ = [
     "QuantPlan",
     "QuantizedPrograms",
     "Site",
+    "corrected_schedules",
     "find_sites",
     "make_plan",
     "quantize",

@@ -52,9 +52,9 @@ class QuantizedPrograms:
         """Returns all that determines a component's program beside the generator's weights, JSON-ready."""
         return {**self.programs.key(component), "plan": self.plan.digest(component)}
 
-    def make(self, component: str) -> Program:
-        """Returns the quantized program of a component."""
-        return quantize(self.programs.make(component), self.plan.components[component])
+    def make(self, component: str, spec: ComponentSpec | None = None) -> Program:
+        """Returns the quantized program of a component; ``spec`` as in `Programs.make`."""
+        return quantize(self.programs.make(component, spec), self.plan.components[component])
 
     def label(self, artifact: Artifact) -> Artifact:
         """Returns an artifact that says what its component's weights are stored in and what it computes with."""

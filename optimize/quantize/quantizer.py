@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +12,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 from torchao.quantization.quant_primitives import MappingType
 
 from fewstep.errors import QuantizationError
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid
 from fewstep.optimize.quantize.sites import Site
 
@@ -110,15 +110,6 @@ def spread(parameters: torch.Tensor, grid: Grid, shape: torch.Size) -> torch.Ten
     if grid.group_size is None:
         return parameters.reshape([-1 if i == grid.axis else 1 for i in range(len(shape))])
     return parameters.repeat_interleave(grid.group_size, dim=1).reshape(shape)
-
-
-def attribute(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Returns a parameter or buffer by its dotted name."""
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    assert isinstance(found, torch.Tensor)
-    return found.detach()
 
 
 class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 
 from fewstep.calibration.observe import Calls
 from fewstep.optimize.hessians import Layer, hessians
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import flat, rows_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid
-from fewstep.optimize.quantize.quantizer import attribute
 from fewstep.optimize.quantize.sites import Site
 from fewstep.optimize.rounding import adaround, gptq_each
 

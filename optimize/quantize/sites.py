@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fewstep.export.dependence import dependence
-from fewstep.manifest import GUIDANCE, LATENT, TIME, TIMESTEP
+from fewstep.manifest import GUIDANCE, TIME, TIMESTEP
 from fewstep.program import Program
 
 _aten = torch.ops.aten
@@ -91,11 +91,6 @@ class Site:
     def of_guidance_scale(self) -> bool:
         """Whether its data depends on the guidance scale alone."""
         return self.depends == {GUIDANCE}
-
-    @property
-    def per_prompt(self) -> bool:
-        """Whether its data is the same at every step."""
-        return not any(o == LATENT or _is_time(o) for o in self.depends)
 
 
 def _is_time(origin: str) -> bool:

@@ -158,7 +158,10 @@ def cli() -> None:
 @_recipe
 @_counts
 @_guidance
-@click.option("--shape", metavar="HEIGHTxWIDTH", help="Size of the pictures in pixels, for instance 512x768.")
+@click.option(
+    "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
+)
+@click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
 @click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
@@ -174,6 +177,7 @@ def build(
     steps: tuple[int, ...] | None,
     guidance: float | None,
     shape: str | None,
+    decoder_tile: int | None,
     form: str | None,
     out: Path,
     prompts: int,
@@ -192,6 +196,7 @@ def build(
             steps=steps,
             guidance=guidance,
             shape=shape,
+            decoder_tile=decoder_tile,
             form=form,
             options=options,
             progress=progress,
@@ -211,6 +216,7 @@ def build(
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
+@click.option("--shape", metavar="HEIGHTxWIDTH", help="One of the bundle's shapes; its first unless given.")
 @_guidance
 @_runtime
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
@@ -223,6 +229,7 @@ def generate(
     given: tuple[str, ...],
     seed: int,
     steps: int | None,
+    shape: str | None,
     guidance: float | None,
     runtime: str | None,
     out: Path,
@@ -232,6 +239,7 @@ def generate(
 ) -> None:
     """Draw PROMPT with BUNDLE, or whatever it makes of its inputs."""
     opened = fewstep.Bundle.open(bundle)
+    opened = opened if shape is None else opened.shaped(shape)
     contract, prompts = opened.manifest.contract, opened.manifest.prompts
     if not grid:
         prompts = (prompt or "",)

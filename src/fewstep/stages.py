@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets, quantize_programs
+from fewstep.build import check_targets, compile_targets, further_shapes, quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError
@@ -184,7 +184,7 @@ def compile(
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            original = load(spec, guidance=w, eager=chosen.quantization is not None)
+            original = sized(load(spec, guidance=w, eager=chosen.quantization is not None), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
@@ -192,7 +192,9 @@ def compile(
         cache = StageCache()
         programs = programs_of(generator, described, chosen)
         quantized = quantize_programs(programs, chosen, folder, cache, progress)
-        artifacts = compile_targets(quantized or programs, chosen, targets, folder, cache, progress)
+        artifacts = compile_targets(
+            quantized or programs, chosen, targets, folder, cache, progress, further_shapes(programs, chosen)
+        )
     return [out / artifact.path for artifact in artifacts]
 
 

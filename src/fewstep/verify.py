@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, SourceInfo
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Limits, Recipe
+from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, label
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
-from fewstep.source import SourceSpec
+from fewstep.runtimes.tiled import first_tile
+from fewstep.source import SourceInfo, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.export import Generator, Programs
@@ -39,6 +40,13 @@ class Verification:
     results: tuple[Sample, ...]
     caveats: tuple[str, ...]
     departures: dict[str, Departure | None] = field(default_factory=dict)
+
+    def and_at(self, shape: str, other: Verification) -> Verification:
+        """Returns the verification with the checks of another shape's."""
+        checks = tuple(
+            replace(check, sample=", ".join(filter(None, (check.sample, shape)))) for check in other.report.checks
+        )
+        return replace(self, report=replace(self.report, checks=self.report.checks + checks))
 
 
 def verify(
@@ -71,19 +79,28 @@ def verify(
     limits = Limits(**bundle.manifest.recipe["limits"])
     source, reason = _usable_source(bundle, against)
     if source is None:
-        golden = load_samples(bundle.path / "golden")
-        if not golden:
-            raise BundleError(f"{bundle.path} has no golden samples to verify against", hint="give --against SOURCE")
+        golden = _golden(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
-        return verify_against(
+        verified = verify_against(
             bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
         )
-    quantized, lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
+        for shape in bundle.manifest.shapes:
+            at, golden = bundle.shaped(shape), _golden(bundle, shape)
+            found = verify_against(at, golden, None, limits, runtime=runtime, reference=GOLDEN, progress=progress)
+            verified = verified.and_at(shape, found)
+        return verified
+    original = _load(bundle, source, progress)
+    quantized, lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
     verified = verify_against(
         bundle, lowered_from, uncompressed, limits, quantized=quantized, runtime=runtime, progress=progress
     )
+    for shape in bundle.manifest.shapes:
+        at = bundle.shaped(shape)
+        _, lowered_from, uncompressed = _live_references(at, original, 1, 1, progress)
+        found = verify_against(at, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
+        verified = verified.and_at(shape, found)
     if bisect and not verified.report:
         verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
     return verified
@@ -227,19 +244,42 @@ def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[So
     return (built_from.spec(), "") if gone is None else (None, f"{gone} is not on this machine")
 
 
-def _live_references(
-    bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
-) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
-    from fewstep.calibration import SampleRequest, record_samples
+def _golden(bundle: Bundle, shape: str) -> list[Sample]:
+    """Returns the golden samples of one of the further shapes, or those of the first."""
+    golden = load_samples(bundle.path / "golden" / shape)
+    if not golden:
+        what = f"golden samples of shape {shape}" if shape else "golden samples"
+        raise BundleError(f"{bundle.path} has no {what} to verify against", hint="give --against SOURCE")
+    return golden
+
+
+def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
+    """Returns the generator that a bundle was built from, before its recipe."""
     from fewstep.export import load
 
-    manifest = bundle.manifest
     with stage(progress, f"load {source}"):
-        eager = manifest.recipe["quantization"] is not None
-        original = load(source, guidance=manifest.contract.guidance.scale, eager=eager)
+        eager = bundle.manifest.recipe["quantization"] is not None
+        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
         _check_same(bundle.manifest.source, original.source)
-        if manifest.recipe["shape"] is not None:
-            original = original.shaped(*manifest.recipe["shape"])
+    return original
+
+
+def _as_built(generator: Generator, manifest: Manifest) -> Generator:
+    """Returns a generator that draws and decodes at the sizes of a manifest."""
+    tile = manifest.recipe.get("decoder_tile")
+    generator = generator if tile is None else generator.tiled(tile)
+    return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
+
+
+def _live_references(
+    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
+) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
+    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
+    from fewstep.calibration import SampleRequest, record_samples
+
+    manifest = bundle.manifest
+    with stage(progress, "read the contract"):
+        original = _as_built(original, manifest)
         optimized, programs, quantized, changed = _prepare(bundle, original)
         described = programs.described
     w = manifest.contract.guidance.scale
@@ -303,13 +343,15 @@ def _bisect(
 
     manifest = bundle.manifest
     original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
-    _, programs, quantized, _ = _prepare(bundle, original)
+    _, programs, quantized, _ = _prepare(bundle, _as_built(original, manifest))
     failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
-        path = bundle.file(manifest.artifact(runtime, component).path)
-        found[component] = bisect(
-            (quantized or programs).make(component), path, feed.inputs, limit_db=limits.component_sqnr_db
-        )
+        spec, inputs, variant = manifest.components[component], feed.inputs, None
+        if spec.tiles is not None:
+            spec, inputs, variant = first_tile(spec, inputs)
+        program = (quantized or programs).make(component, spec)
+        path = bundle.file(manifest.artifact(runtime, component, variant).path)
+        found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found

@@ -8,7 +8,7 @@ import { BundleFiles } from "../src/lib/files";
 import { parseManifest, type Manifest } from "../src/lib/manifest";
 import { psnrDb, spread, sqnrDb } from "../src/lib/metrics";
 import { externalDataFiles } from "../src/lib/onnx";
-import { bind, checkOrigins, setStep, type Origins } from "../src/lib/origins";
+import { bind, checkOrigins, rowOf, setStep, type Origins } from "../src/lib/origins";
 import { readSafetensors } from "../src/lib/safetensors";
 import { firstSchemaError } from "../src/lib/schema";
 import { sha256, sha256InScript } from "../src/lib/sha256";
@@ -162,15 +162,28 @@ describe("origins", () => {
     expect(() => checkOrigins(value)).toThrow("denoiser.t is bound to null");
   });
 
-  it("gives the step's time, or its row, once for every token", () => {
-    for (const [origin, k, expected] of [["timestep", 1, 998n], ["step", 1, 1n]] as const) {
-      const value = manifest({ t: origin });
-      checkOrigins(value);
-      const origins: Origins = new Map();
-      setStep(origins, value, value.schedules["2"]!, k, float32([1, 2], new Float32Array(2)), 1);
-      const input = value.components.denoiser!.inputs[1]!;
-      expect([...(bind(origins, origin, input, value.contract).data as BigInt64Array)]).toEqual([expected, expected, expected]);
-    }
+  const table2 = manifest().schedules["2"]!;
+  const rows = [{ timestep: 998, "time:r": 1 }, { timestep: 5 }, { timestep: 999 }, { timestep: 998 }];
+  it.each([
+    ["timestep", {}, 998n],
+    ["step", { form: "table", rows }, 3n],
+  ])("gives the step's %s, once for every token", (origin, more, expected) => {
+    const value = manifest({ t: origin });
+    Object.assign(value.contract, more);
+    checkOrigins(parsed(value));
+    const origins: Origins = new Map();
+    setStep(origins, value.contract, table2, 1, float32([1, 2], new Float32Array(2)));
+    const input = value.components.denoiser!.inputs[1]!;
+    expect([...(bind(origins, origin, input, value.contract).data as BigInt64Array)]).toEqual([expected, expected, expected]);
+  });
+
+  it("refuses rows where there is no table, and steps that no row holds", () => {
+    expect(() => checkOrigins(manifest({ t: "step" }))).toThrow('denoiser.t is bound to "step"');
+    const { contract } = manifest();
+    Object.assign(contract, { form: "table", rows: rows.slice(0, 3) });
+    expect(() => rowOf(contract, table2, 1)).toThrow("step 1 of 2 has timestep 998, which is none of the 3 steps");
+    contract.form = "loop" as never;
+    expect(() => parsed(manifest({}, { contract }))).toThrow('contract/form is "loop", expected one of ["step","table"]');
   });
 
   it("refuses a value of another size", () => {

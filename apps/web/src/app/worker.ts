@@ -111,11 +111,12 @@ async function openOnBest(
   if (obstacle === null) {
     const { ort, threads, reasons } = await startEngine(root, "webgpu", store);
     const sampler = await openSampler(manifest, files, { ort, provider: "webgpu" });
-    obstacle = await selfCheck(manifest, files, sampler);
-    if (obstacle === null) {
+    const verdict = await selfCheck(manifest, files, sampler, choice === "webgpu");
+    if (verdict.trusted) {
       await sampler.openAll();
-      return { sampler, engine: { provider: "webgpu", threads, version: ENGINE_VERSION, reasons: [...reasons, "WebGPU passed the self-check"] } };
+      return { sampler, engine: { provider: "webgpu", threads, version: ENGINE_VERSION, reasons: [...reasons, verdict.text] } };
     }
+    obstacle = verdict.text;
     await sampler.close();
   }
   const { ort, threads, reasons } = await startEngine(root, "wasm", store);
@@ -124,14 +125,28 @@ async function openOnBest(
   return { sampler, engine: { provider: "wasm", threads, version: ENGINE_VERSION, reasons: [...reasons, `not WebGPU: ${obstacle}`] } };
 }
 
-async function selfCheck(manifest: Manifest, files: BundleFiles, sampler: Sampler): Promise<string | null> {
+// GPUs approximate exponentials and sines. Who asks for theirs gets it from here on, which is below what 8 bits show.
+const LEAST_ASKED_FOR_DB = 80;
+
+/** Returns whether a provider computes what the golden pack says, and how it did. */
+async function selfCheck(
+  manifest: Manifest,
+  files: BundleFiles,
+  sampler: Sampler,
+  askedFor: boolean,
+): Promise<{ trusted: boolean; text: string }> {
   try {
     const checks = await checkProvider(manifest, files, sampler);
-    const failed = checks.find((check) => !check.passed);
-    if (failed === undefined) return checks.length > 0 ? null : "there was nothing to check it with";
-    return `its ${failed.component} is at ${failed.value.toFixed(1)} dB, below ${failed.limit} dB`;
+    if (checks.length === 0) return { trusted: false, text: "there was nothing to check it with" };
+    const failed = checks.filter((check) => !check.passed);
+    if (failed.length === 0) return { trusted: true, text: "WebGPU passed the self-check" };
+    const worst = failed.reduce((a, b) => (b.value < a.value || Number.isNaN(b.value) ? b : a));
+    const text = `its ${worst.component} is at ${worst.value.toFixed(1)} dB, below ${worst.limit} dB`;
+    return worst.value >= LEAST_ASKED_FOR_DB && askedFor
+      ? { trusted: true, text: `WebGPU was asked for, though ${text}` }
+      : { trusted: false, text };
   } catch (error) {
-    return `it failed (${asFewstepError(error, "WebGPU").message})`;
+    return { trusted: false, text: `it failed (${asFewstepError(error, "WebGPU").message})` };
   }
 }
 

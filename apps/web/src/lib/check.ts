@@ -120,7 +120,7 @@ export async function checkProvider(manifest: Manifest, files: BundleFiles, samp
  * Returns the limits of a bundle: its recipe's, or its noise floor's where roundings of whole numbers decide.
  *
  * The rule is that of `fewstep.runtimes.quantized_parity`: medians over the same samples, not more than 1 dB below what
- * two executions in PyTorch agree to, and nothing beyond the limits of float arithmetic.
+ * two executions in PyTorch agree to, and nothing beyond the limit of float pictures.
  */
 function limitsOf(manifest: Manifest): Limits {
   const limits = (manifest.recipe.limits ?? {}) as { [name: string]: unknown };
@@ -136,7 +136,7 @@ function limitsOf(manifest: Manifest): Limits {
   if (!known) {
     throw new FewstepError("bundle", "the bundle does not say what its noise floor is", "build the bundle again");
   }
-  const floors = integers.map((name) => [name, Math.min(known.components[name]! - BELOW_FLOOR_DB, component)]);
+  const floors = integers.map((name) => [name, Math.min(known.components[name]! - BELOW_FLOOR_DB, picture)]);
   return {
     component: (name) => (integers.includes(name) ? null : component),
     picture: null,

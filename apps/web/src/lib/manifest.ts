@@ -53,6 +53,9 @@ export interface Contract {
   inputs: InputSpec[];
   output: OutputSpec;
   noise: string;
+  /** What the loop's networks are told of a step: its numbers, or which row of `rows` holds them. */
+  form?: "step" | "table";
+  rows?: { [origin: string]: number }[];
 }
 
 export interface Schedule {
@@ -152,7 +155,7 @@ export function parseManifest(text: string): Manifest {
 
 /** The entries that this library reads (or knows to mean nothing to it), of every part that decides the picture. */
 const KNOWN = {
-  contract: "latent_shape latent_scale latent_shift prediction_type guidance initial anchor inputs output noise",
+  contract: "latent_shape latent_scale latent_shift prediction_type guidance initial anchor inputs output noise form rows",
   guidance: "kind scale frequencies factor negative",
   input: "name kind shape count",
   output: "kind scale shift clip rate",
@@ -161,6 +164,8 @@ const KNOWN = {
   tokenizer: "folder length pad_id padding_side prefix suffix clean input",
   artifact: "runtime component path weights compute bytes",
 } as const;
+
+const FORMS: readonly (string | undefined)[] = [undefined, "step", "table"];
 
 /** The schema may have grown by what this library does not do yet: what is set there must be known here. */
 function refuseUnknown(manifest: Manifest): void {
@@ -174,6 +179,9 @@ function refuseUnknown(manifest: Manifest): void {
   };
   const { contract } = manifest;
   check("contract", "contract", contract);
+  if (!FORMS.includes(contract.form)) {
+    throw new FewstepError("unsupported", `the bundle's networks have the form ${contract.form}, which this app does not know`, UPDATE);
+  }
   check("guidance", "guidance", contract.guidance);
   check("output", "output", contract.output);
   contract.inputs.forEach((input) => check("input", `input ${input.name}`, input));

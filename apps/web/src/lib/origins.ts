@@ -27,13 +27,36 @@ const GUIDANCE = "guidance_embedding";
 export type Value = Tensor | number;
 export type Origins = Map<string, Value>;
 
-/** Sets what a step knows: the latent, its time, its further numbers, and the guidance scale. */
-export function setStep(values: Origins, manifest: Manifest, schedule: Schedule, k: number, x: Tensor, w: number): void {
-  values.set(LATENT, x);
-  values.set(TIMESTEP, schedule.timesteps[k]!);
+/** Sets the guidance scale, which networks may want before the loop, too. */
+export function setGuidance(values: Origins, w: number): void {
   values.set(GUIDANCE, w);
-  for (const [name, column] of Object.entries(schedule.times)) values.set(TIME + name, column[k]!);
-  if (bindsStep(manifest)) values.set(STEP, stepRow(manifest, schedule, k));
+}
+
+/** Sets what a step knows: the latent, its numbers, and which row of the contract's table holds them. */
+export function setStep(values: Origins, contract: Contract, schedule: Schedule, k: number, x: Tensor): void {
+  values.set(LATENT, x);
+  for (const [origin, number] of Object.entries(stepNumbers(schedule, k))) values.set(origin, number);
+  if (contract.form === "table") values.set(STEP, rowOf(contract, schedule, k));
+}
+
+/** Returns the row of the contract's table that holds the numbers of a schedule's step. */
+export function rowOf(contract: Contract, schedule: Schedule, k: number): number {
+  const numbers = Object.entries(stepNumbers(schedule, k));
+  const rows = contract.rows ?? [];
+  const row = rows.findIndex((given) => Object.keys(given).length === numbers.length && numbers.every(([name, n]) => given[name] === n));
+  if (row >= 0) return row;
+  const told = numbers.map(([name, number]) => `${name} ${number}`).join(", ");
+  throw new FewstepError(
+    "contract",
+    `step ${k} of ${schedule.timesteps.length} has ${told}, which is none of the ${rows.length} steps that the bundle's networks are compiled for`,
+    "build the bundle with these step counts (--steps), or with --form step for any",
+  );
+}
+
+/** Returns the numbers that networks take at a step, by origin. */
+function stepNumbers(schedule: Schedule, k: number): { [origin: string]: number } {
+  const times = Object.entries(schedule.times).map(([name, column]) => [TIME + name, column[k]!]);
+  return { [TIMESTEP]: schedule.timesteps[k]!, ...Object.fromEntries(times) };
 }
 
 /** Returns an input of a network, in its dtype and shape. */
@@ -72,7 +95,8 @@ export function checkOrigins(manifest: Manifest): void {
   const outputs = Object.entries(components).flatMap(([name, c]) => c.outputs.map((o) => outputOf(name, o.name)));
   const times = Object.values(manifest.schedules).flatMap((schedule) => Object.keys(schedule.times));
   const known = new Set([
-    ...[SAMPLE, LATENT, TIMESTEP, STEP, GUIDANCE],
+    ...[SAMPLE, LATENT, TIMESTEP, GUIDANCE],
+    ...(contract.form === "table" ? [STEP] : []),
     ...Object.keys(tokenizers).flatMap((name) => [tokensOf(name), maskOf(name)]),
     ...contract.inputs.filter((input) => input.kind !== "text").map((input) => inputOf(input.name)),
     ...times.map((name) => TIME + name),
@@ -86,7 +110,6 @@ export function checkOrigins(manifest: Manifest): void {
   }
   check(contract.initial, "the first latent");
   if (contract.anchor !== null) check(contract.anchor, "the anchor");
-  if (bindsStep(manifest)) Object.values(manifest.schedules).forEach((schedule) => stepRow(manifest, schedule, 0));
 }
 
 function unknownOrigin(origin: string | undefined, name: string): FewstepError {
@@ -95,21 +118,6 @@ function unknownOrigin(origin: string | undefined, name: string): FewstepError {
     `${name} is bound to ${JSON.stringify(origin ?? null)}, an origin that this app does not know`,
     "update the app: the bundle may be newer than it",
   );
-}
-
-const bindsStep = (manifest: Manifest): boolean =>
-  Object.values(manifest.components).some((component) => Object.values(component.bindings).includes(STEP));
-
-/** Returns the row of step k in the tables that time folded into. */
-function stepRow(manifest: Manifest, _schedule: Schedule, k: number): number {
-  if (Object.keys(manifest.schedules).length !== 1) {
-    throw new FewstepError(
-      "unsupported",
-      "networks bound to the step's row with schedules for several step counts, whose rows this app cannot tell apart",
-      "build the bundle with one step count: fewstep build ... --steps 4",
-    );
-  }
-  return k;
 }
 
 function valuesOf(tensor: Tensor): ArrayLike<number | bigint> {

@@ -12,6 +12,8 @@ import {
   maskOf,
   outputOf,
   SAMPLE,
+  rowOf,
+  setGuidance,
   setStep,
   tokensOf,
   valueOrNoise,
@@ -91,6 +93,7 @@ export class Sampler {
       throw new FewstepError("contract", `guidance is ${w}, but this generator takes none`, "leave the guidance out");
     }
     checkInputs(contract.inputs, request.inputs ?? {});
+    if (contract.form === "table") schedule.timesteps.forEach((_, k) => rowOf(contract, schedule, k)); // before any work
     const calls: Call[] = [];
     const shape = [1, ...contract.latent_shape];
     const size = sizeOf(shape);
@@ -106,6 +109,7 @@ export class Sampler {
     const known = new Map<Branch, Origins>();
     for (const branch of branches) {
       const values = this.given(branch === "cond" ? request.prompt : contract.guidance.negative, request);
+      setGuidance(values, w);
       known.set(branch, values);
       for (const component of this.phase("before")) {
         this.drawNoise(component, values, seed);
@@ -124,7 +128,7 @@ export class Sampler {
       const outputs = new Map<Branch, Float32Array>();
       for (const branch of branches) {
         const values = known.get(branch)!;
-        setStep(values, this.manifest, schedule, k, float32(shape, latent), w);
+        setStep(values, contract, schedule, k, float32(shape, latent));
         for (const component of this.phase("loop")) {
           const results = await run(component, values, k, branch);
           if (component === DENOISER) outputs.set(branch, tensorFloats(firstOf(results), DENOISER));

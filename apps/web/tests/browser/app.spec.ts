@@ -16,7 +16,7 @@ let page: Page;
 
 beforeAll(async () => {
   browser = await launch();
-  site = writeSite(bundles[0]!);
+  site = await writeSite(bundles[0]!);
 });
 afterAll(async () => {
   await browser?.close();

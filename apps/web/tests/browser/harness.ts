@@ -1,12 +1,13 @@
 // A browser, and two ways to serve the app: fewstep's own server, and a plain static host that can be told to misbehave.
 
-import { spawn, spawnSync, type ChildProcess } from "node:child_process";
+import { execFile, spawn, type ChildProcess } from "node:child_process";
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, statSync } from "node:fs";
 import { createServer, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { extname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
 import { chromium, devices, type Browser, type BrowserContext, type BrowserContextOptions, type Page } from "playwright-core";
 
 export const repository = fileURLToPath(new URL("../../../../", import.meta.url));
@@ -37,14 +38,13 @@ export const smallPhone: BrowserContextOptions = { ...phone, viewport: { width: 
 export const desktop: BrowserContextOptions = { viewport: { width: 1280, height: 860 } };
 
 /** Returns what Python prints for some code. */
-export function runPython(code: string, ...args: string[]): string {
-  const done = spawnSync(python, ["-W", "ignore", "-c", code, ...args], { cwd: repository, encoding: "utf-8" });
-  if (done.status !== 0) throw new Error(`${done.stdout}\n${done.stderr}`);
-  return done.stdout;
+export async function runPython(code: string, ...args: string[]): Promise<string> {
+  const { stdout } = await promisify(execFile)(python, ["-W", "ignore", "-c", code, ...args], { cwd: repository });
+  return stdout;
 }
 
 const CLI = "from fewstep.cli import main; main()";
-export const fewstep = (...args: string[]): string => runPython(CLI, ...args);
+export const fewstep = (...args: string[]): Promise<string> => runPython(CLI, ...args);
 
 export function temporary(): string {
   return mkdtempSync(join(tmpdir(), "fewstep-app-"));
@@ -140,9 +140,9 @@ export class StaticHost {
 }
 
 /** Writes the static folder of a bundle. */
-export function writeSite(bundle: string): string {
+export async function writeSite(bundle: string): Promise<string> {
   const folder = join(temporary(), "site");
-  fewstep("app", bundle, "-o", folder);
+  await fewstep("app", bundle, "-o", folder);
   return folder;
 }
 
