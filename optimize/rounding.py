@@ -9,6 +9,7 @@ Legend: O output channels, I inputs of each, K groups of a convolution.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +81,31 @@ def gptq(
     Raises:
         CalibrationError: the shapes do not fit, or the Hessian stays singular when damped.
     """
+    return gptq_each(weight_OI, hessian, [grid], damp=damp, block=block, ordered=ordered)[0]
+
+
+def gptq_each(
+    weight_OI: torch.Tensor,
+    hessian: torch.Tensor,
+    grids: Sequence[Grid],
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    ordered: bool = True,
+) -> list[torch.Tensor]:
+    """Returns what `gptq` does for each of several grids of a weight, inverting its Hessian once."""
     weight_KOI, hessian_KII = _grouped(weight_OI.detach().double(), hessian.double())
-    scale, zero = (t.double().expand(weight_OI.shape) for t in grid.of_columns(weight_OI.shape[1]))
-    scale_KOI, zero_KOI = (t.reshape(weight_KOI.shape) for t in (scale, zero))
-    rounded = [
-        _gptq_group(weight_KOI[k], hessian_KII[k], scale_KOI[k], zero_KOI[k], grid, damp, block, ordered=ordered)
-        for k in range(len(weight_KOI))
-    ]
-    return as_integers(torch.cat(rounded), grid)
+    prepared = [_prepare(hessian_II, damp, ordered=ordered) for hessian_II in hessian_KII]
+    rounded = []
+    for grid in grids:
+        scale, zero = (t.double().expand(weight_OI.shape) for t in grid.of_columns(weight_OI.shape[1]))
+        scale_KOI, zero_KOI = (t.reshape(weight_KOI.shape) for t in (scale, zero))
+        parts = [
+            _gptq_group(weight_KOI[k], prepared[k], scale_KOI[k], zero_KOI[k], grid, block)
+            for k in range(len(weight_KOI))
+        ]
+        rounded.append(as_integers(torch.cat(parts), grid))
+    return rounded
 
 
 def adaround(
@@ -156,27 +174,36 @@ class SoftRounding:
         return as_integers(self._floor + self._zero + (self.share().detach() >= 0.5), self._grid)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What GPTQ needs of a Hessian: which inputs are always zero, the order of columns, and the factor U."""
+
+    unused_I: torch.Tensor
+    order_I: torch.Tensor
+    upper_II: torch.Tensor
+
+
+def _prepare(hessian_II: torch.Tensor, damp: float, *, ordered: bool) -> _Prepared:
+    diagonal = hessian_II.diagonal()
+    unused = diagonal == 0
+    order = torch.argsort(diagonal, descending=True, stable=True) if ordered else torch.arange(len(diagonal))
+    hessian_II = hessian_II[order][:, order].clone()
+    hessian_II.diagonal().add_(damp * diagonal.mean() + unused[order].double())
+    return _Prepared(unused, order, _inverse_factor(hessian_II))
+
+
 def _gptq_group(
     weight_OI: torch.Tensor,
-    hessian_II: torch.Tensor,
+    prepared: _Prepared,
     scale_OI: torch.Tensor,
     zero_OI: torch.Tensor,
     grid: Grid,
-    damp: float,
     block: int,
-    *,
-    ordered: bool,
 ) -> torch.Tensor:
     """Returns the rounded weights of one group of a convolution, as whole numbers in float64."""
-    inputs = weight_OI.shape[1]
-    diagonal = hessian_II.diagonal()
-    unused = diagonal == 0
-    order = torch.argsort(diagonal, descending=True, stable=True) if ordered else torch.arange(inputs)
-    hessian_II = hessian_II[order][:, order].clone()
-    hessian_II.diagonal().add_(damp * diagonal.mean() + unused[order].double())
-    weight_OI = torch.where(unused, 0.0, weight_OI)[:, order]
+    inputs, order, upper_II = weight_OI.shape[1], prepared.order_I, prepared.upper_II
+    weight_OI = torch.where(prepared.unused_I, 0.0, weight_OI)[:, order]
     scale_OI, zero_OI = scale_OI[:, order], zero_OI[:, order]
-    upper_II = _inverse_factor(hessian_II)
     rounded = torch.empty_like(weight_OI)
     for first in range(0, inputs, block):
         last = min(first + block, inputs)

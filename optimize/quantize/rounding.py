@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +15,9 @@ from fewstep.calibration.observe import Calls
 from fewstep.optimize.hessians import Layer, hessians
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import flat, rows_grid
-from fewstep.optimize.quantize.plan import ComponentPlan
+from fewstep.optimize.quantize.plan import ComponentPlan, Grid
 from fewstep.optimize.quantize.sites import Site
-from fewstep.optimize.rounding import adaround, gptq
+from fewstep.optimize.rounding import adaround, gptq_each
 
 # Second moments that are held at once.
 _HESSIAN_BYTES = 1 << 30
@@ -38,25 +38,49 @@ def round_weights(
         methods: gptq or adaround, by site name; sites left out stay with the nearest.
         calls: (step, inputs) of the calls that the layers are looked at in.
     """
+    grids = {site.weight: [plan.weights[site.weight]] for site in sites if site.weight in plan.weights}
+    rounded = {name: found[0] for name, found in round_each(grids, module, sites, methods, calls).items()}
+    return replace(plan, rounded={**plan.rounded, **rounded})
+
+
+def round_each(
+    grids: Mapping[str, Sequence[Grid]],
+    module: GraphModule,
+    sites: Iterable[Site],
+    methods: Mapping[str, str],
+    calls: Calls,
+) -> dict[str, list[npt.NDArray[np.int8]]]:
+    """Returns weights as whole numbers, one array for each grid that is given, by parameter name.
+
+    Args:
+        grids: of each parameter.
+        module: the component's graph in float.
+        sites: its sites.
+        methods: gptq or adaround, by site name; sites left out, and operations of which neither knows, are not rounded.
+        calls: (step, inputs) of the calls that the layers are looked at in.
+    """
     nodes = {node.name: node for node in module.graph.nodes}
     chosen = [
         site
         for site in sites
         if site.name in methods
-        and site.weight in plan.weights
+        and site.weight in grids
         and site.op in _LAYERS
         and site.parameters // site.weight_shape[0] <= _MOST_INPUTS
     ]
-    rounded = dict(plan.rounded)
+    rounded = {}
     for batch in _batches(chosen):
         found = hessians(module, {s.name: (layer_of(s, nodes[s.node]), s.data) for s in batch}, calls)
         for site in batch:
             weight = attribute(module, site.weight)
             rows = flat(weight, site.channel_axis)
-            grid = rows_grid(plan.weights[site.weight], rows.shape[1])
-            method = gptq if methods[site.name] == "gptq" else adaround
-            rounded[site.weight] = _unflat(method(rows, found[site.name], grid), weight, site.channel_axis)
-    return replace(plan, rounded=rounded)
+            wanted = [rows_grid(grid, rows.shape[1]) for grid in grids[site.weight]]
+            if methods[site.name] == "gptq":
+                made = gptq_each(rows, found[site.name], wanted)
+            else:
+                made = [adaround(rows, found[site.name], grid) for grid in wanted]
+            rounded[site.weight] = [_unflat(q, weight, site.channel_axis) for q in made]
+    return rounded
 
 
 def layer_of(site: Site, node: Node) -> Layer:
