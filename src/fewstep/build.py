@@ -15,14 +15,17 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
-from fewstep.manifest import Artifact, Manifest
+from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shape
+from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
     from fewstep.export import Description, Generator, Programs
+    from fewstep.optimize.prepared import Prepared
+    from fewstep.optimize.quantize import QuantPlan
 
 PROMPTS, SEEDS = 8, 2
 # How many samples are decoded again to look for values beyond fp16.
@@ -79,8 +82,9 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
+    from fewstep.export import Programs, describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
+    from fewstep.optimize.prepared import Prepared
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_against
@@ -99,7 +103,9 @@ def build(
     with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
-            original = load(given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters), guidance=w)
+            spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
+            # Quantization looks at every weight several times: it holds them all.
+            original = load(spec, guidance=w, eager=recipe.quantization is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = original if recipe.shape is None else original.shaped(*recipe.shape)
@@ -111,13 +117,19 @@ def build(
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        artifacts = compile_targets(programs, recipe, targets, folder, cache, progress)
+        plan = plan_quantization(programs, recipe, cache, progress)
+        if plan is not None:
+            plan.save(folder / PLAN_FOLDER)
+        prepared = Prepared(programs, plan, open_tokenizers(folder, described.tokenizers))
+        artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress)
         if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         requests = _requests(optimized, described, options)
-        lowered_from = programs.restate(_record(optimized, described, requests, recipe, cache, progress))
-        changed = any(note.modified for note in notes)
-        uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if changed else None
+        lowered_from = _record(prepared, requests, recipe, cache, progress)
+        uncompressed = None
+        if plan is not None or any(note.modified for note in notes):
+            before = Prepared(Programs.as_written(original, described), None, prepared.tokenizers)
+            uncompressed = _record(before, requests, Recipe("original"), cache, progress)
         _write_golden(lowered_from, folder / "golden")
         manifest = Manifest(
             name=optimized.name,
@@ -137,7 +149,13 @@ def build(
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
         verified = verify_against(
-            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
+            Bundle(folder, manifest),
+            lowered_from,
+            uncompressed,
+            recipe.limits,
+            prepared=prepared,
+            caveats=caveats,
+            progress=progress,
         )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
@@ -148,37 +166,59 @@ def build(
     return Bundle(out, manifest)
 
 
+def plan_quantization(programs: Programs, recipe: Recipe, cache: StageCache, progress: Progress) -> QuantPlan | None:
+    """Returns the plan of a recipe that quantizes, made from the generator's own trajectories; else None."""
+    if recipe.quantization is None:
+        return None
+    from fewstep.calibration import collect
+    from fewstep.optimize.quantize import make_plan
+
+    q, generator = recipe.quantization, programs.generator
+    key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
+    folder = cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps})
+    calls = collect(
+        generator,
+        programs.described,
+        q.sampler,
+        generator.calibration_prompts or generator.prompts,
+        size=q.samples * generator.default_steps,
+        seed=q.seed,
+        steps=generator.default_steps,
+        guidance=generator.guidance,
+        folder=folder,
+        progress=progress,
+    )
+    return make_plan(programs, q, calls, progress)
+
+
 def compile_targets(
-    programs: Programs,
-    recipe: Recipe,
-    targets: Sequence[str],
-    folder: Path,
-    cache: StageCache,
-    progress: Progress,
+    prepared: Prepared, recipe: Recipe, targets: Sequence[str], folder: Path, cache: StageCache, progress: Progress
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
     from fewstep.runtimes import get_runtime
 
+    components = prepared.programs.components
     artifacts = []
-    advance = progress.task("compile", len(targets) * len(programs.components))
-    for target in targets:
-        for component in programs.components:
+    advance = progress.task("compile", len(targets) * len(components))
+    for component in components:
+        for target in targets:
             key = {
-                "source": programs.generator.source.sha256,
-                "program": programs.key(component),
+                "source": prepared.programs.generator.source.sha256,
+                "program": prepared.key(component),
                 "weights": recipe.weights,
                 "runtime": target,
                 "versions": versions(),
             }
 
             def make(entry: Path, target: str = target, component: str = component) -> None:
-                artifact = get_runtime(target).compile(programs.make(component), entry / "files", recipe.weights)
+                artifact = get_runtime(target).compile(prepared.program(component), entry / "files", recipe.weights)
                 (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
 
             entry, _ = cache.get_or_make("compile", key, make)
             artifact = Artifact(**json.loads((entry / "artifact.json").read_text()))
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            artifacts.append(replace(artifact, path=f"{target}/{artifact.path}"))
+            artifact = replace(artifact, path=f"{target}/{artifact.path}")
+            artifacts.append(artifact if prepared.plan is None else prepared.plan.label(artifact))
             advance()
     return artifacts
 
@@ -199,6 +239,7 @@ def versions() -> dict[str, str]:
     for name in (
         "fewstep",
         "torch",
+        "torchao",
         "diffusers",
         "transformers",
         "tokenizers",
@@ -229,22 +270,15 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 
 
 def _record(
-    generator: Generator,
-    described: Description,
-    requests: Sequence[SampleRequest],
-    recipe: Recipe,
-    cache: StageCache,
-    progress: Progress,
+    prepared: Prepared, requests: Sequence[SampleRequest], recipe: Recipe, cache: StageCache, progress: Progress
 ) -> list[Sample]:
-    from fewstep.calibration import record_samples
-    from fewstep.export import digest
-
+    generator, described = prepared.programs.generator, prepared.programs.described
     key = {
         "source": generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
         "inputs": [asdict(spec) for spec in generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
+        "programs": {name: prepared.key(name) for name in prepared.programs.components},
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),
@@ -255,7 +289,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in record_samples(generator, described, requests):
+            for sample in prepared.samples(requests):
                 done.append(sample)
                 advance()
             return done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import util
 from typing import TYPE_CHECKING
@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import Manifest, SourceInfo
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, SourceInfo
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe
-from fewstep.runtimes.parity import COMPRESSION, ParityReport, compare_components, compare_samples
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.runtimes import get_runtime
+from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, label
+from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
+from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
+    from fewstep.export import Generator
+    from fewstep.optimize.prepared import Prepared
     from fewstep.runtimes.ort_bisect import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
+# How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
+FLOOR_SAMPLES = 8
 GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
 
 
@@ -74,8 +80,10 @@ def verify(
         return verify_against(
             bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
         )
-    lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
-    verified = verify_against(bundle, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
+    prepared, lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
+    verified = verify_against(
+        bundle, lowered_from, uncompressed, limits, prepared=prepared, runtime=runtime, progress=progress
+    )
     if bisect and not verified.report:
         verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
     return verified
@@ -87,6 +95,7 @@ def verify_against(
     uncompressed: Sequence[Sample] | None,
     limits: Limits,
     *,
+    prepared: Prepared | None = None,
     runtime: str | None = None,
     reference: str = PYTORCH,
     caveats: Sequence[str] = (),
@@ -94,16 +103,30 @@ def verify_against(
 ) -> Verification:
     """Returns the comparison of a bundle with recorded references.
 
-    ``references`` are samples of the network that was lowered; ``uncompressed`` the same samples of the original, None
-    where they are the same network.
+    Args:
+        bundle: the bundle.
+        references: samples of the network that was lowered.
+        uncompressed: the same samples of the original network; None where they are the same network.
+        limits: the least that the artifacts must keep.
+        prepared: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
+            operation by operation, and its noise floor measured instead of taken from the manifest.
+        runtime: which of the bundle's runtimes; None takes the first.
+        reference: what the references are, for people.
+        caveats: what is known already not to be proved.
+        progress: told where the verification is.
     """
     progress = progress or Silent()
     manifest = bundle.manifest
     name = runtime or manifest.runtimes[0]
+    artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
+    integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
+    notes = [*caveats, *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name)
     try:
         with stage(progress, "compare components"):
-            checks = compare_components(references, sampler.session, limits)
+            checks = compare_components(
+                references, sampler.session, lambda c: None if c in integers else limits.component_sqnr_db
+            )
         advance = progress.task("compare samples", len(references))
         results = []
         for r in references:
@@ -111,20 +134,65 @@ def verify_against(
             advance()
     finally:
         sampler.close()
-    checks += compare_samples(references, results, limits)
+    checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
+    floor = None
+    if integers:
+        some = references[:FLOOR_SAMPLES]
+        floor = _floor(bundle, prepared, some, progress)
+        labels = {label(sample) for sample in some}
+        of_some = [x for x in checks if x.level == "component" and x.sample in labels]
+        found = {c: [x.value for x in of_some if x.component == c] for c in integers}
+        checks += floor_checks(floor, limits, found, some, results[: len(some)])
+        if prepared is None:
+            notes.append("quantized operations were not compared one by one: that needs the source")
+        else:
+            checks += _compare_operations(bundle, name, integers, prepared, references[0], progress)
     if uncompressed is not None:
-        checks += compare_samples(uncompressed, references, limits, error=COMPRESSION)
-    first = manifest.artifact(name, next(iter(manifest.components)))
+        checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
+        if integers:
+            checks.append(mean_check(uncompressed, references, results))
+    first = next(iter(artifacts.values()))
     executor = f"{name}, {first.weights} weights, {first.compute} compute"
-    notes = list(caveats)
-    if first.weights != first.compute:
-        notes.append(
-            f"{name} computes in {first.compute}: its CPU provider has no {first.weights} kernels, "
-            f"so this is no {first.weights} baseline"
-        )
     return Verification(
-        ParityReport(tuple(checks), reference, executor), tuple(references), tuple(results), tuple(notes)
+        ParityReport(tuple(checks), reference, executor, floor), tuple(references), tuple(results), tuple(notes)
     )
+
+
+def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sample], progress: Progress) -> Floor:
+    """Returns the noise floor: measured now, or as it was when the bundle was built."""
+    if prepared is not None:
+        with stage(progress, "measure the noise floor"):
+            return prepared.floor(references)
+    known = (bundle.manifest.parity or {}).get("floor")
+    if known is None:
+        raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
+    return Floor(known["components"], known["picture"])
+
+
+def _compare_operations(
+    bundle: Bundle, runtime: str, components: Sequence[str], prepared: Prepared, sample: Sample, progress: Progress
+) -> list[Check]:
+    compare = get_runtime(runtime).compare_integers
+    if compare is None:
+        raise ContractError(f"{runtime} computes with whole numbers and has nothing to compare them with")
+    checks = []
+    with stage(progress, "compare operations"):
+        for component in components:
+            program = prepared.program(component)
+            path = bundle.file(bundle.manifest.artifact(runtime, component).path)
+            for feed in (f for f in sample.feeds if f.component == component):
+                checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
+    return checks
+
+
+def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
+    """Returns what the precision of weights could make one believe of the arithmetic, and what is so."""
+    kinds = sorted({(a.weights, a.compute) for a in artifacts if a.weights != a.compute})
+    return [
+        f"{runtime} computes in {compute}: its CPU provider has no {weights} kernels, so this is no {weights} baseline"
+        for weights, compute in kinds
+        if weights == "fp16" and compute == "fp32"
+    ]
 
 
 def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[SourceSpec | None, str]:
@@ -145,40 +213,50 @@ def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[So
 
 def _live_references(
     bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
-) -> tuple[list[Sample], list[Sample] | None]:
-    from fewstep.calibration import SampleRequest, record_samples
-    from fewstep.export import describe, load, programs_of
-    from fewstep.optimize import optimize
+) -> tuple[Prepared, list[Sample], list[Sample] | None]:
+    from fewstep.calibration import SampleRequest
+    from fewstep.export import Programs, load
 
     manifest = bundle.manifest
     with stage(progress, f"load {source}"):
-        original = load(source, guidance=manifest.contract.guidance.scale)
+        quantized = manifest.recipe["quantization"] is not None
+        original = load(source, guidance=manifest.contract.guidance.scale, eager=quantized)
         _check_same(bundle.manifest.source, original.source)
         if manifest.recipe["shape"] is not None:
             original = original.shaped(*manifest.recipe["shape"])
-        recipe = _recipe(manifest)
-        optimized, notes = optimize(original, recipe)
-        described = describe(optimized, sorted(manifest.schedules))
-        programs = programs_of(optimized, described, recipe)
-    changed = any(note.modified for note in notes)
+        prepared, changed = _prepare(bundle, original)
     w = manifest.contract.guidance.scale
     requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
     requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
     advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
 
-    def run(generator: object) -> list[Sample]:
+    def run(reference: Prepared) -> list[Sample]:
         samples = []
-        for sample in record_samples(generator, described, requests):  # type: ignore[arg-type]
+        for sample in reference.samples(requests):
             samples.append(sample)
             advance()
         return samples
 
-    return programs.restate(run(optimized)), run(original) if changed else None
+    before = replace(prepared, programs=Programs.as_written(original, prepared.programs.described), plan=None)
+    return prepared, run(prepared), run(before) if changed else None
 
 
-def _recipe(manifest: Manifest) -> Recipe:
-    """Returns what decided the programs of a bundle."""
-    return Recipe("", weights=manifest.recipe["weights"], form=manifest.contract.form)
+def _prepare(bundle: Bundle, original: Generator) -> tuple[Prepared, bool]:
+    """Returns the generator as the bundle's recipe made it, and whether that changed it."""
+    from fewstep.export import describe, programs_of
+    from fewstep.optimize import optimize
+    from fewstep.optimize.prepared import Prepared
+    from fewstep.optimize.quantize import QuantPlan
+
+    manifest = bundle.manifest
+    recipe = Recipe("", weights=manifest.recipe["weights"], form=manifest.contract.form)
+    optimized, notes = optimize(original, recipe)
+    programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
+    plan = None
+    if manifest.recipe["quantization"] is not None:
+        plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
+    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
+    return Prepared(programs, plan, tokenizers), plan is not None or any(note.modified for note in notes)
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -201,18 +279,16 @@ def _first_difference(built_from: SourceInfo, found: SourceInfo) -> str:
 def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
-    from fewstep.export import describe, load, programs_of
-    from fewstep.optimize import optimize
+    from fewstep.export import load
     from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
-    recipe = _recipe(manifest)
-    generator, _ = optimize(load(source, guidance=manifest.contract.guidance.scale, eager=True), recipe)
-    programs = programs_of(generator, describe(generator, sorted(manifest.schedules)), recipe)
-    failing = {check.component for check in verified.report.failures if check.level == "component"}
+    prepared, _ = _prepare(bundle, load(source, guidance=manifest.contract.guidance.scale, eager=True))
+    failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
+        program = prepared.program(component)
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
         path = bundle.file(manifest.artifact(runtime, component).path)
-        found[component] = bisect(programs.make(component), path, feed.inputs, limit_db=limits.component_sqnr_db)
+        found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
     return found

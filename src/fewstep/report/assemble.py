@@ -29,12 +29,6 @@ from fewstep.runtimes.parity import Check
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification
 
-_UNITS = {
-    "SQNR dB": ("SQNR", "dB"),
-    "PSNR dB": ("PSNR", "dB"),
-    "SSIM": ("SSIM", ""),
-    "spread (std)": ("spread (std)", ""),
-}
 _SHOWN_PICTURES = 16
 
 
@@ -57,7 +51,7 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
     psnr = {
         c.sample: c.value
         for c in verified.report.checks
-        if (c.error, c.level) == ("lowering", "picture") and c.metric.endswith("dB")
+        if (c.error, c.level) == ("lowering", "picture") and c.sample is not None and c.metric.endswith("dB")
     }
     profile = profiles[0] if profiles else None
     counts = ", ".join(str(n) for n in sorted(manifest.schedules))
@@ -107,7 +101,8 @@ def _signed(sample: Sample) -> images.FloatPicture:
 
 
 def _check_row(check: Check) -> CheckRow:
-    metric, unit = _UNITS[check.metric]
+    metric = check.metric.removesuffix(" dB")
+    unit = "dB" if metric != check.metric else ""
     component = check.component if check.tensor is None else f"{check.component}: {check.tensor}"
     return CheckRow(
         check.error,

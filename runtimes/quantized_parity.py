@@ -1,0 +1,85 @@
+"""Parity of artifacts that compute with whole numbers, where decibels between two executions say little.
+
+Roundings that fall the other way grow through a network until two correct executions differ as much as quantization
+itself does. So lowering is checked in three ways: operation by operation in whole numbers; end to end against the
+noise floor, which is the same graph under another kernel of PyTorch; and in the mean distance from the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+
+from fewstep.feeds import Sample
+from fewstep.recipe import Limits
+from fewstep.runtimes.base import PointResult
+from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label, mean_db
+
+# Two kernels sum in another order, about 1e-7 of a value apart: one value in 10^4 lies that close to the middle between
+# two integers. A wrong zero point, scale or weight moves most of them.
+EQUAL_SHARE = 0.999
+# An integer may fall to the other side, never further.
+LARGEST_DIFFERENCE = 1
+# How far below the noise floor an artifact may be: the floor is itself known to about this from some samples.
+BELOW_FLOOR_DB = 1.0
+# How much worse than the quantized reference an artifact may be, in its mean distance from the original.
+MEAN_DB = 0.5
+
+
+def operation_checks(component: str, sample: Sample, step: int | None, points: Iterable[PointResult]) -> list[Check]:
+    """Returns two checks for each quantized tensor of a call: the share of equal values, and the largest difference."""
+    checks = []
+    for point in points:
+        tensor = f"{point.module_path} ({point.tensor})"
+        where = (LOWERING, "operation", component, step, label(sample), tensor)
+        checks.append(Check(*where, "equal integers", point.equal, EQUAL_SHARE))
+        checks.append(Check(*where, "largest difference, negated", -point.largest, -LARGEST_DIFFERENCE))
+    return checks
+
+
+def floor_checks(
+    floor: Floor,
+    limits: Limits,
+    components: Mapping[str, Sequence[float]],
+    references: Sequence[Sample],
+    results: Sequence[Sample],
+) -> list[Check]:
+    """Returns the checks of every component's SQNR and of the pictures' PSNR against the noise floor.
+
+    Floor and values are medians over the same samples: now and then no rounding of a call falls the other way, and it
+    agrees to 100 dB among others at 30. Nothing is asked beyond the limits of float arithmetic.
+
+    Args:
+        floor: what two executions of the reference agree to, see `floor_of`.
+        limits: of float arithmetic.
+        components: SQNR of each call, by component; those that compute with whole numbers.
+        references: samples of the reference.
+        results: the same samples of the artifact.
+    """
+    checks = []
+    for component, values in components.items():
+        limit = min(floor.components[component] - BELOW_FLOOR_DB, limits.component_sqnr_db)
+        checks.append(_one("component", component, "median SQNR dB", median(values), limit))
+    value = median(agreement_db(a, b) for a, b in zip(references, results, strict=True))
+    limit = min(floor.picture - BELOW_FLOOR_DB, limits.picture_psnr_db)
+    checks.append(_one("picture", references[0].kind, "median agreement dB", value, limit))
+    return checks
+
+
+def floor_of(
+    components: Mapping[str, Sequence[float]], references: Sequence[Sample], others: Sequence[Sample]
+) -> Floor:
+    """Returns the noise floor from a second execution: SQNR of each call by component, and the same samples."""
+    picture = median(agreement_db(a, b) for a, b in zip(references, others, strict=True))
+    return Floor({name: median(values) for name, values in components.items()}, picture)
+
+
+def mean_check(originals: Sequence[Sample], references: Sequence[Sample], results: Sequence[Sample]) -> Check:
+    """Returns the check that the artifact is as near to the original as the quantized reference is."""
+    reference = mean_db(agreement_db(a, b) for a, b in zip(originals, references, strict=True))
+    result = mean_db(agreement_db(a, b) for a, b in zip(originals, results, strict=True))
+    return _one("picture", originals[0].kind, "mean agreement with the original dB", result, reference - MEAN_DB)
+
+
+def _one(level: str, component: str, metric: str, value: float, limit: float) -> Check:
+    return Check(LOWERING, level, component, None, None, None, metric, value, limit)
