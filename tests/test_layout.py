@@ -18,6 +18,7 @@ LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../app
 COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
+    "fewstep.runtimes.ort_loop",
     "fewstep.runtimes.ort_lower",
     "fewstep.runtimes.ort_weights",
     "fewstep.runtimes.pytorch_reference",
