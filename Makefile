@@ -124,6 +124,10 @@ bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on w
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
 	$(BIN)/python -m benchmarks.scale.bundle sd15
 
+.PHONY: bench-static
+bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
+
 # --- distribution ------------------------------------------------------------------------------------------------------
 
 .PHONY: wheel

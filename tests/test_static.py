@@ -348,7 +348,7 @@ def test_few_steps_are_a_table_and_many_are_not() -> None:
     assert len(programs_of(generator, few, fewstep.Recipe("fp32")).contract.rows) == 8  # the first step is shared
 
 
-def test_older_manifests_are_of_the_step_form(copy_bundle: object, tmp_path: Path) -> None:
+def test_older_manifests_are_of_the_step_form(tmp_path: Path) -> None:
     import json
 
     folder = shutil.copytree(step_form().path, tmp_path / "old")
