@@ -95,7 +95,8 @@ class _Loop:
 
     def model(self) -> ir.Model:
         """Returns the model."""
-        contract, schedule, shape = self._manifest.contract, self._schedule, (1, *self._manifest.contract.latent_shape)
+        contract, schedule = self._manifest.contract, self._schedule
+        shape: tuple[int, ...] = (1, *contract.latent_shape)
         self._run(BEFORE)
         anchor = self._value(contract.anchor, shape) if contract.anchor and schedule.uses_anchor else None
         x = self._sum([(schedule.init_scale, self._value(contract.initial, shape)), (schedule.init_anchor, anchor)])
@@ -118,12 +119,14 @@ class _Loop:
             history.append(x0)
         self._values[SAMPLE] = result = self._scaled(x, 1 / contract.latent_scale, contract.latent_shift)
         for component in self._run(AFTER):
-            result = self._values[f"{component}.{self._manifest.components[component].outputs[0].name}"]
+            output = self._manifest.components[component].outputs[0]
+            result, shape = self._values[f"{component}.{output.name}"], output.shape
         result = self._scaled(result, contract.output.scale, contract.output.shift)
         if contract.output.clip is not None:
             result = self._clip(result, *contract.output.clip)
         picture = self._op("Identity", [result])
         picture.name, picture.type = "picture", ir.TensorType(ir.DataType.FLOAT)
+        picture.shape = ir.Shape(shape)
         graph = ir.Graph(
             list(self._inputs.values()),
             [picture],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from fewstep import stages
 from fewstep.errors import ContractError, ParityError
 from fewstep.progress import Silent
+from fewstep.runtimes.ort_loop import loop_feeds
 from tests.bundles import STEPS, built, plain
 
 
@@ -36,21 +39,16 @@ def test_a_generator_without_a_prompt(tmp_path: Path) -> None:
 
 
 def test_a_file_that_draws_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.runtimes.ort_loop.noise.normal", lambda seed, offset, shape: _flat(shape))
+    def other_noise(*arguments: Any) -> dict[str, Any]:
+        return {name: -array if name == "noise_0" else array for name, array in loop_feeds(*arguments).items()}
+
+    monkeypatch.setattr("fewstep.runtimes.ort_loop.loop_feeds", other_noise)
     with pytest.raises(ParityError, match="one file of 2 steps draws a picture at"):
         stages.loop(built("turbo").bundle, tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
     assert list(tmp_path.iterdir()) == []
 
 
-def _flat(shape: tuple[int, ...]) -> object:
-    import numpy as np
-
-    return np.ones(shape, np.float32)
-
-
 def test_two_passes_are_refused(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     bundle = built("turbo").bundle
     contract = bundle.manifest.contract
     guided = replace(contract, guidance=replace(contract.guidance, kind="two_pass"))

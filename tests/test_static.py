@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -349,8 +350,6 @@ def test_few_steps_are_a_table_and_many_are_not() -> None:
 
 
 def test_older_manifests_are_of_the_step_form(tmp_path: Path) -> None:
-    import json
-
     folder = shutil.copytree(step_form().path, tmp_path / "old")
     path = folder / "manifest.json"
     values = json.loads(path.read_text(encoding="utf-8"))

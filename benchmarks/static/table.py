@@ -17,8 +17,8 @@ def markdown(figures: dict[str, Any]) -> str:
         "## What leaves the loop",
         "",
         "Denoisers of full size, traced without values and specialized for a table of 4 steps. Millions of parameters, "
-        "and G multiply-adds of linear layers, convolutions and attention. *Once* runs once for a picture, for all 4 steps "
-        "together; *gone* is folded into tables, in thousands of numbers.",
+        "and G multiply-adds of linear layers, convolutions and attention. *Once* runs once for a picture, for all 4 "
+        "steps together; *gone* is folded into tables, in thousands of numbers.",
         "",
         "| network | parameters, step form | in every step | once | gone | tables, k | in every step / step form | "
         "G MACs of a step, step form | table form | once |",
