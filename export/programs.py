@@ -10,7 +10,7 @@ Forms:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from fewstep.export.generator import Generator
 from fewstep.export.static import Static, specialize
 from fewstep.export.wiring import digest, trace
 from fewstep.feeds import Sample, StepFeed
-from fewstep.manifest import LOOP, STEP, ComponentSpec, Contract, step_numbers
+from fewstep.manifest import LOOP, STEP, Artifact, ComponentSpec, Contract, step_numbers
 from fewstep.program import Program
 from fewstep.recipe import Recipe
 from fewstep.schedule import Schedule
@@ -45,14 +45,9 @@ class Programs:
     """By the name of the network of the loop; of the others there is nothing to specialize."""
     halves: bool = False
 
-    @classmethod
-    def as_written(cls, generator: Generator, described: Description) -> Programs:
-        """Returns the programs in step form."""
-        return cls(generator, described, described.contract, described.components)
-
     def key(self, component: str) -> dict[str, Any]:
         """Returns all that determines a component's program beside the generator's weights, JSON-ready."""
-        network = self.network(component)
+        network = self._network(component)
         return {
             "component": component,
             "spec": asdict(self.components[component]),
@@ -60,89 +55,59 @@ class Programs:
             "rows": [dict(row) for row in self.contract.rows] if network in self.static else None,
         }
 
-    def make(self, component: str) -> Program:
-        """Returns the program of a component."""
-        network = self.network(component)
+    def make(self, component: str, spec: ComponentSpec | None = None) -> Program:
+        """Returns the program of a component; ``spec`` traces one outside the loop for other shapes than its own."""
+        network = self._network(component)
         if network not in self.static:
-            return trace(self.generator, self.described.wirings[network], self.described.components[network])
+            return trace(self.generator, self.described.wirings[network], spec or self.components[network])
         found = self.static[network]
         program = found.step if component == network else found.conditions
         assert program is not None
         return program
 
-    def restate(self, sample: Sample) -> Sample:
-        """Returns a recorded sample with its network calls as the bundle's components take them.
+    def label(self, artifact: Artifact) -> Artifact:
+        """Returns an artifact as its runtime labelled it: the programs are in float."""
+        return artifact
+
+    def restate(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Returns recorded samples with their network calls as the bundle's components take them.
 
         What the reference never computed on its own is computed in PyTorch by the component's program.
         """
-        if not self.static:
-            return sample
-        loop = [feed for feed in sample.feeds if feed.component in self.static]
-        first = {(feed.component, feed.branch): feed for feed in reversed(loop)}
-        once = {key: self._run_once(feed) for key, feed in reversed(first.items())}
-        feeds: list[StepFeed] = []
-        for feed in sample.feeds:
-            if loop and feed is loop[0]:
-                feeds += [fixed for fixed in once.values() if fixed is not None]
-            fixed = once.get((feed.component, feed.branch))
-            feeds.append(self._restated(feed, fixed, sample.steps) if feed.component in self.static else feed)
-        return replace(sample, feeds=tuple(feeds))
+        return (
+            [replace(sample, feeds=tuple(self._feeds(sample))) for sample in samples] if self.static else list(samples)
+        )
 
-    def feeds(self, component: str, recorded: Iterable[StepFeed], steps: int) -> Iterator[StepFeed]:
-        """Yields recorded calls of the network that a component is part of, as the component takes them.
-
-        Args:
-            component: one of ``components``.
-            recorded: calls of its network, see `network`, in the order in which they were made.
-            steps: step count of their trajectories.
-        """
-        network = self.network(component)
-        if network not in self.static:
-            yield from recorded
-            return
-        once: dict[str, tuple[StepFeed, StepFeed | None]] = {}
-        for feed in recorded:
-            known = once.get(feed.branch)
-            if known is None or not self._same_picture(network, known[0], feed):
-                known = once[feed.branch] = feed, self._run_once(feed)
-                if component != network and known[1] is not None:
-                    yield known[1]
-            if component == network:
-                yield self._restated(feed, known[1], steps)
-
-    def network(self, component: str) -> str:
-        """Returns the network that a component is part of, by the name that it has in recorded calls."""
+    def _network(self, component: str) -> str:
+        """Returns the network that a component is part of."""
         for network, found in self.static.items():
             if found.conditions is not None and found.conditions.component == component:
                 return network
         return component
 
-    def _same_picture(self, network: str, one: StepFeed, other: StepFeed) -> bool:
-        conditions = self.static[network].conditions
-        names = [] if conditions is None else [spec.name for spec in conditions.spec.inputs]
-        return all(np.array_equal(one.inputs[name], other.inputs[name]) for name in names)
+    def _feeds(self, sample: Sample) -> Iterator[StepFeed]:
+        """Yields a sample's network calls: what runs once for each picture just before the loop."""
+        schedule = self.described.schedules[sample.steps]
+        fixed: dict[tuple[str, str], StepFeed] = {}
+        for feed in sample.feeds:
+            program = self.static[feed.component].conditions if feed.component in self.static else None
+            if program is not None and (feed.component, feed.branch) not in fixed:
+                fixed[feed.component, feed.branch] = _run_once(program, feed, halves=self.halves)
+        started = False
+        for feed in sample.feeds:
+            if not started and self.described.components[feed.component].phase == LOOP:
+                yield from fixed.values()
+                started = True
+            yield self._feed(feed, fixed.get((feed.component, feed.branch)), schedule)
 
-    def _restated(self, feed: StepFeed, fixed: StepFeed | None, steps: int) -> StepFeed:
-        """Returns a call of a network of the loop as the bundle's component of that name takes it."""
+    def _feed(self, feed: StepFeed, fixed: StepFeed | None, schedule: Schedule) -> StepFeed:
+        """Returns a call of a network as the bundle's component of that name takes it."""
+        if feed.component not in self.static:
+            return feed
         assert feed.step is not None
         given = dict(feed.inputs) | (dict(fixed.outputs) if fixed is not None else {})
-        given[STEP] = np.array([self.contract.row(self.described.schedules[steps], feed.step)])
+        given[STEP] = np.array([self.contract.row(schedule, feed.step)])
         return replace(feed, inputs={spec.name: given[spec.name] for spec in self.components[feed.component].inputs})
-
-    def _run_once(self, feed: StepFeed) -> StepFeed | None:
-        """Returns what runs once for the picture of a network's call, None where there is nothing such."""
-        program = self.static[feed.component].conditions
-        if program is None:
-            return None
-        graph, spec = program.exported.graph, program.spec
-        inputs = {tensor.name: feed.inputs[tensor.name] for tensor in spec.inputs}
-        names = user_inputs(program.exported, tuple(inputs))
-        placeholders = [node for node in graph.nodes if node.op == "placeholder" and node.name in names]
-        given = {node: torch.from_numpy(inputs[names[node.name]]) for node in placeholders}
-        targets = next(node for node in graph.nodes if node.op == "output").args[0]
-        values = fold(targets, [given], parameter_reader(program, halves=self.halves))
-        outputs = {tensor.name: value[0].numpy().copy() for tensor, value in zip(spec.outputs, values, strict=True)}
-        return StepFeed(program.component, None, None, feed.branch, inputs, outputs)
 
 
 def programs_of(generator: Generator, described: Description, recipe: Recipe) -> Programs:
@@ -154,7 +119,7 @@ def programs_of(generator: Generator, described: Description, recipe: Recipe) ->
     schedules = described.schedules
     form = recipe.form or ("table" if max(schedule.steps for schedule in schedules.values()) <= _FEW else "step")
     if form == "step":
-        return Programs.as_written(generator, described)
+        return Programs(generator, described, described.contract, described.components)
     rows = _rows(schedules.values())
     loop = [name for name, spec in described.components.items() if spec.phase == LOOP]
     halves = recipe.weights == "fp16"
@@ -181,3 +146,19 @@ def _rows(schedules: Iterable[Schedule]) -> list[dict[str, float]]:
             if numbers not in found:
                 found.append(numbers)
     return found
+
+
+def _run_once(program: Program, feed: StepFeed, *, halves: bool) -> StepFeed:
+    """Returns the call of a program that runs once for each picture, on the inputs of the network that it is of."""
+    graph, spec = program.exported.graph, program.spec
+    inputs = {tensor.name: feed.inputs[tensor.name] for tensor in spec.inputs}
+    names = user_inputs(program.exported, tuple(inputs))
+    given = {
+        node: torch.from_numpy(inputs[names[node.name]])
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name in names
+    }
+    targets = next(node for node in graph.nodes if node.op == "output").args[0]
+    values = fold(targets, [given], parameter_reader(program, halves=halves))
+    outputs = {tensor.name: value[0].numpy().copy() for tensor, value in zip(spec.outputs, values, strict=True)}
+    return StepFeed(program.component, None, None, feed.branch, inputs, outputs)

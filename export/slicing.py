@@ -5,7 +5,7 @@ A part keeps the names and records of its nodes, so that what is found in it can
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,20 +182,8 @@ def _call_entry(names: Sequence[str], outputs: int) -> torch.export.ModuleCallEn
     return torch.export.ModuleCallEntry("", signature)
 
 
-def part_module(
-    exported: ExportedProgram,
-    inputs: Sequence[Node],
-    targets: Sequence[Node],
-    stand_ins: Mapping[Any, Any] | None = None,
-) -> GraphModule:
-    """Returns a module that computes the targets from the inputs, in order; parameters keep their names.
-
-    Args:
-        exported: the program that both are nodes of.
-        inputs: computed elsewhere.
-        targets: what to compute.
-        stand_ins: operations to take in place of others.
-    """
+def part_module(exported: ExportedProgram, inputs: Sequence[Node], targets: Sequence[Node]) -> GraphModule:
+    """Returns a module that computes the targets from the inputs, in order; parameters keep their names."""
     specs, graph = parameter_specs(exported), Graph()
     values: dict[str, Any] = {}
     copies = {node: graph.placeholder(node.name) for node in inputs}
@@ -206,7 +194,6 @@ def part_module(
             copies[node] = graph.get_attr(target)
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            copies[node].target = (stand_ins or {}).get(node.target, node.target)
     graph.output(tuple(copies[node] for node in targets))
     return GraphModule(values, graph)
 

@@ -23,7 +23,6 @@ import torch
 from torch.fx import Node
 
 from fewstep.errors import ExportError
-from fewstep.export.batched import STAND_INS
 from fewstep.export.dependence import dependence, user_inputs
 from fewstep.export.fakes import fake_trace
 from fewstep.export.fold import ReadParameter, fold, parameter_reader
@@ -236,7 +235,7 @@ def _conditions(program: Program, anatomy: _Anatomy, read: ReadParameter) -> Pro
     vectors = [reading.node for pack in packs.values() for reading in pack]
     module = _ConditionsModule(
         part_module(exported, pictures, targets),
-        part_module(exported, [*of_step, *of_picture], vectors, STAND_INS) if vectors else None,
+        part_module(exported, [*of_step, *of_picture], vectors) if vectors else None,
         anatomy.tables(of_step, read),
         [len(pack) for pack in packs.values()],
         len(anatomy.fixed),

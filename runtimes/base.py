@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,8 @@ class Runtime:
     """(artifact path, spec, threads) -> session."""
     compare_integers: Callable[[Program, Path, Mapping[str, Array]], list[PointResult]] | None = None
     """(quantized program, artifact path, inputs) -> how every quantized tensor compares with the program's own."""
+    compile_variants: Callable[[Iterable[Program], Path, str], list[Artifact]] | None = None
+    """(programs of one component, runtime folder, weights) -> artifacts that share one set of weights."""
 
 
 @dataclass(frozen=True)

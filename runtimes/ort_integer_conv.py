@@ -61,8 +61,8 @@ def _unfold(model: ir.Model, node: ir.Node) -> None:
     assert x is not None and w is not None and x_scale is not None and x_zero is not None
     assert x.shape is not None and node.outputs[0].shape is not None
     window = _window(node)
-    batch, _, height, width = (int(n) for n in x.shape)
-    out_channels, out_height, out_width = (int(n) for n in node.outputs[0].shape[1:])
+    batch, _, height, width = x.shape.numpy()
+    _, out_channels, out_height, out_width = node.outputs[0].shape.numpy()
     make = _Maker(model, node)
     value = make.node("Transpose", [x], perm=[0, 2, 3, 1])
     value = _windows(make, value, x_zero, window, (height, width), (out_height, out_width))
@@ -111,7 +111,7 @@ def _window(node: ir.Node) -> _Window:
     attributes = node.attributes
     weight = node.inputs[1]
     assert weight is not None and weight.shape is not None
-    kernel = tuple(int(n) for n in weight.shape[2:])
+    kernel = weight.shape.numpy()[2:]
 
     def pair(name: str) -> tuple[int, int]:
         first, second = attributes.get_ints(name, (1, 1))
@@ -127,7 +127,8 @@ def _bias(value: ir.Value) -> Array:
     if producer is None:
         return constant(value)
     assert producer.op_type == "DequantizeLinear"
-    return (constant(producer.inputs[0]).astype(np.float32) * constant(producer.inputs[1])).astype(np.float32)
+    bias: Array = constant(producer.inputs[0]).astype(np.float32) * constant(producer.inputs[1])
+    return bias
 
 
 class _Maker:
@@ -148,7 +149,9 @@ class _Maker:
         self._graph.register_initializer(value)
         return value
 
-    def node(self, op: str, inputs: Sequence[ir.Value], domain: str = "", **attributes: object) -> ir.Value:
+    def node(
+        self, op: str, inputs: Sequence[ir.Value], domain: str = "", **attributes: int | Sequence[int]
+    ) -> ir.Value:
         """Returns the value of a new node."""
         made = ir.node(op, inputs, attributes=attributes, domain=domain, name=f"{self._node.name}.{self._count}.{op}")
         made.outputs[0].name = f"{self._node.outputs[0].name}.{self._count}"
@@ -157,7 +160,7 @@ class _Maker:
         self._graph.insert_before(self._node, made)
         return made.outputs[0]
 
-    def last(self, op: str, inputs: Sequence[ir.Value], **attributes: object) -> None:
+    def last(self, op: str, inputs: Sequence[ir.Value], **attributes: int | Sequence[int]) -> None:
         """Replaces the node by a new one."""
         made = ir.node(op, inputs, attributes=attributes, name=f"{self._node.name}.{op}")
         made.metadata_props.update(self._node.metadata_props)

@@ -46,7 +46,7 @@ def widen_weights(model: ir.Model) -> None:
     130 in a text encoder.
     """
     for node in list(model.graph):
-        if node.op_type != "DequantizeLinear" or not _is_weight(node) or _meets_integers(node.outputs[0]):
+        if node.op_type != "DequantizeLinear" or not is_weight(node) or _meets_integers(node.outputs[0]):
             continue
         q, scale, zero = node.inputs
         assert q is not None and q.const_value is not None
@@ -80,7 +80,8 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any]:
     return value.const_value.numpy()
 
 
-def _is_weight(node: ir.Node) -> bool:
+def is_weight(node: ir.Node) -> bool:
+    """Returns whether a DequantizeLinear makes a weight: a constant that is no bias."""
     source = node.inputs[0]
     return source is not None and source.const_value is not None and source.dtype != ir.DataType.INT32
 
@@ -100,7 +101,7 @@ def _is_activation(value: ir.Value) -> bool:
     producer = value.producer()
     while producer is not None and producer.op_type in ("Transpose", "Reshape"):
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
-    return producer is not None and producer.op_type == "DequantizeLinear" and not _is_weight(producer)
+    return producer is not None and producer.op_type == "DequantizeLinear" and not is_weight(producer)
 
 
 def pack_int4(model: ir.Model) -> None:

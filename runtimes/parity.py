@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 LOWERING = "lowering"
 COMPRESSION = "compression"
 # Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
-_FLAT = 0.5 / 255
+FLAT = 0.5 / 255
 
 
 @dataclass(frozen=True)
@@ -202,4 +202,4 @@ def _outputs(error: str, reference: Sample, result: Sample, limit: float | None)
 
 def _not_flat(error: str, label: str, picture_HWC: Array) -> Check:
     """Two black pictures agree perfectly; this check is what refuses them."""
-    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), _FLAT)
+    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), FLAT)

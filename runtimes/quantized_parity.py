@@ -20,7 +20,7 @@ from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label,
 EQUAL_SHARE = 0.999
 # An integer may fall to the other side, never further.
 LARGEST_DIFFERENCE = 1
-# How far below the noise floor an artifact may be: the floor is itself known to about this from some samples.
+# How far below the noise floor an artifact may be, beyond what the samples leave unsure of the floor.
 BELOW_FLOOR_DB = 1.0
 # How much worse than the quantized reference an artifact may be, in its mean distance from the original.
 MEAN_DB = 0.5
@@ -47,7 +47,8 @@ def floor_checks(
     """Returns the checks of every component's SQNR and of the pictures' PSNR against the noise floor.
 
     Floor and values are medians over the same samples: now and then no rounding of a call falls the other way, and it
-    agrees to 100 dB among others at 30. Nothing is asked beyond the limits of float arithmetic.
+    agrees to 100 dB among others at 30. Above the limit of float pictures (60 dB, beyond 8 bits of colour) a handful of
+    roundings decide, of which one more is several dB: no more than that is asked.
 
     Args:
         floor: what two executions of the reference agree to, see `floor_of`.
@@ -56,13 +57,20 @@ def floor_checks(
         references: samples of the reference.
         results: the same samples of the artifact.
     """
+    agreements = [agreement_db(a, b) for a, b in zip(references, results, strict=True)]
+    return floor_checks_of(floor, limits, components, agreements, references[0].kind)
+
+
+def floor_checks_of(
+    floor: Floor, limits: Limits, components: Mapping[str, Sequence[float]], agreements: Sequence[float], kind: str
+) -> list[Check]:
+    """Returns the checks of `floor_checks` for samples of a kind of which only the agreement in dB is known."""
     checks = []
     for component, values in components.items():
-        limit = min(floor.components[component] - BELOW_FLOOR_DB, limits.component_sqnr_db)
+        limit = min(floor.components[component] - BELOW_FLOOR_DB, limits.picture_psnr_db)
         checks.append(_one("component", component, "median SQNR dB", median(values), limit))
-    value = median(agreement_db(a, b) for a, b in zip(references, results, strict=True))
     limit = min(floor.picture - BELOW_FLOOR_DB, limits.picture_psnr_db)
-    checks.append(_one("picture", references[0].kind, "median agreement dB", value, limit))
+    checks.append(_one("picture", kind, "median agreement dB", median(agreements), limit))
     return checks
 
 

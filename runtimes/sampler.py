@@ -37,6 +37,7 @@ from fewstep.manifest import (
 from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
 
@@ -209,9 +210,18 @@ def open_sampler(
     name = runtime or manifest.runtimes[0]
     backend = get_runtime(name)
 
+    def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
+        return backend.open(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
+
     def open_session(component: str) -> CheckedSession:
-        artifact = manifest.artifact(name, component)
-        return backend.open(bundle.file(artifact.path), manifest.components[component], threads)
+        spec = manifest.components[component]
+        if spec.tiles is None:
+            return open_graph(component, None, spec)
+
+        def open_tile(shape: tuple[int, int]) -> CheckedSession:
+            return open_graph(component, tile_variant(shape), tile_spec(spec, shape))
+
+        return CheckedSession(component, spec, TiledSession(spec, spec.tiles, open_tile))
 
     return Sampler(
         manifest.contract,

@@ -15,7 +15,8 @@ import torch
 import fewstep
 from fewstep.errors import FewstepError
 from fewstep.export import Generator
-from fewstep.manifest import InputSpec, SourceInfo
+from fewstep.manifest import InputSpec
+from fewstep.source import SourceInfo
 from tests import zoo
 from tests.zoo.family import Family
 

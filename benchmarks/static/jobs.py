@@ -96,9 +96,11 @@ def _figures(program: Program) -> dict[str, int]:
 
 
 def _macs(node: Node) -> int:
-    """Returns the multiplications of a linear layer, a convolution or attention; 0 of anything else."""
+    """Returns the multiplications of a linear layer, a convolution, a product or attention; 0 of anything else."""
     if node.target is _aten.linear.default:
         return int(node.meta["val"].numel() * node.args[1].meta["val"].shape[1])  # type: ignore[union-attr]
+    if node.target is _aten.matmul.default:  # what is left of a linear layer whose rows are batched
+        return int(node.meta["val"].numel() * node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
     if node.target in _CONVOLUTIONS:
         return int(node.meta["val"].numel() * math.prod(node.args[1].meta["val"].shape[1:]))  # type: ignore[union-attr]
     if node.target is _aten.scaled_dot_product_attention.default:

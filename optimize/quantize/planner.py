@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,12 @@ from torch.fx import GraphModule
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
 from fewstep.export import Programs
+from fewstep.manifest import BEFORE
 from fewstep.optimize.quantize.apply import float_graph
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
-from fewstep.optimize.quantize.quantizer import attribute
+from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
+_ROUNDING_CALLS = 32
 # And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
 # finds the first and the last convolution the most sensitive of all).
 _OUTERMOST_SHARE = 0.02
@@ -51,18 +55,36 @@ class Decision:
 
 
 def decide(
-    program: Program, sites: Iterable[Site], quantization: Quantization, profile: TargetProfile
+    program: Program,
+    sites: Iterable[Site],
+    quantization: Quantization,
+    profile: TargetProfile,
+    early: frozenset[str] = frozenset(),
 ) -> list[Decision]:
-    """Returns what the recipe and the profile make of every site of a component."""
+    """Returns what the recipe and the profile make of every site of a component.
+
+    ``early`` are the components that run before the loop: what depends on their outputs alone is of the prompt.
+    """
     sites = list(sites)
     macs = max(1, sum(site.macs for site in sites))
     return [
-        _decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile, site.macs / macs)
+        _decide(
+            site,
+            quantization.at(site.op, f"{program.component}/{site.name}"),
+            profile,
+            site.macs / macs,
+            of_prompt=quantization.protect and _of_prompt(site, early),
+        )
         for site in sites
     ]
 
 
-def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float) -> Decision:
+def _of_prompt(site: Site, early: frozenset[str]) -> bool:
+    """Returns whether a site's data is made of outputs of components that run once a picture: text, most of all."""
+    return bool(site.depends) and all(origin.partition(".")[0] in early for origin in site.depends)
+
+
+def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float, *, of_prompt: bool) -> Decision:
     bits, reason = choice.weights, None
     if site.on_time_path:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
@@ -70,17 +92,23 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         reason = "the recipe keeps it in float"
     elif site.parameters < _SMALLEST_WEIGHT:
         bits, reason = FLOAT_BITS, f"{site.parameters} values, whose scales would take more than they save"
-    elif site.outermost:
+    elif site.outermost or site.of_guidance_scale:
         bits = max(bits, _OUTERMOST_BITS)
     activation_reason: str | None
     if bits == FLOAT_BITS:
         activation_reason = reason
     elif choice.activations == FLOAT_BITS:
         activation_reason = "the recipe computes in float"
+    elif site.of_guidance_scale:
+        activation_reason = "of the guidance scale alone, once a picture: not worth an error at every step"
     elif site.op not in profile.computes:
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
         activation_reason = f"{site.rows} row: reading the weights takes the time, not multiplying"
+    elif of_prompt:
+        activation_reason = (
+            "of the prompt alone: its first token is an outlier, whose grid would leave the others no bits"
+        )
     elif site.outermost and share <= _OUTERMOST_SHARE:
         activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
@@ -110,10 +138,7 @@ def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
 
 
 def make_plan(
-    programs: Programs,
-    quantization: Quantization,
-    calls: CalibrationSet,
-    progress: Progress | None = None,
+    programs: Programs, quantization: Quantization, calls: CalibrationSet, progress: Progress | None = None
 ) -> QuantPlan:
     """Returns the plan of every component.
 
@@ -129,31 +154,38 @@ def make_plan(
     """
     profile = get_profile(quantization.profile)
     advance = (progress or Silent()).task("plan quantization", len(programs.components))
+    early = frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
     plans = {}
     for component in programs.components:
-        of_component = partial(_calls, programs, calls, component)
-        plans[component], _ = plan_component(programs.make(component), quantization, profile, of_component)
+        recorded = partial(_calls, programs, calls, component)
+        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded, early)
         advance()
     return QuantPlan(programs.generator.source.sha256, profile.name, plans)
 
 
-def _calls(
-    programs: Programs, recorded: CalibrationSet, component: str
-) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-    """Yields (step, inputs in order) of a component's recorded calls; components that run once have step 0."""
-    names = [tensor.name for tensor in programs.components[component].inputs]
-    for feed in programs.feeds(component, recorded.feeds(programs.network(component)), recorded.steps):
-        yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
+def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
+    names = [spec.name for spec in programs.components[component].inputs]
+    for sample in calls.samples():
+        for feed in programs.restate([sample])[0].feeds:
+            if feed.component == component:
+                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
 
 
 def plan_component(
-    program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
+    program: Program,
+    quantization: Quantization,
+    profile: TargetProfile,
+    calls: Calls,
+    early: frozenset[str] = frozenset(),
 ) -> tuple[ComponentPlan, StepRanges | None]:
-    """Returns the plan of a component with weights rounded to the nearest, and the ranges that it was made from."""
-    module, sites = float_graph(program)
-    decisions = decide(program, sites, quantization, profile)
+    """Returns the plan of a component, and the ranges that it was made from."""
+    module, sites = float_graph(program, split=quantization.split)
+    decisions = decide(program, sites, quantization, profile, early)
     ranges = observe_sites(module, decisions, profile, calls)
-    return draw_up(module, sites, decisions, ranges, profile), ranges
+    plan = replace(draw_up(module, sites, decisions, ranges, profile), split=quantization.split)
+    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
+    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
 
 def draw_up(

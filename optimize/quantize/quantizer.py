@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +12,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 from torchao.quantization.quant_primitives import MappingType
 
 from fewstep.errors import QuantizationError
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid
 from fewstep.optimize.quantize.sites import Site
 
@@ -42,11 +42,9 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
             grid = self._plan.weights.get(site.weight)
             if grid is None:
                 continue
-            node = nodes[name]
-            inputs: dict[Node, QuantizationSpec] = {}
-            for argument in node.all_input_nodes:
-                if argument.op == "get_attr" and argument.target == site.weight:
-                    inputs[argument] = _constant(grid, self._weight(model, site))
+            node, reader = nodes[name], nodes[site.reader]
+            weight = next(a for a in reader.all_input_nodes if a.op == "get_attr" and a.target == site.weight)
+            inputs: dict[Node, QuantizationSpec] = {weight: _constant(grid, self._weight(model, site))}
             output = None
             if site.name in self._plan.computes:
                 data = nodes[site.data]
@@ -60,7 +58,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                     nodes[site.result].meta["quantization_annotation"] = QuantizationAnnotation(
                         output_qspec=activations[site.result], _annotated=True
                     )
-            node.meta["quantization_annotation"] = QuantizationAnnotation(
+            reader.meta["quantization_annotation"] = QuantizationAnnotation(
                 input_qspec_map=inputs, output_qspec=output, _annotated=True
             )
         return model
@@ -68,8 +66,8 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
     def validate(self, model: GraphModule) -> None:
         """Raises QuantizationError unless every site that the plan quantizes is annotated."""
         nodes = {node.name: node for node in model.graph.nodes}
-        for name, site in self._sites.items():
-            if site.weight in self._plan.weights and "quantization_annotation" not in nodes[name].meta:
+        for site in self._sites.values():
+            if site.weight in self._plan.weights and "quantization_annotation" not in nodes[site.reader].meta:
                 raise QuantizationError(f"{site.name} is in the plan and was not annotated")
 
     def _weight(self, model: GraphModule, site: Site) -> Callable[[], torch.Tensor]:
@@ -111,17 +109,7 @@ def spread(parameters: torch.Tensor, grid: Grid, shape: torch.Size) -> torch.Ten
         return parameters
     if grid.group_size is None:
         return parameters.reshape([-1 if i == grid.axis else 1 for i in range(len(shape))])
-    spread = parameters.repeat_interleave(grid.group_size, dim=1)[:, : shape[1]]
-    return spread.reshape(*spread.shape, *([1] * (len(shape) - 2)))
-
-
-def attribute(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Returns a parameter or buffer by its dotted name."""
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    assert isinstance(found, torch.Tensor)
-    return found.detach()
+    return parameters.repeat_interleave(grid.group_size, dim=1).reshape(shape)
 
 
 class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]

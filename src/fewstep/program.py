@@ -23,3 +23,5 @@ class Program:
     spec: ComponentSpec
     weights: Mapping[str, torch.Tensor] | None = None
     """Where the values of ``exported`` are read from, by name, if its parameters are fake."""
+    variant: str = ""
+    """Which of the component's graphs this is, see `fewstep.manifest.Artifact`."""

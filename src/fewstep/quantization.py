@@ -7,11 +7,14 @@ A recipe's ``[quantization]`` table::
     activations = 8             # bits of activations: 8; 32 computes in float (weight-only)
     granularity = "channel"     # scales of weights: tensor | channel | group
     group_size = 32             # input channels that share a scale, for group
-    rounding = "nearest"        # nearest | gptq | adaround
+    rounding = "gptq"           # nearest | gptq | adaround
     ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     profile = "x86"             # what the target computes well: see fewstep.profiles
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
+    split = true                # each part of a concatenation gets a grid of its own
+    protect = true              # what depends on the prompt alone computes in float: its first token is an outlier
+    correction = false          # the schedule corrects each step's output, in closed form
     bits = 5.0                  # mixed precision: weights' average, shared out by sensitivity
 
     [quantization.ops.linear]   # overrides for an operation: conv2d, linear, embedding, ...
@@ -72,17 +75,21 @@ class Quantization:
     activations: int = FLOAT_BITS
     granularity: str = "channel"
     group_size: int = 32
-    rounding: str = "nearest"
+    rounding: str = "gptq"
     ranges: str = "mse"
     profile: str = "x86"
     sampler: str = "own"
     samples: int = 32
     seed: int = 0
+    protect: bool = True
+    """Whether what depends on the prompt alone computes in float (MixDQ's outlier token)."""
+    correction: bool = False
+    """Whether the schedule carries a closed-form correction of the quantized network's output."""
     bits: float | None = None
     max_bytes: int | None = None
     """Largest size of all components together; like ``bits``, it asks for mixed precision."""
-    correction: bool = True
-    """Whether the schedule carries the closed-form correction of the quantized network's output, where it helps."""
+    split: bool = True
+    """Whether each part of a concatenation that is multiplied gets a grid of its own."""
     ops: Mapping[str, SiteChoice] = field(default_factory=dict)
     names: Mapping[str, SiteChoice] = field(default_factory=dict)
 
@@ -97,7 +104,6 @@ class Quantization:
         choices: list[Quantization | SiteChoice] = [self, *self.ops.values(), *self.names.values()]
         return (
             self.mixed
-            or self.correction
             or any((c.activations or FLOAT_BITS) < FLOAT_BITS for c in choices)
             or any(c.rounding not in (None, "nearest") for c in choices)
         )
@@ -176,7 +182,7 @@ def _value(key: str, value: object, where: str) -> object:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
-    if key == "correction":
+    if key in ("split", "protect", "correction"):
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets, plan_quantization
+from fewstep.build import check_targets, compile_targets, further_shapes, quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError, ParityError
@@ -179,7 +179,6 @@ def compile(
     """Writes the artifacts of every target without verifying them, and returns the paths."""
     from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
-    from fewstep.optimize.prepared import Prepared
 
     chosen = load_recipe(recipe)
     check_targets(targets)
@@ -187,15 +186,17 @@ def compile(
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            original = load(spec, guidance=w, eager=chosen.quantization is not None)
+            original = sized(load(spec, guidance=w, eager=chosen.quantization is not None), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
             described = describe(replace(generator, default_steps=default), counts)
         cache = StageCache()
         programs = programs_of(generator, described, chosen)
-        prepared = Prepared(programs, plan_quantization(programs, chosen, cache, progress), {})
-        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress)
+        quantized = quantize_programs(programs, chosen, folder, cache, progress)
+        artifacts = compile_targets(
+            quantized or programs, chosen, targets, folder, cache, progress, further_shapes(programs, chosen)
+        )
     return [out / artifact.path for artifact in artifacts]
 
 

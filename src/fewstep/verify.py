@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, SourceInfo
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Limits, Recipe
+from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, label
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
-from fewstep.source import SourceSpec
+from fewstep.runtimes.tiled import first_tile
+from fewstep.source import SourceInfo, SourceSpec
 
 if TYPE_CHECKING:
-    from fewstep.export import Generator
-    from fewstep.optimize.prepared import Prepared
+    from fewstep.export import Generator, Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
     from fewstep.runtimes.ort_bisect import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
@@ -39,6 +40,13 @@ class Verification:
     results: tuple[Sample, ...]
     caveats: tuple[str, ...]
     departures: dict[str, Departure | None] = field(default_factory=dict)
+
+    def and_at(self, shape: str, other: Verification) -> Verification:
+        """Returns the verification with the checks of another shape's."""
+        checks = tuple(
+            replace(check, sample=", ".join(filter(None, (check.sample, shape)))) for check in other.report.checks
+        )
+        return replace(self, report=replace(self.report, checks=self.report.checks + checks))
 
 
 def verify(
@@ -71,19 +79,28 @@ def verify(
     limits = Limits(**bundle.manifest.recipe["limits"])
     source, reason = _usable_source(bundle, against)
     if source is None:
-        golden = load_samples(bundle.path / "golden")
-        if not golden:
-            raise BundleError(f"{bundle.path} has no golden samples to verify against", hint="give --against SOURCE")
+        golden = _golden(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
-        return verify_against(
+        verified = verify_against(
             bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
         )
-    prepared, lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
+        for shape in bundle.manifest.shapes:
+            at, golden = bundle.shaped(shape), _golden(bundle, shape)
+            found = verify_against(at, golden, None, limits, runtime=runtime, reference=GOLDEN, progress=progress)
+            verified = verified.and_at(shape, found)
+        return verified
+    original = _load(bundle, source, progress)
+    quantized, lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
     verified = verify_against(
-        bundle, lowered_from, uncompressed, limits, prepared=prepared, runtime=runtime, progress=progress
+        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtime=runtime, progress=progress
     )
+    for shape in bundle.manifest.shapes:
+        at = bundle.shaped(shape)
+        _, lowered_from, uncompressed = _live_references(at, original, 1, 1, progress)
+        found = verify_against(at, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
+        verified = verified.and_at(shape, found)
     if bisect and not verified.report:
         verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
     return verified
@@ -95,7 +112,7 @@ def verify_against(
     uncompressed: Sequence[Sample] | None,
     limits: Limits,
     *,
-    prepared: Prepared | None = None,
+    quantized: QuantizedPrograms | None = None,
     runtime: str | None = None,
     reference: str = PYTORCH,
     caveats: Sequence[str] = (),
@@ -108,7 +125,7 @@ def verify_against(
         references: samples of the network that was lowered.
         uncompressed: the same samples of the original network; None where they are the same network.
         limits: the least that the artifacts must keep.
-        prepared: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
+        quantized: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
             operation by operation, and its noise floor measured instead of taken from the manifest.
         runtime: which of the bundle's runtimes; None takes the first.
         reference: what the references are, for people.
@@ -138,15 +155,15 @@ def verify_against(
     floor = None
     if integers:
         some = references[:FLOOR_SAMPLES]
-        floor = _floor(bundle, prepared, some, progress)
+        floor = _floor(bundle, quantized, some, progress)
         labels = {label(sample) for sample in some}
         of_some = [x for x in checks if x.level == "component" and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, results[: len(some)])
-        if prepared is None:
+        if quantized is None:
             notes.append("quantized operations were not compared one by one: that needs the source")
         else:
-            checks += _compare_operations(bundle, name, integers, prepared, references[0], progress)
+            checks += _compare_operations(bundle, name, integers, quantized, references[0], progress)
     if uncompressed is not None:
         checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
         if integers:
@@ -158,11 +175,22 @@ def verify_against(
     )
 
 
-def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sample], progress: Progress) -> Floor:
+def _floor(
+    bundle: Bundle, quantized: QuantizedPrograms | None, references: Sequence[Sample], progress: Progress
+) -> Floor:
     """Returns the noise floor: measured now, or as it was when the bundle was built."""
-    if prepared is not None:
+    if quantized is not None:
         with stage(progress, "measure the noise floor"):
-            return prepared.floor(references)
+            return quantized.floor(references)
+    return known_floor(bundle)
+
+
+def known_floor(bundle: Bundle) -> Floor:
+    """Returns the noise floor as it was when the bundle was built.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
@@ -170,7 +198,12 @@ def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sampl
 
 
 def _compare_operations(
-    bundle: Bundle, runtime: str, components: Sequence[str], prepared: Prepared, sample: Sample, progress: Progress
+    bundle: Bundle,
+    runtime: str,
+    components: Sequence[str],
+    quantized: QuantizedPrograms,
+    sample: Sample,
+    progress: Progress,
 ) -> list[Check]:
     compare = get_runtime(runtime).compare_integers
     if compare is None:
@@ -178,7 +211,7 @@ def _compare_operations(
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
-            program = prepared.program(component)
+            program = quantized.make(component)
             path = bundle.file(bundle.manifest.artifact(runtime, component).path)
             for feed in (f for f in sample.feeds if f.component == component):
                 checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
@@ -211,52 +244,78 @@ def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[So
     return (built_from.spec(), "") if gone is None else (None, f"{gone} is not on this machine")
 
 
+def _golden(bundle: Bundle, shape: str) -> list[Sample]:
+    """Returns the golden samples of one of the further shapes, or those of the first."""
+    golden = load_samples(bundle.path / "golden" / shape)
+    if not golden:
+        what = f"golden samples of shape {shape}" if shape else "golden samples"
+        raise BundleError(f"{bundle.path} has no {what} to verify against", hint="give --against SOURCE")
+    return golden
+
+
+def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
+    """Returns the generator that a bundle was built from, before its recipe."""
+    from fewstep.export import load
+
+    with stage(progress, f"load {source}"):
+        eager = bundle.manifest.recipe["quantization"] is not None
+        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
+        _check_same(bundle.manifest.source, original.source)
+    return original
+
+
+def _as_built(generator: Generator, manifest: Manifest) -> Generator:
+    """Returns a generator that draws and decodes at the sizes of a manifest."""
+    tile = manifest.recipe.get("decoder_tile")
+    generator = generator if tile is None else generator.tiled(tile)
+    return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
+
+
 def _live_references(
-    bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
-) -> tuple[Prepared, list[Sample], list[Sample] | None]:
-    from fewstep.calibration import SampleRequest
-    from fewstep.export import Programs, load
+    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
+) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
+    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
+    from fewstep.calibration import SampleRequest, record_samples
 
     manifest = bundle.manifest
-    with stage(progress, f"load {source}"):
-        quantized = manifest.recipe["quantization"] is not None
-        original = load(source, guidance=manifest.contract.guidance.scale, eager=quantized)
-        _check_same(bundle.manifest.source, original.source)
-        if manifest.recipe["shape"] is not None:
-            original = original.shaped(*manifest.recipe["shape"])
-        prepared, changed = _prepare(bundle, original)
+    with stage(progress, "read the contract"):
+        original = _as_built(original, manifest)
+        optimized, programs, quantized, changed = _prepare(bundle, original)
+        described = programs.described
     w = manifest.contract.guidance.scale
     requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
     requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
     advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
 
-    def run(reference: Prepared) -> list[Sample]:
+    def run(generator: Generator) -> list[Sample]:
         samples = []
-        for sample in reference.samples(requests):
+        for sample in record_samples(generator, described, requests):
             samples.append(sample)
             advance()
         return samples
 
-    before = replace(prepared, programs=Programs.as_written(original, prepared.programs.described), plan=None)
-    return prepared, run(prepared), run(before) if changed else None
+    uncompressed = run(original) if changed else None
+    if quantized is None:
+        return None, programs.restate(run(optimized)), uncompressed
+    return quantized, list(quantized.samples(requests)), uncompressed
 
 
-def _prepare(bundle: Bundle, original: Generator) -> tuple[Prepared, bool]:
-    """Returns the generator as the bundle's recipe made it, and whether that changed it."""
+def _prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, QuantizedPrograms | None, bool]:
+    """Returns the generator as the bundle's recipe made it, its programs, and whether the recipe changed it."""
     from fewstep.export import describe, programs_of
     from fewstep.optimize import optimize
-    from fewstep.optimize.prepared import Prepared
-    from fewstep.optimize.quantize import QuantPlan
+    from fewstep.optimize.quantize import QuantizedPrograms, QuantPlan
 
     manifest = bundle.manifest
     recipe = Recipe("", weights=manifest.recipe["weights"], form=manifest.contract.form)
     optimized, notes = optimize(original, recipe)
     programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
-    plan = None
-    if manifest.recipe["quantization"] is not None:
-        plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
+    changed = any(note.modified for note in notes)
+    if manifest.recipe["quantization"] is None:
+        return optimized, programs, None, changed
+    plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
     tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    return Prepared(programs, plan, tokenizers), plan is not None or any(note.modified for note in notes)
+    return optimized, programs, QuantizedPrograms(programs, plan, tokenizers, manifest.schedules), True
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -283,12 +342,16 @@ def _bisect(
     from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
-    prepared, _ = _prepare(bundle, load(source, guidance=manifest.contract.guidance.scale, eager=True))
+    original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
+    _, programs, quantized, _ = _prepare(bundle, _as_built(original, manifest))
     failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
-        program = prepared.program(component)
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
-        path = bundle.file(manifest.artifact(runtime, component).path)
-        found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
+        spec, inputs, variant = manifest.components[component], feed.inputs, None
+        if spec.tiles is not None:
+            spec, inputs, variant = first_tile(spec, inputs)
+        program = (quantized or programs).make(component, spec)
+        path = bundle.file(manifest.artifact(runtime, component, variant).path)
+        found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.feeds import Sample
-from fewstep.manifest import Manifest
+from fewstep.manifest import Artifact, Manifest
 from fewstep.report import images
 from fewstep.report.charts import CurveChart, CurveSeries
 from fewstep.report.page import (
@@ -66,7 +66,7 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
             for a, b in main[:_SHOWN_PICTURES]
         ],
         curves=_curves(verified, manifest.default_steps),
-        sizes=[SizeRow(f"{a.component} ({a.runtime})", f"{a.weights} weights", a.bytes) for a in manifest.artifacts],
+        sizes=[SizeRow(_size_label(a), f"{a.weights} weights", a.bytes) for a in manifest.artifacts],
         latencies=[_latency_row(latency) for latency in profile.latencies] if profile else (),
         whole_latency=_latency_row(profile.picture) if profile else None,
         latency_note=_latency_note(profile) if profile else "",
@@ -142,6 +142,11 @@ def _latency_note(profile: Profile) -> str:
         f"{profile.runtime} on the machine that built the bundle, {threads}, after warm-up; "
         f"{runs} runs, spread is the middle 80 %"
     )
+
+
+def _size_label(artifact: Artifact) -> str:
+    variant = f" {artifact.variant}" if artifact.variant else ""
+    return f"{artifact.component}{variant} ({artifact.runtime})"
 
 
 def _precision_note(manifest: Manifest, runtime: str) -> str:
