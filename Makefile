@@ -161,6 +161,10 @@ bench-quant: $(VENV)/.dev bundle ## Compares recipes with other tools' int8 (goe
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
 
+.PHONY: bench-static
+bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
+
 # --- distribution ------------------------------------------------------------------------------------------------------
 
 .PHONY: wheel

@@ -21,6 +21,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_edit",
     "fewstep.runtimes.ort_integer_conv",
     "fewstep.runtimes.ort_integer_linear",
+    "fewstep.runtimes.ort_loop",
     "fewstep.runtimes.ort_lower",
     "fewstep.runtimes.ort_nbits",
     "fewstep.runtimes.ort_pack",
