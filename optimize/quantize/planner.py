@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
 from fewstep.export import Programs
+from fewstep.manifest import LOOP
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
@@ -94,15 +95,22 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
 
 
 def observe_sites(
-    module: GraphModule, decisions: Iterable[Decision], profile: TargetProfile, calls: Calls
+    module: GraphModule,
+    decisions: Iterable[Decision],
+    profile: TargetProfile,
+    calls: Calls,
+    *,
+    steps: int | None = None,
 ) -> StepRanges | None:
     """Returns the ranges of every activation that the decisions need; None if they need none.
+
+    With ``steps``, each of so many steps must have a call.
 
     Raises:
         CalibrationError: see `fewstep.calibration.observe`.
     """
     points = {name: name for d in decisions if d.computes for name in _activations(d.site, profile)}
-    return observe(module, points, calls) if points else None
+    return observe(module, points, calls, steps=steps) if points else None
 
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
@@ -134,7 +142,8 @@ def make_plan(
     plans = {}
     for component in programs.components:
         recorded = partial(_calls, programs, calls, component)
-        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded)
+        steps = _steps(calls) if programs.components[component].phase == LOOP else 1
+        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded, steps=steps)
         advance()
     return QuantPlan(programs.generator.source.sha256, profile.name, plans)
 
@@ -145,16 +154,21 @@ def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterato
     for sample in calls.samples():
         for feed in programs.restate([sample])[0].feeds:
             if feed.component == component:
-                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
+                yield min(feed.step or 0, _steps(calls) - 1), tuple(torch.from_numpy(feed.inputs[name]) for name in names)
+
+
+def _steps(calls: CalibrationSet) -> int:
+    """Returns how many steps must have calls; a set of one step, made to see what that costs, counts as one."""
+    return 1 if calls.sampler == "single" else calls.steps
 
 
 def plan_component(
-    program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
+    program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls, *, steps: int | None = None
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
     module, sites = float_graph(program)
     decisions = decide(program, sites, quantization, profile)
-    ranges = observe_sites(module, decisions, profile, calls)
+    ranges = observe_sites(module, decisions, profile, calls, steps=steps)
     plan = draw_up(module, sites, decisions, ranges, profile)
     methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
     return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges

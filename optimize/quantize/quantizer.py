@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -194,5 +195,13 @@ def _specification(grid: Grid, constant: Callable[[], torch.Tensor] | None) -> Q
 
 
 def _get_attr(model: GraphModule, name: str, values: torch.Tensor) -> Node:
-    model.register_buffer(name, values.contiguous())
-    return model.graph.get_attr(name)
+    """Returns a node that reads a constant; a layer called twice has its weight once, and a bias for each call."""
+    free = (name if i == 1 else f"{name}_{i}" for i in itertools.count(1))
+    taken = next(n for n in free if not hasattr(model, n) or _equal(getattr(model, n), values))
+    if not hasattr(model, taken):
+        model.register_buffer(taken, values.contiguous())
+    return model.graph.get_attr(taken)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
