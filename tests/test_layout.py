@@ -18,8 +18,12 @@ LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../app
 COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
+    "fewstep.runtimes.ort_integer_conv",
     "fewstep.runtimes.ort_lower",
+    "fewstep.runtimes.ort_pack",
+    "fewstep.runtimes.ort_points",
     "fewstep.runtimes.ort_weights",
+    "fewstep.runtimes.pytorch_double",
     "fewstep.runtimes.pytorch_reference",
 }
 """Modules that only `fewstep[compile]` can import; `generate`, `profile` and `inspect` do without them."""

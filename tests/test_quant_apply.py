@@ -132,14 +132,14 @@ def test_weight_only(kind: str, bits: int, granularity: str) -> None:
         "transposed": (lambda: nn.ConvTranspose2d(8, 12, 2, stride=2), random(1, 8, 5, 5)),
     }
     make, x = makers[kind]
-    if kind == "transposed" and granularity == "group":
-        pytest.skip("groups are of a weight whose first axis is the output's")
     module = _Middle(make())
     program = program_of(module, x)
     choice = Quantization(weights=bits, granularity=granularity, group_size=12, rounding="nearest")
     plan = plan_of(program, choice, lambda: ())
     (grid,) = plan.weights.values()
     assert grid.bits == bits
+    grouped = granularity == "group" and kind != "transposed"
+    assert (grid.group_size is not None) == grouped, "groups are of weights whose first axis is the outputs'"
     quantized = quantize(program, plan)
     with torch.no_grad():
         module.layer.weight.copy_(on_grid(module.layer.weight, grid))

@@ -198,8 +198,7 @@ def draw_up(
             attribute(module, site.weight),
             d.weights,
             axis=site.channel_axis,
-            # Whole numbers are multiplied before they are scaled: one scale for all inputs of a channel.
-            granularity="channel" if d.computes and d.choice.granularity == "group" else d.choice.granularity,
+            granularity=_granularity(d),
             group_size=d.choice.group_size,
         )
         if d.computes:
@@ -213,6 +212,16 @@ def draw_up(
     return ComponentPlan(
         network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons
     )
+
+
+def _granularity(decision: Decision) -> str:
+    """Returns what shares a scale: groups are of weights whose rows are one output each, and are multiplied in float.
+
+    Whole numbers are multiplied before they are scaled, which takes one scale for all inputs of a channel.
+    """
+    asked = decision.choice.granularity
+    grouped = not decision.computes and decision.site.channel_axis == 0
+    return "channel" if asked == "group" and not grouped else asked
 
 
 def _activation(ranges: StepRanges | None, name: str, method: str, profile: TargetProfile) -> Grid:

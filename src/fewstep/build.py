@@ -85,7 +85,7 @@ def build(
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
-    from fewstep.verify import verify_against
+    from fewstep.verify import verify_targets
 
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     options, progress, out = options or Options(), progress or Silent(), Path(out)
@@ -145,7 +145,7 @@ def build(
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
-        verified = verify_against(
+        verified = verify_targets(
             Bundle(folder, manifest),
             lowered_from,
             uncompressed,
