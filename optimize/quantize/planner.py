@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
 from fewstep.export import Programs
-from fewstep.manifest import BEFORE
+from fewstep.manifest import BEFORE, LOOP
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
@@ -117,15 +117,22 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
 
 
 def observe_sites(
-    module: GraphModule, decisions: Iterable[Decision], profile: TargetProfile, calls: Calls
+    module: GraphModule,
+    decisions: Iterable[Decision],
+    profile: TargetProfile,
+    calls: Calls,
+    *,
+    steps: int | None = None,
 ) -> StepRanges | None:
     """Returns the ranges of every activation that the decisions need; None if they need none.
+
+    With ``steps``, each of so many steps must have a call.
 
     Raises:
         CalibrationError: see `fewstep.calibration.observe`.
     """
     points = {name: name for d in decisions if d.computes for name in _activations(d.site, profile)}
-    return observe(module, points, calls) if points else None
+    return observe(module, points, calls, steps=steps) if points else None
 
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
@@ -158,7 +165,9 @@ def make_plan(
     plans = {}
     for component in programs.components:
         recorded = partial(_calls, programs, calls, component)
-        plans[component], _ = plan_component(programs.make(component), quantization, profile, recorded, early)
+        steps = _steps(calls) if programs.components[component].phase == LOOP else 1
+        program = programs.make(component)
+        plans[component], _ = plan_component(program, quantization, profile, recorded, early, steps=steps)
         advance()
     return QuantPlan(programs.generator.source.sha256, profile.name, plans)
 
@@ -169,7 +178,15 @@ def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterato
     for sample in calls.samples():
         for feed in programs.restate([sample])[0].feeds:
             if feed.component == component:
-                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
+                yield (
+                    min(feed.step or 0, _steps(calls) - 1),
+                    tuple(torch.from_numpy(feed.inputs[name]) for name in names),
+                )
+
+
+def _steps(calls: CalibrationSet) -> int:
+    """Returns how many steps must have calls; a set of one step, made to see what that costs, counts as one."""
+    return 1 if calls.sampler == "single" else calls.steps
 
 
 def plan_component(
@@ -178,11 +195,13 @@ def plan_component(
     profile: TargetProfile,
     calls: Calls,
     early: frozenset[str] = frozenset(),
+    *,
+    steps: int | None = None,
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
     module, sites = float_graph(program, split=quantization.split)
     decisions = decide(program, sites, quantization, profile, early)
-    ranges = observe_sites(module, decisions, profile, calls)
+    ranges = observe_sites(module, decisions, profile, calls, steps=steps)
     plan = replace(draw_up(module, sites, decisions, ranges, profile), split=quantization.split)
     methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
     return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
@@ -212,8 +231,7 @@ def draw_up(
             attribute(module, site.weight),
             d.weights,
             axis=site.channel_axis,
-            # Whole numbers are multiplied before they are scaled: one scale for all inputs of a channel.
-            granularity="channel" if d.computes and d.choice.granularity == "group" else d.choice.granularity,
+            granularity=_granularity(d),
             group_size=d.choice.group_size,
         )
         if d.computes:
@@ -227,6 +245,16 @@ def draw_up(
     return ComponentPlan(
         network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons
     )
+
+
+def _granularity(decision: Decision) -> str:
+    """Returns what shares a scale: groups are of weights whose rows are one output each, and are multiplied in float.
+
+    Whole numbers are multiplied before they are scaled, which takes one scale for all inputs of a channel.
+    """
+    asked = decision.choice.granularity
+    grouped = not decision.computes and decision.site.channel_axis == 0
+    return "channel" if asked == "group" and not grouped else asked
 
 
 def _activation(ranges: StepRanges | None, name: str, method: str, profile: TargetProfile) -> Grid:

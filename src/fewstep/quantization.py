@@ -35,7 +35,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewstep.errors import RecipeError
-from fewstep.profiles import get_profile
+from fewstep.profiles import PROFILES
 
 FLOAT_BITS = 32
 WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
@@ -52,6 +52,7 @@ _CHOICES: Mapping[str, Collection[object]] = {
     "rounding": ROUNDINGS,
     "ranges": RANGES,
     "sampler": SAMPLERS,
+    "profile": tuple(PROFILES),
 }
 
 
@@ -137,7 +138,7 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
         if key in ("ops", "names"):
             given[key] = {
                 str(name): _site_choice(choice, f"{where}: {key}.{name}")
-                for name, choice in _table(value, where).items()
+                for name, choice in _table(value, f"{where}: {key}").items()
             }
         else:
             given[key] = _value(key, value, f"{where}: {key}")
@@ -186,14 +187,14 @@ def _value(key: str, value: object, where: str) -> object:
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value
-    if key == "profile":
-        return get_profile(str(value)).name
     if key == "bits":
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 8):
             return None if value is None else float(value)
         raise RecipeError(f"{where} is {value!r}, expected a number from 2 to 8", hint="the average bits of a weight")
     if key == "max_bytes" and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-        raise RecipeError(f"{where} is {value!r}, expected a whole number above 0", hint="edit the recipe")
+    least = 0 if key == "seed" else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = "a whole number from 0" if least == 0 else "a whole number above 0"
+        raise RecipeError(f"{where} is {value!r}, expected {expected}", hint="edit the recipe")
     return value
