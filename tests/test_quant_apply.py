@@ -179,9 +179,7 @@ def test_bias_is_32_bits_on_the_products_grid() -> None:
     plan, data, weight = plan_and_grids(program, x)
     graph = quantize(program, plan).exported
     (node,) = [
-        n
-        for n in graph.graph.nodes
-        if n.target is _ops.dequantize_per_channel.default and torch.int32 in n.args
+        n for n in graph.graph.nodes if n.target is _ops.dequantize_per_channel.default and torch.int32 in n.args
     ]
     by_input = {**graph.graph_signature.inputs_to_buffers, **graph.graph_signature.inputs_to_parameters}
     q, scale, zero = (graph.state_dict[by_input[a.name]] for a in node.args[:3])

@@ -127,7 +127,9 @@ def test_refusals(text: str, message: str, hint: str) -> None:
 
 
 def test_unknown_preset_and_base(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=re.escape("expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed or a .toml")):
+    with pytest.raises(
+        RecipeError, match=re.escape("expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed or a .toml")
+    ):
         load_recipe("w8a9")
     (tmp_path / "mine.toml").write_text('base = "w6"\n')
     with pytest.raises(RecipeError, match="base is 'w6', expected one of fp32"):

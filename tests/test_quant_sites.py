@@ -181,7 +181,9 @@ def test_decisions_and_their_reasons() -> None:
     inputs = random(1, 4, 8, 8), random(1, 1), random(1, 8)
     program = program_of(_Conditioned(), *inputs, origins=[LATENT, TIMESTEP, CONDITIONS])
     _, sites = float_graph(program)
-    decisions = {d.site.name: d for d in decide(program, sites, Quantization(weights=4, activations=8), get_profile("x86"))}
+    decisions = {
+        d.site.name: d for d in decide(program, sites, Quantization(weights=4, activations=8), get_profile("x86"))
+    }
     assert "time path" in str(decisions["scale"].weight_reason)
     assert decisions["scale"].weights == 32
     assert "128 values" in str(decisions["text"].weight_reason)

@@ -154,7 +154,10 @@ def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterato
     for sample in calls.samples():
         for feed in programs.restate([sample])[0].feeds:
             if feed.component == component:
-                yield min(feed.step or 0, _steps(calls) - 1), tuple(torch.from_numpy(feed.inputs[name]) for name in names)
+                yield (
+                    min(feed.step or 0, _steps(calls) - 1),
+                    tuple(torch.from_numpy(feed.inputs[name]) for name in names),
+                )
 
 
 def _steps(calls: CalibrationSet) -> int:

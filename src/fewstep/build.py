@@ -156,7 +156,7 @@ def build(
         )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)
@@ -192,7 +192,7 @@ def quantize_programs(
     plan = make_plan(programs, q, calls, progress)
     plan.save(folder / PLAN_FOLDER)
     tokenizers = open_tokenizers(folder, described.tokenizers)
-    return QuantizedPrograms(programs, plan, tokenizers, described.schedules)
+    return QuantizedPrograms(programs, plan, tokenizers, described.schedules, calls)
 
 
 def compile_targets(

@@ -14,7 +14,16 @@ from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, SourceInfo
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, fold, label
+from fewstep.runtimes.parity import (
+    COMPRESSION,
+    Check,
+    Floor,
+    ParityReport,
+    compare_components,
+    compare_samples,
+    fold,
+    label,
+)
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceSpec
