@@ -27,7 +27,7 @@ _GIVEN = ".given"
 
 
 def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
-    """Returns the comparison of every quantized tensor of a component, in the order of computation, then of its outputs.
+    """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
 
     Raises:
         ExportError: the model and the program share no quantized tensor.

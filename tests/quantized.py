@@ -51,7 +51,10 @@ def program_of(module: torch.nn.Module, *inputs: torch.Tensor, origins: Sequence
         exported = torch.export.export(wired, inputs)
     names = [f"x{i}" for i in range(len(inputs))]
     spec = ComponentSpec(
-        tuple(TensorSpec(n, str(x.dtype).removeprefix("torch."), tuple(x.shape)) for n, x in zip(names, inputs)),
+        tuple(
+            TensorSpec(n, str(x.dtype).removeprefix("torch."), tuple(x.shape))
+            for n, x in zip(names, inputs, strict=True)
+        ),
         (TensorSpec("y", "float32", tuple(output.shape)),),
         dict(zip(names, origins or [LATENT] * len(inputs), strict=True)),
         LOOP,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,10 +16,9 @@ from onnx import numpy_helper
 
 import fewstep
 from fewstep import cli
-from fewstep import verify as verification
 from fewstep.bundle import write_manifest
 from fewstep.calibration import CalibrationSet, collect
-from fewstep.errors import BundleError, QuantizationError, RuntimeMissingError
+from fewstep.errors import BundleError, RuntimeMissingError
 from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact
 from fewstep.optimize.quantize import QuantPlan
@@ -287,8 +285,8 @@ def test_a_step_without_samples(run: Callable[..., str], tmp_path: Path, monkeyp
     samples = CalibrationSet.samples
 
     def without_the_last(self: CalibrationSet) -> Iterator[Sample]:
-        for sample in samples(self):
-            yield replace(sample, feeds=tuple(feed for feed in sample.feeds if feed.step != 1))
+        for each in samples(self):
+            yield replace(each, feeds=tuple(feed for feed in each.feeds if feed.step != 1))
 
     monkeypatch.setattr(CalibrationSet, "samples", without_the_last)
     text = run("--recipe", recipe_file(tmp_path, ""))
@@ -296,16 +294,20 @@ def test_a_step_without_samples(run: Callable[..., str], tmp_path: Path, monkeyp
     assert "hint: calibrate with samples of every step" in text
 
 
-def test_a_plan_for_another_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bundle = painted("w8a8").bundle
-    copy = shutil.copytree(bundle.path, tmp_path / "bundle")
-    path = copy / PLAN_FOLDER / PLAN
+def test_a_plan_for_another_network(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = fewstep.Options(prompts=1, seeds=1, profile=False)
+    bundle = fewstep.build("painters:make", small("w8a8"), out=tmp_path / "bundle", options=options)
+    path = bundle.path / PLAN_FOLDER / PLAN
     head = json.loads(path.read_text())
     head["components"]["denoiser"]["network"] = "0" * 64
     path.write_text(json.dumps(head))
-    manifest = write_manifest(copy, bundle.manifest)
-    live = verification._prepare(fewstep.Bundle(copy, manifest), painter())[2]
-    assert live is not None
-    with pytest.raises(QuantizationError, match="the plan of denoiser is for another network") as caught:
-        live.make("denoiser")
-    assert (caught.value.exit_status, caught.value.hint) == (2, "make a plan for this generator")
+    write_manifest(bundle.path, bundle.manifest)
+    arguments = ["fewstep", "verify", str(bundle.path), "--against", "painters:make", "--prompts", "1", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = " ".join(capfd.readouterr().err.split())
+    assert exit_.value.code == 2
+    assert "the plan of denoiser is for another network hint: make a plan for this generator" in said
