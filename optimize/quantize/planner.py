@@ -86,7 +86,7 @@ def _of_prompt(site: Site, early: frozenset[str]) -> bool:
 
 def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float, *, of_prompt: bool) -> Decision:
     bits, reason = choice.weights, None
-    if site.on_time_path:
+    if site.on_time_path and choice.exact_time:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
     elif bits == FLOAT_BITS:
         reason = "the recipe keeps it in float"

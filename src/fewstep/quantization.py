@@ -13,6 +13,7 @@ A recipe's ``[quantization]`` table::
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own
+    exact_time = true           # the time path stays in float, where the form leaves it in the networks
     protect = true              # what depends on the prompt alone computes in float: its first token is an outlier
     correction = false          # the schedule corrects each step's output, in closed form
     bits = 5.0                  # mixed precision: weights' average, shared out by sensitivity
@@ -82,6 +83,8 @@ class Quantization:
     sampler: str = "own"
     samples: int = 32
     seed: int = 0
+    exact_time: bool = True
+    """Whether the time path, where it is left in the networks, stays in float."""
     protect: bool = True
     """Whether what depends on the prompt alone computes in float (MixDQ's outlier token)."""
     correction: bool = False
@@ -183,7 +186,7 @@ def _value(key: str, value: object, where: str) -> object:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
-    if key in ("split", "protect", "correction"):
+    if key in ("split", "exact_time", "protect", "correction"):
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value
