@@ -233,9 +233,9 @@ def quantize_programs(
         folder=cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps}),
         progress=progress,
     )
-    plan = make_plan(programs, q, calls, progress)
-    plan.save(folder / PLAN_FOLDER)
     tokenizers = open_tokenizers(folder, described.tokenizers)
+    plan = make_plan(programs, q, calls, progress, tokenizers=tokenizers)
+    plan.save(folder / PLAN_FOLDER)
     schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
     return QuantizedPrograms(programs, plan, tokenizers, schedules, calls)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewstep.feeds import Sample
-from fewstep.manifest import Artifact, Manifest
+from fewstep.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
 from fewstep.report import images
+from fewstep.report.bought import Bought, bought_of
 from fewstep.report.charts import CurveChart, CurveSeries
 from fewstep.report.page import (
     CheckRow,
@@ -45,11 +47,17 @@ def write_bundle_report(
     quantized: QuantizedPrograms | None = None,
 ) -> Path:
     """Writes ``index.html``, ``parity.json``, ``profile.json`` and ``grid.png``, and returns the page's path."""
-    page = write_report(report_data(manifest, verified, profiles, quantized), folder)
+    data = report_data(manifest, verified, profiles, quantized)
+    page = write_report(replace(data, bought=_bought(folder.parent / PLAN_FOLDER / PLAN)), folder)
     (folder / "parity.json").write_text(json.dumps(verified.report.to_json(), indent=1))
     (folder / "profile.json").write_text(json.dumps([profile.to_json() for profile in profiles], indent=1))
     (folder / "grid.png").write_bytes(images.png_bytes(picture_grid(verified)))
     return page
+
+
+def _bought(plan: Path) -> Bought | None:
+    """Returns what mixed precision bought, from the plan in the bundle; None where there is none."""
+    return bought_of(json.loads(plan.read_text(encoding="utf-8"))["quality"]) if plan.is_file() else None
 
 
 def report_data(

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from fewstep.report import images
+from fewstep.report.bought import Bought
 from fewstep.report.charts import (
     SERIES_COLOURS,
     CurveChart,
@@ -226,6 +227,7 @@ class ReportData:
     """What precision really runs, one sentence each."""
     contract: Sequence[Section] = ()
     schedules: Sequence[ScheduleTable] = ()
+    bought: Bought | None = None
     environment: Sequence[Section] = ()
     licences: Sequence[Section] = ()
     quantization: QuantizationFacts | None = None
