@@ -98,6 +98,8 @@ def test_a_build_that_lowers_wrongly_fails_and_names_the_operation(
 
     def compile_wrongly(program: Program, folder: Path, weights: str) -> Artifact:
         artifact = ort.RUNTIME.compile(program, folder, weights)
+        if program.component != "denoiser":
+            return artifact
         path = folder / artifact.path
         model = onnx.load(path)
         node = next(n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat")
