@@ -102,7 +102,9 @@ def test_a_build_that_lowers_wrongly_fails_and_names_the_operation(
             return artifact
         path = folder / artifact.path
         model = onnx.load(path)
-        node = next(n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat")
+        node = next((n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat"), None)
+        if node is None:  # what runs once for each picture multiplies single rows
+            return artifact
         tensor = next(i for i in model.graph.initializer if i.name == node.input[1])
         array = numpy_helper.to_array(tensor).copy()
         array.reshape(-1)[np.abs(array).argmax()] ^= np.int8(0x40)
