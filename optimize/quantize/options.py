@@ -115,7 +115,9 @@ def options_of(
             for grid, q in zip(grids[weight.name], made, strict=True)
         ]
         if weight.bits is None:
-            options.append(Option(FLOAT_BITS, None, None, float_bytes(values)))
+            exact = Option(FLOAT_BITS, None, None, float_bytes(values))
+            # Where a scale serves few inputs, integers with their scales may be the larger ones.
+            options = [*(option for option in options if option.bytes < exact.bytes), exact]
         found[weight.name] = tuple(sorted(options, key=lambda option: option.bytes))
     return found
 
