@@ -118,9 +118,10 @@ test-app: app-build bundle ## Tests the web app in Chromium (installs Debian's C
 	cd $(WEB) && npx --no-install vitest run
 	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
 
+# Not `npm ci`, which refuses a lock file without the binaries of other platforms that a mirror may lack.
 $(WEB)/node_modules/.installed: $(WEB)/package-lock.json
 	$(WEB)/build/need.sh node
-	cd $(WEB) && npm ci --no-audit --no-fund
+	cd $(WEB) && npm install --no-save --no-audit --no-fund
 	touch $@
 
 # --- the built-in generator --------------------------------------------------------------------------------------------
@@ -159,6 +160,10 @@ bench-quant: $(VENV)/.dev bundle ## Compares recipes with other tools' int8 (goe
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant $(ROWS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
+
+.PHONY: bench-static
+bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

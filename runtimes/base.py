@@ -60,13 +60,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class PointResult:
-    """How a quantized tensor differs from the reference's: how many of its values, and the most by how much."""
+    """How a quantized tensor differs from the reference's: how many of its values, and the most by how much.
+
+    Of an output in float, ``sqnr_db`` says it, and nothing is counted.
+    """
 
     tensor: str
     module_path: str
     values: int
     differing: int
     largest: int
+    sqnr_db: float | None = None
 
     @property
     def equal(self) -> float:

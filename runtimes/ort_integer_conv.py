@@ -7,16 +7,13 @@ MatMulIntegerToFloat: nearly as fast as QLinearConv while the unfolded data fits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from fewstep.runtimes.base import Array
+from fewstep.runtimes.ort_edit import MICROSOFT, Maker, float_bias
 from fewstep.runtimes.ort_pack import constant
-
-_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ def unfold_convolutions(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "Conv" and _is_integer(node) and not _is_quantized(node.outputs[0]):
             _unfold(model, node)
-            model.opset_imports.setdefault(_DOMAIN, 1)
+            model.opset_imports.setdefault(MICROSOFT, 1)
 
 
 def _is_integer(node: ir.Node) -> bool:
@@ -63,7 +60,7 @@ def _unfold(model: ir.Model, node: ir.Node) -> None:
     window = _window(node)
     batch, _, height, width = x.shape.numpy()
     _, out_channels, out_height, out_width = node.outputs[0].shape.numpy()
-    make = _Maker(model, node)
+    make = Maker(model, node)
     value = make.node("Transpose", [x], perm=[0, 2, 3, 1])
     value = _windows(make, value, x_zero, window, (height, width), (out_height, out_width))
     rows = constant(w).transpose(2, 3, 1, 0).reshape(-1, out_channels)
@@ -78,15 +75,15 @@ def _unfold(model: ir.Model, node: ir.Node) -> None:
         make.constant("weight_zero_point", np.zeros(out_channels, dtype=rows.dtype)),
     ]
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        inputs.append(make.constant("bias", _bias(node.inputs[2])))
-    value = make.node("MatMulIntegerToFloat", inputs, domain=_DOMAIN)
+        inputs.append(make.constant("bias", float_bias(node.inputs[2])))
+    value = make.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
     shape = np.array([batch, out_height, out_width, out_channels])
     value = make.node("Reshape", [value, make.constant("pixels", shape)])
     make.last("Transpose", [value], perm=[0, 3, 1, 2])
 
 
 def _windows(
-    make: _Maker, value: ir.Value, zero: ir.Value, window: _Window, size: tuple[int, int], out: tuple[int, int]
+    make: Maker, value: ir.Value, zero: ir.Value, window: _Window, size: tuple[int, int], out: tuple[int, int]
 ) -> ir.Value:
     """Returns [batch, height, width, kernel positions x channels]: what each output pixel is a product with."""
     if window.kernel == (1, 1) and window.strides == (1, 1) and not any(window.pads):
@@ -119,51 +116,3 @@ def _window(node: ir.Node) -> _Window:
 
     pads = attributes.get_ints("pads", (0, 0, 0, 0))
     return _Window((kernel[0], kernel[1]), pair("strides"), pair("dilations"), (pads[0], pads[1], pads[2], pads[3]))
-
-
-def _bias(value: ir.Value) -> Array:
-    """Returns a bias in float32: of whole numbers, as the product of q and scale that DequantizeLinear gives."""
-    producer = value.producer()
-    if producer is None:
-        return constant(value)
-    assert producer.op_type == "DequantizeLinear"
-    bias: Array = constant(producer.inputs[0]).astype(np.float32) * constant(producer.inputs[1])
-    return bias
-
-
-class _Maker:
-    """Puts nodes and constants in the place of one node."""
-
-    def __init__(self, model: ir.Model, node: ir.Node) -> None:
-        self._graph = model.graph
-        self._node = node
-        self._count = 0
-
-    def constant(self, name: str, array: Array) -> ir.Value:
-        """Returns an initializer."""
-        array = array.astype(np.int64) if array.dtype.kind == "i" and array.dtype != np.int8 else array
-        tensor = ir.tensor(np.ascontiguousarray(array), name=f"{self._node.name}.{name}")
-        value = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-        )
-        self._graph.register_initializer(value)
-        return value
-
-    def node(
-        self, op: str, inputs: Sequence[ir.Value], domain: str = "", **attributes: int | Sequence[int]
-    ) -> ir.Value:
-        """Returns the value of a new node."""
-        made = ir.node(op, inputs, attributes=attributes, domain=domain, name=f"{self._node.name}.{self._count}.{op}")
-        made.outputs[0].name = f"{self._node.outputs[0].name}.{self._count}"
-        made.metadata_props.update(self._node.metadata_props)
-        self._count += 1
-        self._graph.insert_before(self._node, made)
-        return made.outputs[0]
-
-    def last(self, op: str, inputs: Sequence[ir.Value], **attributes: int | Sequence[int]) -> None:
-        """Replaces the node by a new one."""
-        made = ir.node(op, inputs, attributes=attributes, name=f"{self._node.name}.{op}")
-        made.metadata_props.update(self._node.metadata_props)
-        ir.convenience.replace_nodes_and_values(
-            self._graph, self._node, [self._node], [made], self._node.outputs, made.outputs
-        )

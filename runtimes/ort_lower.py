@@ -21,6 +21,7 @@ from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
+from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_nbits import multiply_packed
 from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
@@ -100,6 +101,7 @@ def _shrink(model: ir.Model, weights: str) -> None:
     if weights == "fp16":
         _store_halves(model)
     unfold_convolutions(model)
+    fuse_linear_layers(model)
     multiply_packed(model)
     widen_weights(model)
     pack_int4(model)

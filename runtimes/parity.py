@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,8 @@ class Check:
     metric: str
     value: float
     limit: float | None
+    runtime: str | None = None
+    """Whose artifacts were compared, where there are several targets."""
 
     @property
     def passed(self) -> bool:
@@ -48,7 +50,7 @@ class Check:
     @property
     def where(self) -> str:
         """Where the comparison was made, for people."""
-        parts = [self.component]
+        parts = [self.component] if self.runtime is None else [f"{self.component} ({self.runtime})"]
         parts += [f"step {self.step}"] if self.step is not None else []
         parts += [str(part) for part in (self.tensor, self.sample) if part]
         return ", ".join(parts)
@@ -117,6 +119,26 @@ class ParityReport:
     def to_json(self) -> dict[str, Any]:
         """Returns the summary and every check."""
         return {**self.summary(), "all": [check.to_json() for check in self.checks]}
+
+
+def fold(reports: Mapping[str, ParityReport]) -> ParityReport:
+    """Returns one report of the reports of several runtimes, by name: true only if each of them is.
+
+    Compression is an error of the network and not of a runtime: it is told once.
+    """
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    checks: list[Check] = []
+    for name, report in reports.items():
+        found = [check if check.error == COMPRESSION else replace(check, runtime=name) for check in report.checks]
+        checks += [check for check in found if check.error != COMPRESSION or check not in checks]
+        gating = sum(check.limit is not None and check.error != COMPRESSION for check in report.checks)
+        if gating == 0:
+            checks.append(Check(LOWERING, "component", "bundle", None, None, None, "checks made", 0.0, 1.0, name))
+    first = next(iter(reports.values()))
+    executors = "; ".join(report.executor for report in reports.values())
+    floor = next((report.floor for report in reports.values() if report.floor is not None), None)
+    return ParityReport(tuple(checks), first.reference, executors, floor)
 
 
 def compare_components(

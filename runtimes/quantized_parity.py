@@ -20,6 +20,9 @@ from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label,
 EQUAL_SHARE = 0.999
 # An integer may fall to the other side, never further.
 LARGEST_DIFFERENCE = 1
+# An output that is computed in float from the reference's own integers: the limit of weight-only components. What is
+# multiplied in whole numbers is exact until it is scaled, what is not is a few operations deep.
+OUTPUT_SQNR_DB = 80.0
 # How far below the noise floor an artifact may be, beyond what the samples leave unsure of the floor.
 BELOW_FLOOR_DB = 1.0
 # How much worse than the quantized reference an artifact may be, in its mean distance from the original.
@@ -27,11 +30,17 @@ MEAN_DB = 0.5
 
 
 def operation_checks(component: str, sample: Sample, step: int | None, points: Iterable[PointResult]) -> list[Check]:
-    """Returns two checks for each quantized tensor of a call: the share of equal values, and the largest difference."""
+    """Returns two checks for each quantized tensor of a call: the share of equal values, and the largest difference.
+
+    Outputs in float, which no quantized tensor would show an error of, have one of their SQNR.
+    """
     checks = []
     for point in points:
         tensor = f"{point.module_path} ({point.tensor})"
         where = (LOWERING, "operation", component, step, label(sample), tensor)
+        if point.sqnr_db is not None:
+            checks.append(Check(*where, "SQNR dB", point.sqnr_db, OUTPUT_SQNR_DB))
+            continue
         checks.append(Check(*where, "equal integers", point.equal, EQUAL_SHARE))
         checks.append(Check(*where, "largest difference, negated", -point.largest, -LARGEST_DIFFERENCE))
     return checks

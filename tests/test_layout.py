@@ -18,7 +18,10 @@ LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../app
 COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
+    "fewstep.runtimes.ort_edit",
     "fewstep.runtimes.ort_integer_conv",
+    "fewstep.runtimes.ort_integer_linear",
+    "fewstep.runtimes.ort_loop",
     "fewstep.runtimes.ort_lower",
     "fewstep.runtimes.ort_nbits",
     "fewstep.runtimes.ort_pack",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.quant import environments, models
+from benchmarks.quant import environments, models, variants
 from benchmarks.quant.cells import Cells
 from benchmarks.quant.orderings import ORDERINGS, VARIANTS, Claim, Variant
 from benchmarks.quant.plot import Point, scatter
@@ -22,6 +24,7 @@ from benchmarks.quant.variants import judge, named, write_recipe
 from fewstep.bundle import Bundle
 from fewstep.errors import ContractError, RecipeError, SourceError
 from fewstep.hashing import file_sha256
+from fewstep.isolated import Measured
 from fewstep.recipe import load_recipe
 from tests.bundles import built
 
@@ -167,6 +170,36 @@ def test_two_variants_that_gave_one_bundle_decide_nothing(tmp_path: Path) -> Non
     for name in ("a", "b"):
         cells.get_or_make(f"orderings/{name}", {}, lambda: {"psnr_db_each": [30.0, 31.0], "identity": "same"})
     assert judge(Claim("a", "b", "somebody"), cells) == ("", "none: both are the same bundle")
+
+
+def test_variants_are_measured_against_the_reference_of_their_step_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundle, cells, built_at = built("lcm").bundle, Cells(tmp_path / "cells"), []
+
+    def here(function: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
+        return Measured(function(**arguments), 0, 0.0)
+
+    def build(recipe: str, out: str) -> dict[str, Any]:
+        built_at.append(load_recipe(recipe).steps)
+        shutil.copytree(bundle.path, out)
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(variants, "run_isolated", here)
+    monkeypatch.setattr(variants, "WORK", tmp_path / "work")
+    monkeypatch.setattr(variants, "PROMPTS", ("one", "two"))
+    monkeypatch.setattr(models, "build_recipe", build)
+    listed = {name: Variant(name, "w8a8", {"correction": name == "on"}, steps=2) for name in ("on", "off")}
+    for variant in listed.values():
+        found = variants.measure(variant, listed, bundle, cells)
+        assert found["pictures"] == 4, "two prompts with two seeds"
+        assert found["psnr_db_each"] == [None] * 4, "the copied bundle draws the same pictures"
+        assert len(found["step_sqnr_db"]) == 2
+        assert not (tmp_path / "work" / "variants" / variant.name).exists(), "bundles are too many to keep"
+    assert built_at == [(2,), (2,)]
+    assert judge(Claim("on", "off", "somebody"), cells) == ("", "none: both are the same bundle")
+    impossible = Variant("never", "w8a8", missing="there is no such key yet")
+    assert variants.measure(impossible, listed, bundle, cells) == {"error": "there is no such key yet"}
 
 
 def test_a_bundle_that_is_not_what_its_recipe_says_is_refused() -> None:

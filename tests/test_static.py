@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -348,9 +349,7 @@ def test_few_steps_are_a_table_and_many_are_not() -> None:
     assert len(programs_of(generator, few, fewstep.Recipe("fp32")).contract.rows) == 8  # the first step is shared
 
 
-def test_older_manifests_are_of_the_step_form(copy_bundle: object, tmp_path: Path) -> None:
-    import json
-
+def test_older_manifests_are_of_the_step_form(tmp_path: Path) -> None:
     folder = shutil.copytree(step_form().path, tmp_path / "old")
     path = folder / "manifest.json"
     values = json.loads(path.read_text(encoding="utf-8"))

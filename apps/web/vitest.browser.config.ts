@@ -6,6 +6,6 @@ export default defineConfig({
     include: ["tests/browser/*.spec.ts"],
     fileParallelism: false,
     testTimeout: 180_000,
-    hookTimeout: 180_000,
+    hookTimeout: 600_000, // Python draws the references in them
   },
 });

@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(r.name for r in rows())}; default: all")
     parser.add_argument("--bundle", type=Path, default=Path("build/stickers"), help="the fp32 bundle of stickers")
     parser.add_argument("--again", action="append", default=[], choices=STAGES, help="measure this again")
+    parser.add_argument("--without-evaluation", action="store_true", help="leave retrieval and Frechet for another run")
     parser.add_argument("--table-only", action="store_true", help="write the tables of what has been measured")
     options = parser.parse_args()
     known = {row.name: row for row in rows()}
@@ -192,7 +193,8 @@ def main() -> None:
         for row in [known[name] for name in options.rows or known]:
             benchmark.measure(row)
             write_results()
-        benchmark.evaluate()
+        if not options.without_evaluation:
+            benchmark.evaluate()
     write_results()
 
 

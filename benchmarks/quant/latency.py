@@ -18,7 +18,7 @@ def measure(bundle: str, reference: str, steps: int) -> dict[str, Any]:
     """Returns times in ms of every component and of a whole picture, of both bundles, and their ratio.
 
     ``ratio`` is the median of the bundle over the median of the reference in the same run, ``least_ratio`` the least
-    over the least: what other work on the machine disturbs less.
+    over the least, which says something on a quiet machine only: on a crowded one few calls run undisturbed.
     """
     samplers = [open_sampler(Bundle.open(path), threads=1) for path in (reference, bundle)]
     manifest = Bundle.open(reference).manifest

@@ -60,8 +60,8 @@ def markdown(rows: Sequence[Row], cells: Cells, machine: Values) -> str:
         "## Size and speed in ONNX Runtime",
         "",
         "One thread. Each row is timed in turn with fp32 in one process: medians (10th to 90th percentile) of 50 "
-        "calls, 15 pictures; *ratio* is to fp32's median in the same run, in brackets that of the least times, which "
-        "other work on the machine disturbs less. Memory is what resident memory grows by.",
+        "calls, 15 pictures; *ratio* is to fp32's median in the same run. Ratios compare between rows; ms do not, on "
+        "a machine that other work shares. Memory is what resident memory grows by.",
         "",
         "| generator | files, MB | of fp32 | denoiser, ms | ratio | decoder ratio | text encoder ratio | picture, ms | "
         "ratio | peak memory, MiB |",
@@ -110,7 +110,7 @@ def verdicts(rows: Sequence[Row], cells: Cells) -> list[str]:
         share = sizes["w8a8"] / sizes["fp32"]
         texts.append(f"w8a8 at most 0.27 of fp32's size: {share:.3f}: {_kept(share <= 0.27)}")
     missing = [row.name for row in rows if row.kind == OURS and row.name not in qualities]
-    return texts + ([f"not measured, because it could not be built: {', '.join(missing)}"] if missing else [])
+    return texts + ([f"without figures, for the reasons in the tables: {', '.join(missing)}"] if missing else [])
 
 
 def paired(a: Values, b: Values) -> tuple[float, float]:
@@ -213,7 +213,7 @@ def _time(times: Values) -> str:
 
 
 def _ratio(times: Values) -> str:
-    return f"{times['ratio']:.2f} ({times['least_ratio']:.2f})"
+    return f"{times['ratio']:.2f}"
 
 
 def _kept(kept: bool) -> str:

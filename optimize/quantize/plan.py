@@ -174,13 +174,13 @@ class QuantPlan:
             arrays = load_file(folder / ARRAYS)
             if head["version"] != VERSION:
                 raise QuantizationError(
-                    f"{folder / PLAN} has version {head['version']}, expected {VERSION}", hint="make the plan again"
+                    f"{folder / PLAN} has version {head['version']}, expected {VERSION}", hint="build the bundle again"
                 )
             components = {name: _from_json(name, values, arrays) for name, values in head["components"].items()}
             return cls(head["source"], head["profile"], components, head["quality"])
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise QuantizationError(
-                f"{folder} has no plan that can be read: {error}", hint="make the plan again with `fewstep quantize`"
+                f"{folder} has no plan that can be read: {error}", hint="build the bundle again"
             ) from error
 
 

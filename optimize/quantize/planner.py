@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
 from fewstep.export import Programs
-from fewstep.manifest import BEFORE
+from fewstep.manifest import BEFORE, LOOP
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
@@ -93,7 +93,7 @@ def _of_prompt(site: Site, early: frozenset[str]) -> bool:
 
 def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float, *, of_prompt: bool) -> Decision:
     bits, reason = choice.weights, None
-    if site.on_time_path:
+    if site.on_time_path and choice.exact_time:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
     elif bits == FLOAT_BITS:
         reason = "the recipe keeps it in float"
@@ -124,15 +124,22 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
 
 
 def observe_sites(
-    module: GraphModule, decisions: Iterable[Decision], profile: TargetProfile, calls: Calls
+    module: GraphModule,
+    decisions: Iterable[Decision],
+    profile: TargetProfile,
+    calls: Calls,
+    *,
+    steps: int | None = None,
 ) -> StepRanges | None:
     """Returns the ranges of every activation that the decisions need; None if they need none.
+
+    With ``steps``, each of so many steps must have a call.
 
     Raises:
         CalibrationError: see `fewstep.calibration.observe`.
     """
     points = {name: name for d in decisions if d.computes for name in _activations(d.site, profile)}
-    return observe(module, points, calls) if points else None
+    return observe(module, points, calls, steps=steps) if points else None
 
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
@@ -168,7 +175,14 @@ def make_plan(
     profile = get_profile(quantization.profile)
     advance = (progress or Silent()).task("plan quantization", len(programs.components) * (1 + quantization.mixed))
     parts = (
-        _Part.of(programs.make(name), quantization, profile, partial(_calls, programs, calls, name), _early(programs))
+        _Part.of(
+            programs.make(name),
+            quantization,
+            profile,
+            partial(_calls, programs, calls, name),
+            _early(programs),
+            _steps(calls) if programs.components[name].phase == LOOP else 1,
+        )
         for name in programs.components
     )
     plans, quality = {}, {}
@@ -196,6 +210,7 @@ class _Part:
     sites: tuple[Site, ...]
     decisions: list[Decision]
     calls: Calls
+    steps: int | None = None
     options: Mapping[str, Option] | None = None
 
     @classmethod
@@ -206,11 +221,12 @@ class _Part:
         profile: TargetProfile,
         calls: Calls,
         early: frozenset[str],
+        steps: int | None,
     ) -> _Part:
         """Returns a component with what the recipe and the profile make of it."""
         module, sites = float_graph(program, split=quantization.split)
         decisions = decide(program, sites, quantization, profile, early)
-        return cls(program.component, module, sites, decisions, calls)
+        return cls(program.component, module, sites, decisions, calls, steps)
 
     def weights(self, usual: int) -> list[Weight]:
         """Returns all weights that the recipe puts onto a grid; their bits are open unless it says other than usual."""
@@ -228,7 +244,7 @@ class _Part:
 
     def plan(self, quantization: Quantization, profile: TargetProfile) -> tuple[ComponentPlan, StepRanges | None]:
         """Returns the plan, and the ranges that it was made from."""
-        ranges = observe_sites(self.module, self.decisions, profile, self.calls)
+        ranges = observe_sites(self.module, self.decisions, profile, self.calls, steps=self.steps)
         grids = {name: o.grid for name, o in (self.options or {}).items() if o.grid is not None}
         plan = draw_up(self.module, self.sites, self.decisions, ranges, profile, grids)
         plan = replace(plan, split=quantization.split)
@@ -283,7 +299,15 @@ def _calls(
     for sample in itertools.islice(calls.samples(), trajectories):
         for feed in programs.restate([sample])[0].feeds:
             if feed.component == component:
-                yield feed.step or 0, tuple(torch.from_numpy(feed.inputs[name]) for name in names)
+                yield (
+                    min(feed.step or 0, _steps(calls) - 1),
+                    tuple(torch.from_numpy(feed.inputs[name]) for name in names),
+                )
+
+
+def _steps(calls: CalibrationSet) -> int:
+    """Returns how many steps must have calls; a set of one step, made to see what that costs, counts as one."""
+    return 1 if calls.sampler == "single" else calls.steps
 
 
 def plan_component(
@@ -292,9 +316,11 @@ def plan_component(
     profile: TargetProfile,
     calls: Calls,
     early: frozenset[str] = frozenset(),
+    *,
+    steps: int | None = None,
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
-    return _Part.of(program, quantization, profile, calls, early).plan(quantization, profile)
+    return _Part.of(program, quantization, profile, calls, early, steps).plan(quantization, profile)
 
 
 def draw_up(
@@ -322,8 +348,7 @@ def draw_up(
             attribute(module, site.weight),
             d.weights,
             axis=site.channel_axis,
-            # Whole numbers are multiplied before they are scaled: one scale for all inputs of a channel.
-            granularity="channel" if d.computes and d.choice.granularity == "group" else d.choice.granularity,
+            granularity=_granularity(d),
             group_size=d.choice.group_size,
         )
         if d.computes:
@@ -337,6 +362,16 @@ def draw_up(
     return ComponentPlan(
         network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons
     )
+
+
+def _granularity(decision: Decision) -> str:
+    """Returns what shares a scale: groups are of weights whose rows are one output each, and are multiplied in float.
+
+    Whole numbers are multiplied before they are scaled, which takes one scale for all inputs of a channel.
+    """
+    asked = decision.choice.granularity
+    grouped = not decision.computes and decision.site.channel_axis == 0
+    return "channel" if asked == "group" and not grouped else asked
 
 
 def _activation(ranges: StepRanges | None, name: str, method: str, profile: TargetProfile) -> Grid:

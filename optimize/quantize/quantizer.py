@@ -51,7 +51,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                 inputs[data] = activations[site.data]
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)
                 if bias is not None:
-                    inputs[bias] = self._bias(model, site, grid)
+                    inputs[_own(bias, node)] = self._bias(model, site, grid)
                 if site.name in self._plan.outputs and site.result == node.name:
                     output = activations[node.name]
                 elif site.name in self._plan.outputs:
@@ -94,6 +94,20 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
         scale = scale.expand(values.shape).contiguous() if weight.axis is None else scale
         grid = Grid("int32", -(2**31), 2**31 - 1, scale.numpy(), torch.zeros_like(scale, dtype=torch.int32).numpy(), 0)
         return _constant(grid, lambda: to_integers(values, grid))
+
+
+def _own(constant: Node, reader: Node) -> Node:
+    """Returns the node of a constant that ``reader`` alone reads, in place.
+
+    A layer that is called twice has one bias and two grids for it, and torchao would put both on the first.
+    """
+    if len(constant.users) == 1:
+        return constant
+    with reader.graph.inserting_before(reader):
+        own = reader.graph.get_attr(str(constant.target))
+    own.meta = dict(constant.meta)
+    reader.replace_input_with(constant, own)
+    return own
 
 
 def to_integers(values: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -91,7 +91,7 @@ def build(
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.measure import profile
-    from fewstep.verify import verify_against
+    from fewstep.verify import verify_targets
 
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     options, progress, out = options or Options(), progress or Silent(), Path(out)
@@ -167,7 +167,7 @@ def build(
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
-        verified = verify_against(
+        verified = verify_targets(
             Bundle(folder, manifest),
             lowered_from,
             uncompressed,
@@ -178,11 +178,11 @@ def build(
         )
         for name, references in at_shapes.items():
             at_shape = Bundle(folder, manifest.shaped(name))
-            found = verify_against(at_shape, *references, recipe.limits, progress=progress)
+            found = verify_targets(at_shape, *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)
@@ -237,7 +237,7 @@ def quantize_programs(
     plan = make_plan(programs, q, calls, progress, tokenizers=tokenizers)
     plan.save(folder / PLAN_FOLDER)
     schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
-    return QuantizedPrograms(programs, plan, tokenizers, schedules)
+    return QuantizedPrograms(programs, plan, tokenizers, schedules, calls)
 
 
 def compile_targets(

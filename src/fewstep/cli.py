@@ -379,6 +379,24 @@ def app(
 
 @cli.command()
 @_bundle
+@click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
+@_runtime
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file.")
+@_json
+def loop(bundle: Path, steps: int | None, runtime: str | None, out: Path, as_json: bool) -> None:
+    """Write one ONNX file that samples like BUNDLE: tokens and noise in, picture out."""
+    with _progress() as progress:
+        made = stages.loop(fewstep.Bundle.open(bundle), out, steps=steps, runtime=runtime, progress=progress)
+    if as_json:
+        return _print_json({**made.__dict__, "path": str(made.path)})
+    _out.print(
+        f"{out}  {made.steps} steps, {made.bytes / 1e6:.1f} MB ({made.of_components:.3f} of the components),", end=" "
+    )
+    _out.print(f"{made.output_psnr_db:.1f} dB of the bundle's picture", markup=False)
+
+
+@cli.command()
+@_bundle
 @_runtime
 @click.option("--steps", type=int)
 @click.option("--runs", type=click.IntRange(3), default=10, show_default=True)

@@ -13,6 +13,7 @@ A recipe's ``[quantization]`` table::
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own
+    exact_time = true           # the time path stays in float, where the form leaves it in the networks
     protect = true              # what depends on the prompt alone computes in float: its first token is an outlier
     correction = false          # the schedule corrects each step's output, in closed form
     bits = 5.0                  # mixed precision: bits a weight takes in the mean, scales included, by sensitivity
@@ -37,7 +38,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewstep.errors import RecipeError
-from fewstep.profiles import get_profile
+from fewstep.profiles import PROFILES
 
 FLOAT_BITS = 32
 WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
@@ -54,6 +55,7 @@ _CHOICES: Mapping[str, Collection[object]] = {
     "rounding": ROUNDINGS,
     "ranges": RANGES,
     "sampler": SAMPLERS,
+    "profile": tuple(PROFILES),
 }
 
 
@@ -83,6 +85,8 @@ class Quantization:
     sampler: str = "own"
     samples: int = 32
     seed: int = 0
+    exact_time: bool = True
+    """Whether the time path, where it is left in the networks, stays in float."""
     protect: bool = True
     """Whether what depends on the prompt alone computes in float (MixDQ's outlier token)."""
     correction: bool = False
@@ -139,7 +143,7 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
         if key in ("ops", "names"):
             given[key] = {
                 str(name): _site_choice(choice, f"{where}: {key}.{name}")
-                for name, choice in _table(value, where).items()
+                for name, choice in _table(value, f"{where}: {key}").items()
             }
         else:
             given[key] = _value(key, value, f"{where}: {key}")
@@ -216,18 +220,18 @@ def _value(key: str, value: object, where: str) -> object:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
-    if key in ("split", "protect", "correction"):
+    if key in ("split", "exact_time", "protect", "correction"):
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value
-    if key == "profile":
-        return get_profile(str(value)).name
     if key == "bits":
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 8):
             return None if value is None else float(value)
         raise RecipeError(f"{where} is {value!r}, expected a number from 2 to 8", hint="the average bits of a weight")
     if key == "max_bytes" and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-        raise RecipeError(f"{where} is {value!r}, expected a whole number above 0", hint="edit the recipe")
+    least = 0 if key == "seed" else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = "a whole number from 0" if least == 0 else "a whole number above 0"
+        raise RecipeError(f"{where} is {value!r}, expected {expected}", hint="edit the recipe")
     return value

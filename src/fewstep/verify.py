@@ -8,13 +8,22 @@ from importlib import util
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
-from fewstep.errors import BundleError, ContractError
+from fewstep.errors import BundleError, ContractError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples
 from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.parity import COMPRESSION, Check, Floor, ParityReport, compare_components, compare_samples, label
+from fewstep.runtimes.parity import (
+    COMPRESSION,
+    Check,
+    Floor,
+    ParityReport,
+    compare_components,
+    compare_samples,
+    fold,
+    label,
+)
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.runtimes.tiled import first_tile
@@ -40,6 +49,10 @@ class Verification:
     results: tuple[Sample, ...]
     caveats: tuple[str, ...]
     departures: dict[str, Departure | None] = field(default_factory=dict)
+    uncompressed: tuple[Sample, ...] | None = None
+    """The samples of the original network, where the recipe changed it."""
+    each: dict[str, Verification] = field(default_factory=dict)
+    """The verifications of each runtime, where there are several; ``results`` are those of the first."""
 
     def and_at(self, shape: str, other: Verification) -> Verification:
         """Returns the verification with the checks of another shape's."""
@@ -65,7 +78,7 @@ def verify(
         bundle: the bundle.
         against: the source to compare with; None takes the one it was built from if it is on this machine, else the
             golden pack, and says which in the report. What it leaves out (LoRAs, a decoder) is as the bundle was built.
-        runtime: which of the bundle's runtimes; None takes the first.
+        runtime: which of the bundle's runtimes; None takes all of them.
         prompts: how many of the generator's prompts, with live references.
         seeds: how many seeds of each.
         bisect: for every component that fails, name its first departing tensor (needs the source).
@@ -74,8 +87,11 @@ def verify(
     Raises:
         SourceError: ``against`` cannot be loaded.
         ContractError: ``against`` is not the generator that the bundle was built from.
+        RuntimeMissingError: one of the runtimes cannot run here.
     """
     progress = progress or Silent()
+    runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
+    _check_runtimes(bundle, runtimes)
     limits = Limits(**bundle.manifest.recipe["limits"])
     source, reason = _usable_source(bundle, against)
     if source is None:
@@ -83,27 +99,86 @@ def verify(
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
-        verified = verify_against(
-            bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
+        verified = verify_targets(
+            bundle, golden, None, limits, runtimes=runtimes, reference=GOLDEN, caveats=caveats, progress=progress
         )
         for shape in bundle.manifest.shapes:
             at, golden = bundle.shaped(shape), _golden(bundle, shape)
-            found = verify_against(at, golden, None, limits, runtime=runtime, reference=GOLDEN, progress=progress)
+            found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
             verified = verified.and_at(shape, found)
         return verified
     original = _load(bundle, source, progress)
     quantized, lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
-    verified = verify_against(
-        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtime=runtime, progress=progress
+    verified = verify_targets(
+        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
     )
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
         _, lowered_from, uncompressed = _live_references(at, original, 1, 1, progress)
-        found = verify_against(at, lowered_from, uncompressed, limits, runtime=runtime, progress=progress)
+        found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
         verified = verified.and_at(shape, found)
     if bisect and not verified.report:
-        verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
+        for name, of_one in (verified.each or {runtimes[0]: verified}).items():
+            departed = _bisect(bundle, source, of_one, name, limits)
+            verified.departures.update(
+                {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
+            )
     return verified
+
+
+def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
+    """Raises RuntimeMissingError unless all of a bundle's runtimes that are asked for run here."""
+    for name in runtimes:
+        if name not in bundle.manifest.runtimes:
+            continue  # the manifest refuses it, and says what it has
+        state = get_runtime(name).availability()
+        if not state.runs:
+            others = [other for other in bundle.manifest.runtimes if other != name]
+            remedy = [state.remedy] if state.remedy else []
+            remedy += [f"verify {' or '.join(others)} alone with --runtime"] if others else []
+            raise RuntimeMissingError(
+                f"{name} cannot be verified here: {state.detail}", hint="; ".join(remedy) or "see `fewstep runtimes`"
+            )
+
+
+def verify_targets(
+    bundle: Bundle,
+    references: Sequence[Sample],
+    uncompressed: Sequence[Sample] | None,
+    limits: Limits,
+    *,
+    quantized: QuantizedPrograms | None = None,
+    runtimes: Sequence[str] | None = None,
+    reference: str = PYTORCH,
+    caveats: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Verification:
+    """Returns the comparison of every runtime of a bundle with recorded references, in one report.
+
+    The arguments are those of `verify_against`; ``runtimes`` None takes all of the bundle's.
+    """
+    each: dict[str, Verification] = {}
+    floor = None
+    for name in bundle.manifest.runtimes if runtimes is None else runtimes:
+        each[name] = verify_against(
+            bundle,
+            references,
+            uncompressed,
+            limits,
+            quantized=quantized,
+            runtime=name,
+            reference=reference,
+            caveats=caveats,
+            floor=floor,
+            progress=progress,
+        )
+        floor = floor or each[name].report.floor
+    first = next(iter(each.values()))
+    if len(each) == 1:
+        return first
+    notes = dict.fromkeys(note for verified in each.values() for note in verified.caveats)
+    report = fold({name: verified.report for name, verified in each.items()})
+    return replace(first, report=report, caveats=tuple(notes), each=each)
 
 
 def verify_against(
@@ -116,9 +191,10 @@ def verify_against(
     runtime: str | None = None,
     reference: str = PYTORCH,
     caveats: Sequence[str] = (),
+    floor: Floor | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Returns the comparison of a bundle with recorded references.
+    """Returns the comparison of one runtime of a bundle with recorded references.
 
     Args:
         bundle: the bundle.
@@ -130,6 +206,7 @@ def verify_against(
         runtime: which of the bundle's runtimes; None takes the first.
         reference: what the references are, for people.
         caveats: what is known already not to be proved.
+        floor: the noise floor of ``references``, if it was measured already.
         progress: told where the verification is.
     """
     progress = progress or Silent()
@@ -152,10 +229,9 @@ def verify_against(
     finally:
         sampler.close()
     checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
-    floor = None
     if integers:
         some = references[:FLOOR_SAMPLES]
-        floor = _floor(bundle, quantized, some, progress)
+        floor = floor or _floor(bundle, quantized, some, progress)
         labels = {label(sample) for sample in some}
         of_some = [x for x in checks if x.level == "component" and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
@@ -171,7 +247,11 @@ def verify_against(
     first = next(iter(artifacts.values()))
     executor = f"{name}, {first.weights} weights, {first.compute} compute"
     return Verification(
-        ParityReport(tuple(checks), reference, executor, floor), tuple(references), tuple(results), tuple(notes)
+        ParityReport(tuple(checks), reference, executor, floor if integers else None),
+        tuple(references),
+        tuple(results),
+        tuple(notes),
+        uncompressed=None if uncompressed is None else tuple(uncompressed),
     )
 
 

@@ -14,7 +14,6 @@ from fewstep.bundle import Bundle
 from fewstep.cli import cli
 from fewstep.devices import MOST_BYTES, content_id, device_report, read_device_report
 from fewstep.errors import ContractError
-from fewstep.verify import verify
 from tests.bundles import built
 from tests.web.results import result_of
 
@@ -107,7 +106,6 @@ def test_content_does_not_depend_on_reports(bundle: Bundle) -> None:
 
 
 def test_verify_folds_results_in(bundle: Bundle, tmp_path: Path) -> None:
-    assert verify(bundle, prompts=1, seeds=1).report, "else the next line shows nothing"
     path = written(tmp_path, result_of(bundle))
     options = ["--prompts", "1", "--seeds", "1"]
     done = CliRunner().invoke(cli, ["verify", str(bundle.path), *options, "--device-result", str(path), "--json"])

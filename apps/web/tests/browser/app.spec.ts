@@ -275,8 +275,13 @@ describe("trouble", () => {
     [
       "an unknown binding",
       "bundle/manifest.json",
-      (content: Buffer) => Buffer.from(content.toString().replace('"timestep": "timestep"', '"timestep": "moon_phase"')),
-      'Denoiser.timestep is bound to "moon_phase", an origin that this app does not know.',
+      (content: Buffer) => {
+        const manifest = JSON.parse(content.toString());
+        const { inputs, bindings } = manifest.components.decoder;
+        bindings[inputs[0].name] = "moon_phase";
+        return Buffer.from(JSON.stringify(manifest));
+      },
+      'is bound to "moon_phase", an origin that this app does not know.',
     ],
     [
       "a feature of a newer fewstep",
