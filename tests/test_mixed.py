@@ -169,7 +169,7 @@ def test_options_are_as_large_as_what_is_stored_and_on_their_grids() -> None:
         found = options[weight.name]
         assert [o.bytes for o in found] == sorted(o.bytes for o in found)
         kinds = {(o.bits, o.granularity.partition(" ")[0]) for o in found}
-        assert kinds == {(4, "channel"), (4, "group"), (8, "channel"), (8, "group"), (FLOAT_BITS, "float")}
+        assert kinds == {(4, "channel"), (4, "group"), (8, "channel"), (FLOAT_BITS, "float")}
         for option in found[:-1]:
             assert option.grid is not None and option.integers is not None
             assert option.bytes == weight.parameters * option.bits // 8 + 4 * option.grid.scale.size

@@ -166,16 +166,21 @@ def _measure(
         for name, found in measure_noise(candidate.module, counts, substitute, candidate.trials).items()
     }
     effect = drawn.damage({(component, name): substitute(name, 0) for name in weights})
-    rate = effect.mse / sum(found[0].mean for found in noise.values())
+    rate = _rate(effect, sum(found[0].mean for found in noise.values()))
     measured = []
     for name, weight in weights.items():
         picture, at = None, rate
         if any(carries_prompt(site, candidate.early) for site in weight.sites):
             picture = drawn.damage({(component, name): substitute(name, 0)})
-            at = picture.mse / noise[name][0].mean
+            at = _rate(picture, noise[name][0].mean)
         damage = tuple(at * n.mean for n in noise[name])
         measured.append(Measured(component, weight, options[name], noise[name], picture, damage))
     return measured, effect
+
+
+def _rate(effect: PictureDamage, noise: float) -> float:
+    """Returns the picture's error for each unit of noise; 0 where the smallest options are exact."""
+    return effect.mse / noise if noise else 0.0
 
 
 def carries_prompt(site: Site, early: frozenset[str]) -> bool:

@@ -94,8 +94,8 @@ def options_of(
     """Returns the options of every weight by parameter name, fewest bytes first, rounded as the recipe says.
 
     A weight can take the bits that the profile stores; fewer would be stored in as many. Where the recipe's scales are
-    of groups, both groups and channels are on offer: a scale is paid from the same budget as bits are. The dearest
-    option is the weight as it is, unless the recipe says the bits.
+    of groups, both groups and channels are on offer below the most bits: a scale is paid from the same budget as bits.
+    The dearest option is the weight as it is, unless the recipe says the bits.
 
     Args:
         module: the component's graph in float.
@@ -115,7 +115,9 @@ def options_of(
             for grid, q in zip(grids[weight.name], made, strict=True)
         ]
         if weight.bits is None:
-            options.append(Option(FLOAT_BITS, None, None, float_bytes(values)))
+            exact = Option(FLOAT_BITS, None, None, float_bytes(values))
+            # Where a scale serves few inputs, integers with their scales may be the larger ones.
+            options = [*(option for option in options if option.bytes < exact.bytes), exact]
         found[weight.name] = tuple(sorted(options, key=lambda option: option.bytes))
     return found
 
@@ -136,14 +138,18 @@ def float_bytes(values: torch.Tensor) -> int:
 
 def _grids(values: torch.Tensor, weight: Weight, profile: TargetProfile) -> list[Grid]:
     choice = weight.choice
-    kinds = ["channel", "group"] if choice.granularity == "group" else [choice.granularity]
+    wanted = profile.weight_bits if weight.bits is None else (weight.bits,)
+    kinds = [(bits, choice.granularity) for bits in wanted]
     # Whole numbers are multiplied before they are scaled, and groups are of inputs: one scale for all of a channel.
-    if weight.computes or weight.axis != 0:
-        kinds = ["tensor" if choice.granularity == "tensor" else "channel"]
+    if choice.granularity == "group" and (weight.computes or weight.axis != 0):
+        kinds = [(bits, "channel") for bits in wanted]
+    elif choice.granularity == "group":
+        # At the most bits a scale for each channel is fine enough.
+        most = max(profile.weight_bits)
+        kinds = [(bits, kind) for bits in wanted for kind in ("channel", "group") if kind == "channel" or bits < most]
     return [
         weight_grid(values, bits, axis=weight.axis, granularity=kind, group_size=choice.group_size)
-        for bits in (profile.weight_bits if weight.bits is None else (weight.bits,))
-        for kind in kinds
+        for bits, kind in kinds
     ]
 
 

@@ -7,7 +7,7 @@ once for each call.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +56,10 @@ def measure_noise(
         QuantizationError: there are no calls, or outputs of a step are all zero or not finite.
     """
     replay = _Replay(module)
-    weights = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr" and str(n.target) in options}
-    after = {name: _after(module, node) for name, node in weights.items()}
+    weights = {
+        name: [n for n in module.graph.nodes if n.op == "get_attr" and str(n.target) == name] for name in options
+    }
+    after = {name: _after(module, nodes) for name, nodes in weights.items()}
     noise: dict[tuple[str, int], dict[int, list[np.ndarray[Any, Any]]]] = defaultdict(lambda: defaultdict(list))
     signal: dict[int, list[np.ndarray[Any, Any]]] = defaultdict(list)
     with torch.no_grad():
@@ -91,16 +93,16 @@ def _power(values: torch.Tensor) -> float:
     return float(values.double().square().sum())
 
 
-def _after(module: GraphModule, weight: Node) -> list[Node]:
+def _after(module: GraphModule, weight: Collection[Node]) -> list[Node]:
     """Returns the nodes to compute again when a weight changes, in order."""
     nodes = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
     if any(_writes(node) for node in nodes):
-        return [node for node in nodes if node is not weight]  # what was recorded may have been overwritten since
-    changed = {weight}
+        return [node for node in nodes if node not in weight]  # what was recorded may have been overwritten since
+    changed = set(weight)
     for node in nodes:
         if any(source in changed for source in node.all_input_nodes):
             changed.add(node)
-    return [node for node in nodes if node in changed and node is not weight]
+    return [node for node in nodes if node in changed and node not in weight]
 
 
 def _writes(node: Node) -> bool:
@@ -124,9 +126,9 @@ class _Replay(Interpreter):
         self._recorded = self.env
         return self._outputs()
 
-    def again(self, weight: Node, values: torch.Tensor, after: Iterable[Node]) -> list[torch.Tensor]:
+    def again(self, weight: Iterable[Node], values: torch.Tensor, after: Iterable[Node]) -> list[torch.Tensor]:
         """Returns the outputs with other values of a weight."""
-        self.env = {**self._recorded, weight: values}
+        self.env = {**self._recorded, **dict.fromkeys(weight, values)}
         for node in after:
             self.env[node] = self.run_node(node)
         return self._outputs()
