@@ -192,7 +192,7 @@ function refuseUnknown(manifest: Manifest): void {
 }
 
 function isEmpty(content: unknown): boolean {
-  if (content === null || content === false) return true;
+  if (content === null || content === false || content === "") return true;
   return typeof content === "object" && Object.keys(content!).length === 0;
 }
 

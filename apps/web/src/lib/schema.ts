@@ -95,6 +95,10 @@ const KEYWORDS: { [keyword: string]: Check } = {
     const present = Object.keys(wanted).filter((key) => has(value, key));
     return first(present, (key) => firstSchemaError(wanted[key]!, value[key], inner(path, key)));
   },
+  propertyNames(wanted: Schema, value, path) {
+    if (!isObject(value)) return null;
+    return first(Object.keys(value), (key) => firstSchemaError(wanted, key, inner(path, key)));
+  },
   patternProperties(wanted: { [pattern: string]: Schema }, value, path) {
     if (!isObject(value)) return null;
     return first(Object.entries(wanted), ([pattern, schema]) =>
