@@ -52,6 +52,10 @@ class Runtime:
     """(program, runtime folder, weights) -> artifact, its path relative to the runtime folder."""
     open: Callable[[Path, ComponentSpec, int | None], CheckedSession]
     """(artifact path, spec, threads) -> session."""
+    open_exact: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
+    """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
+    executor: Callable[[], str] | None = None
+    """What runs artifacts here, where that is not the runtime itself."""
 
 
 class CheckedSession:

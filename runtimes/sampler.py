@@ -202,16 +202,25 @@ class Sampler:
 
 
 def open_sampler(
-    bundle: Bundle, *, runtime: str | None = None, threads: int | None = None, keep_open: bool = True
+    bundle: Bundle,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    keep_open: bool = True,
+    exact: bool = False,
 ) -> Sampler:
-    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named)."""
+    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named).
+
+    ``exact`` computes in fp32 where the runtime can tell that apart from its own arithmetic.
+    """
     manifest = bundle.manifest
     name = runtime or manifest.runtimes[0]
     backend = get_runtime(name)
 
     def open_session(component: str) -> CheckedSession:
         artifact = manifest.artifact(name, component)
-        return backend.open(bundle.file(artifact.path), manifest.components[component], threads)
+        chosen = backend.open_exact if exact and backend.open_exact is not None else backend.open
+        return chosen(bundle.file(artifact.path), manifest.components[component], threads)
 
     return Sampler(
         manifest.contract,

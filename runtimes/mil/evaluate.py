@@ -37,8 +37,8 @@ from fewstep.runtimes.mil.program import (
 )
 
 Precision = Literal["fp32", "fp16"]
-Observer = Callable[[Operation, tuple[Array, ...]], None]
-"""Told of every operation and its results, in the order of computation."""
+Observer = Callable[[Operation, Mapping[str, Any], tuple[Any, ...]], None]
+"""Told of every operation, its arguments (fp16 widened to fp32) and its results, in the order of computation."""
 
 CONTROL = ("cond", "while_loop", "read_state", "write_state", "const")
 
@@ -185,16 +185,19 @@ class _Run:
         )
 
     def _constant(self, operation: Operation, index: int, scope: _Scope) -> Any:
+        arguments: Mapping[str, Any] = {}
         if operation.type == "const":
             results: tuple[Any, ...] = (operation.attributes["val"].read(),)
         else:
-            results = self._call(operation, scope)
+            arguments = self._arguments(operation, scope)
+            results = self._call(operation, arguments)
         name, type_ = operation.outputs[index]
         if operation.type != "const" and self._observe is not None:
-            self._observe(operation, results)
+            self._observe(operation, arguments, results)
         return self._evaluator._declared(results[index], type_, f"{operation.where} output {name!r}")
 
     def _operation(self, operation: Operation, scope: _Scope) -> None:
+        arguments: Mapping[str, Any] = {}
         if operation.type in ("read_state", "write_state"):
             results = self._state(operation, scope)
         elif operation.type == "cond":
@@ -203,7 +206,8 @@ class _Run:
         elif operation.type == "while_loop":
             results = self._loop(operation, scope)
         else:
-            results = self._call(operation, scope)
+            arguments = self._arguments(operation, scope)
+            results = self._call(operation, arguments)
         if len(results) != len(operation.outputs):
             raise ContractError(f"{operation.where} has {len(operation.outputs)} outputs, computed {len(results)}")
         declared = tuple(
@@ -211,16 +215,19 @@ class _Run:
             for value, (name, type_) in zip(results, operation.outputs, strict=True)
         )
         if self._evaluator.strict:
-            self._refuse_nonfinite(operation, declared, scope)
+            _refuse_nonfinite(operation, arguments, declared)
         if self._observe is not None:
-            self._observe(operation, declared)
+            self._observe(operation, arguments, declared)
         scope.values.update(
             {name: v for (name, _), v in zip(operation.outputs, declared, strict=True) if name in scope.uses}
         )
 
-    def _call(self, operation: Operation, scope: _Scope) -> tuple[Any, ...]:
+    def _arguments(self, operation: Operation, scope: _Scope) -> dict[str, Any]:
         arguments = {name: self._argument(operation, name, scope) for name in operation.inputs}
         arguments.update({name: _widened(constant.read()) for name, constant in operation.attributes.items()})
+        return arguments
+
+    def _call(self, operation: Operation, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         function = OPS[operation.type]
         try:
             bound = _signature(operation.type).bind(**arguments)
@@ -274,24 +281,21 @@ class _Run:
             values = self._inner(body, values, scope)
         return values
 
-    def _refuse_nonfinite(self, operation: Operation, results: tuple[Any, ...], scope: _Scope) -> None:
-        for (name, _), value in zip(operation.outputs, results, strict=True):
-            if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or np.isfinite(value).all():
-                continue
-            inputs = [v for key in operation.inputs for v in _flat(self._argument(operation, key, scope))]
-            floats = [v for v in inputs if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
-            if all(np.isfinite(v).all() for v in floats):
-                largest = max((float(np.abs(v).max()) for v in floats if v.size), default=0.0)
-                bad = value[~np.isfinite(value)].reshape(-1)[0]
-                raise ContractError(
-                    f"{operation.where}: {name!r} has {np.count_nonzero(~np.isfinite(value))} of {value.size} elements "
-                    f"that are not finite (first: {bad}), from inputs up to {largest:.4g}",
-                    hint="compute this operation in fp32",
-                )
 
-
-def _flat(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _refuse_nonfinite(operation: Operation, arguments: Mapping[str, Any], results: tuple[Any, ...]) -> None:
+    inputs = [v for value in arguments.values() for v in (value if isinstance(value, tuple) else (value,))]
+    floats = [v for v in inputs if isinstance(v, np.ndarray) and v.dtype.kind == "f"]
+    for (name, _), value in zip(operation.outputs, results, strict=True):
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or np.isfinite(value).all():
+            continue
+        if all(np.isfinite(v).all() for v in floats):
+            largest = max((float(np.abs(v).max()) for v in floats if v.size), default=0.0)
+            bad = value[~np.isfinite(value)].reshape(-1)
+            raise ContractError(
+                f"{operation.where}: {name!r} has {bad.size} of {value.size} elements that are not finite "
+                f"(first: {bad[0]}), from inputs up to {largest:.4g}",
+                hint="compute this operation in fp32",
+            )
 
 
 def _widened(value: Any) -> Any:
