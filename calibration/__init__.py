@@ -1,8 +1,19 @@
-"""Runs the reference generator on its own few-step trajectory and keeps every network call."""
+"""Runs the reference generator on its own few-step trajectory, keeps every network call, and says what values occur."""
 
 from __future__ import annotations
 
 from fewstep.calibration.fp16_range import overflow_caveat
+from fewstep.calibration.ranges import Histogram, Range, StepRanges
 from fewstep.calibration.record import SampleRequest, record_samples
+from fewstep.calibration.sets import CalibrationSet, collect
 
-__all__ = ["SampleRequest", "overflow_caveat", "record_samples"]
+__all__ = [
+    "CalibrationSet",
+    "Histogram",
+    "Range",
+    "SampleRequest",
+    "StepRanges",
+    "collect",
+    "overflow_caveat",
+    "record_samples",
+]

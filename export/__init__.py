@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.export import quiet  # isort: skip  # noqa: F401  # first: torchao speaks up when it is imported
 from fewstep.export.describe import Description, describe
 from fewstep.export.generator import Generator
 from fewstep.export.layout import diffusers_files, write_tokenizers

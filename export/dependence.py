@@ -27,4 +27,4 @@ def dependence(graph: Graph, inputs: Mapping[str, str]) -> dict[Node, frozenset[
 
 def user_inputs(exported: torch.export.ExportedProgram, names: tuple[str, ...]) -> dict[str, str]:
     """Returns the placeholder names of a program's inputs with the names that its specification gives them."""
-    return dict(zip(exported.graph_signature.user_inputs, names, strict=True))  # type: ignore[arg-type]
+    return dict(zip(exported.graph_signature.user_inputs, names, strict=True))

@@ -67,6 +67,8 @@ class Generator:
     default_steps: int = 4
     steps: tuple[int, ...] = DEFAULT_STEPS
     prompts: tuple[str, ...] = DEFAULT_PROMPTS
+    calibration_prompts: tuple[str, ...] = ()
+    """What ranges are fitted to; none of ``prompts``, with which the result is checked."""
     licences: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)

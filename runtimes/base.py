@@ -52,10 +52,28 @@ class Runtime:
     """(program, runtime folder, weights) -> artifact, its path relative to the runtime folder."""
     open: Callable[[Path, ComponentSpec, int | None], CheckedSession]
     """(artifact path, spec, threads) -> session."""
+    compare_integers: Callable[[Program, Path, Mapping[str, Array]], list[PointResult]] | None = None
+    """(quantized program, artifact path, inputs) -> how every quantized tensor compares with the program's own."""
     open_exact: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
     """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """How a quantized tensor differs from the reference's: how many of its values, and the most by how much."""
+
+    tensor: str
+    module_path: str
+    values: int
+    differing: int
+    largest: int
+
+    @property
+    def equal(self) -> float:
+        """Share of the values that are equal."""
+        return 1 - self.differing / self.values
 
 
 class CheckedSession:

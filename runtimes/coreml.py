@@ -187,4 +187,4 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return coreml_lower.lower(program, folder, weights)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, open_exact, executor)
+RUNTIME = Runtime(NAME, availability, _compile, open_session, open_exact=open_exact, executor=executor)

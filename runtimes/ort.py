@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -94,4 +94,10 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return ort_lower.lower(program, folder, weights)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session)
+def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+    from fewstep.runtimes import ort_points
+
+    return ort_points.compare_integers(program, path, feeds)
+
+
+RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers)

@@ -20,6 +20,7 @@ from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
+from fewstep.runtimes.ort_pack import pack_int4, strip
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -50,6 +51,8 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str) -> Artif
     """Returns the artifact of a translated component: see `lower`, whose second half it is."""
     if weights == "fp16":
         _store_halves(model)
+    pack_int4(model)
+    strip(model)
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)

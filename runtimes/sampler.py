@@ -31,8 +31,8 @@ from fewstep.manifest import (
     TOKENS,
     ComponentSpec,
     Contract,
-    Manifest,
     TensorSpec,
+    TokenizerSpec,
 )
 from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
@@ -225,15 +225,15 @@ def open_sampler(
     return Sampler(
         manifest.contract,
         manifest.components,
-        open_tokenizers(bundle.path, manifest),
+        open_tokenizers(bundle.path, manifest.tokenizers),
         open_session,
         keep_open=keep_open,
     )
 
 
-def open_tokenizers(folder: Path, manifest: Manifest) -> dict[str, Tokenizer]:
+def open_tokenizers(folder: Path, specs: Mapping[str, TokenizerSpec]) -> dict[str, Tokenizer]:
     """Returns a bundle's tokenizers by name."""
-    return {name: Tokenizer(resolve_inside(folder, spec.folder), spec) for name, spec in manifest.tokenizers.items()}
+    return {name: Tokenizer(resolve_inside(folder, spec.folder), spec) for name, spec in specs.items()}
 
 
 def generate(

@@ -39,13 +39,13 @@ def test_every_check_must_pass() -> None:
 
 
 def test_equal_pictures_pass() -> None:
-    assert ParityReport(tuple(compare_samples([sample(PICTURE)], [sample(PICTURE)], LIMITS)), "r", "e")
+    assert ParityReport(tuple(compare_samples([sample(PICTURE)], [sample(PICTURE)], LIMITS.picture_psnr_db)), "r", "e")
 
 
 @pytest.mark.parametrize("flat", [0.0, 0.5, 1.0])
 def test_two_flat_pictures_agree_and_fail(flat: float) -> None:
     black = sample(np.full((8, 8, 3), flat))
-    report = ParityReport(tuple(compare_samples([black], [black], LIMITS)), "r", "e")
+    report = ParityReport(tuple(compare_samples([black], [black], LIMITS.picture_psnr_db)), "r", "e")
     assert not report
     assert [c.metric for c in report.failures] == ["spread (std)"]
 
@@ -53,18 +53,18 @@ def test_two_flat_pictures_agree_and_fail(flat: float) -> None:
 def test_nan_picture_fails() -> None:
     broken = PICTURE.copy()
     broken[0, 0, 0] = np.nan
-    checks = compare_samples([sample(PICTURE)], [sample(broken)], LIMITS)
+    checks = compare_samples([sample(PICTURE)], [sample(broken)], LIMITS.picture_psnr_db)
     assert not ParityReport(tuple(checks), "r", "e")
 
 
 def test_nan_on_both_sides_fails() -> None:
     broken = sample(PICTURE * np.nan)
-    assert not ParityReport(tuple(compare_samples([broken], [broken], LIMITS)), "r", "e")
+    assert not ParityReport(tuple(compare_samples([broken], [broken], LIMITS.picture_psnr_db)), "r", "e")
 
 
 def test_departing_latent_fails_even_if_the_picture_agrees() -> None:
     departed = replace(sample(PICTURE), latents=(np.full((1, 4, 2, 2), 1.01, np.float32),))
-    report = ParityReport(tuple(compare_samples([sample(PICTURE)], [departed], LIMITS)), "r", "e")
+    report = ParityReport(tuple(compare_samples([sample(PICTURE)], [departed], LIMITS.picture_psnr_db)), "r", "e")
     assert [c.level for c in report.failures] == ["trajectory"]
 
 

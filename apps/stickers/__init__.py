@@ -6,20 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.stickers.prompts import CALIBRATION_PROMPTS, PROMPTS
+
 if TYPE_CHECKING:
     from fewstep.export import Generator
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-PROMPTS = (
-    "red apple",
-    "cat face",
-    "smiling face with sunglasses",
-    "sailboat",
-    "sunflower",
-    "rainbow",
-    "slice of pizza",
-    "red heart",
-)
 # In the middle of the scales that the student was distilled with.
 GUIDANCE = 3.0
 LICENCES = {
@@ -43,5 +35,6 @@ def generator() -> Generator:
         guidance=GUIDANCE,
         default_steps=4,
         prompts=PROMPTS,
+        calibration_prompts=CALIBRATION_PROMPTS,
         licences=LICENCES,
     )

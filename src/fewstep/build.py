@@ -15,16 +15,22 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
-from fewstep.manifest import Artifact, Manifest
+from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shape
+from fewstep.runtimes.parity import label
+from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
     from fewstep.export import Description, Generator
+    from fewstep.optimize.prepared import Prepared
+    from fewstep.optimize.quantize import QuantPlan
 
 PROMPTS, SEEDS = 8, 2
+# How many recorded samples backends see that choose a precision by values.
+COMPILE_SAMPLES = 1
 # How many samples are decoded again to look for values beyond fp16.
 FP16_SAMPLES = 2
 # How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
@@ -79,7 +85,9 @@ def build(
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
     from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
     from fewstep.optimize import optimize
+    from fewstep.optimize.prepared import Prepared
     from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_against
 
@@ -95,7 +103,9 @@ def build(
     with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
-            original = load(given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters), guidance=w)
+            spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
+            # Quantization looks at every weight several times: it holds them all.
+            original = load(spec, guidance=w, eager=recipe.quantization is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = original if recipe.shape is None else original.shaped(*recipe.shape)
@@ -106,13 +116,22 @@ def build(
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        artifacts = compile_targets(optimized, described, recipe, targets, folder, cache, progress)
+        plan = plan_quantization(optimized, described, recipe, cache, progress)
+        if plan is not None:
+            plan.save(folder / PLAN_FOLDER)
+        prepared = Prepared(optimized, described, plan, open_tokenizers(folder, described.tokenizers))
+        requests = _requests(optimized, described, options)
+        lowered_from = _record(prepared, requests, recipe, cache, progress)
+        shown = lowered_from[:COMPILE_SAMPLES]
+        artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress, samples=shown)
         if "onnxruntime" in targets:
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
-        requests = _requests(optimized, described, options)
-        lowered_from = _record(optimized, described, requests, recipe, cache, progress)
-        changed = any(note.modified for note in notes)
-        uncompressed = _record(original, described, requests, Recipe("original"), cache, progress) if changed else None
+        if "coreml" in targets:
+            write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
+        uncompressed = None
+        if plan is not None or any(note.modified for note in notes):
+            before = Prepared(original, described, None, prepared.tokenizers)
+            uncompressed = _record(before, requests, Recipe("original"), cache, progress)
         _write_golden(lowered_from, folder / "golden")
         manifest = Manifest(
             name=optimized.name,
@@ -132,7 +151,13 @@ def build(
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
         verified = verify_against(
-            Bundle(folder, manifest), lowered_from, uncompressed, recipe.limits, caveats=caveats, progress=progress
+            Bundle(folder, manifest),
+            lowered_from,
+            uncompressed,
+            recipe.limits,
+            prepared=prepared,
+            caveats=caveats,
+            progress=progress,
         )
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
@@ -143,42 +168,76 @@ def build(
     return Bundle(out, manifest)
 
 
+def plan_quantization(
+    generator: Generator, described: Description, recipe: Recipe, cache: StageCache, progress: Progress
+) -> QuantPlan | None:
+    """Returns the plan of a recipe that quantizes, made from the generator's own trajectories; else None."""
+    if recipe.quantization is None:
+        return None
+    from fewstep.calibration import collect
+    from fewstep.optimize.quantize import make_plan
+
+    q = recipe.quantization
+    key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
+    folder = cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps})
+    calls = collect(
+        generator,
+        described,
+        q.sampler,
+        generator.calibration_prompts or generator.prompts,
+        size=q.samples * generator.default_steps,
+        seed=q.seed,
+        steps=generator.default_steps,
+        guidance=generator.guidance,
+        folder=folder,
+        progress=progress,
+    )
+    return make_plan(generator, described, q, calls, progress)
+
+
 def compile_targets(
-    generator: Generator,
-    described: Description,
+    prepared: Prepared,
     recipe: Recipe,
     targets: Sequence[str],
     folder: Path,
     cache: StageCache,
     progress: Progress,
+    *,
+    samples: Sequence[Sample] = (),
 ) -> list[Artifact]:
-    """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached."""
-    from fewstep.export import digest, trace
+    """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
+
+    ``samples`` are recorded runs, for backends that choose a precision by the values in them.
+    """
     from fewstep.runtimes import get_runtime
 
+    components = prepared.described.components
     artifacts = []
-    advance = progress.task("compile", len(targets) * len(described.components))
-    for target in targets:
-        for component, spec in described.components.items():
+    advance = progress.task("compile", len(targets) * len(components))
+    for component, spec in components.items():
+        for target in targets:
             key = {
-                "source": generator.source.sha256,
+                "source": prepared.generator.source.sha256,
                 "component": component,
                 "spec": asdict(spec),
-                "wiring": digest(described.wirings[component]),
+                "program": prepared.key(component),
                 "weights": recipe.weights,
                 "runtime": target,
+                "samples": [label(sample) for sample in samples],
                 "versions": versions(),
             }
 
             def make(entry: Path, target: str = target, component: str = component) -> None:
-                program = trace(generator, described.wirings[component], described.components[component])
+                feeds = [feed.inputs for sample in samples for feed in sample.feeds if feed.component == component]
+                program = replace(prepared.program(component), feeds=tuple(feeds))
                 artifact = get_runtime(target).compile(program, entry / "files", recipe.weights)
                 (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
 
             entry, _ = cache.get_or_make("compile", key, make)
             artifact = Artifact(**json.loads((entry / "artifact.json").read_text()))
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            artifacts.append(replace(artifact, path=f"{target}/{artifact.path}"))
+            artifact = replace(artifact, path=f"{target}/{artifact.path}")
+            artifacts.append(artifact if prepared.plan is None else prepared.plan.label(artifact))
             advance()
     return artifacts
 
@@ -199,12 +258,14 @@ def versions() -> dict[str, str]:
     for name in (
         "fewstep",
         "torch",
+        "torchao",
         "diffusers",
         "transformers",
         "tokenizers",
         "onnx",
         "onnxscript",
         "onnxruntime",
+        "coremltools",
         "numpy",
     ):
         try:
@@ -229,22 +290,15 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 
 
 def _record(
-    generator: Generator,
-    described: Description,
-    requests: Sequence[SampleRequest],
-    recipe: Recipe,
-    cache: StageCache,
-    progress: Progress,
+    prepared: Prepared, requests: Sequence[SampleRequest], recipe: Recipe, cache: StageCache, progress: Progress
 ) -> list[Sample]:
-    from fewstep.calibration import record_samples
-    from fewstep.export import digest
-
+    described = prepared.described
     key = {
-        "source": generator.source.sha256,
+        "source": prepared.generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
-        "inputs": [asdict(spec) for spec in generator.inputs],
+        "inputs": [asdict(spec) for spec in prepared.generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
+        "programs": {name: prepared.key(name) for name in described.components},
         "weights": recipe.weights,
         "original": recipe.name == "original",
         "versions": versions(),
@@ -255,7 +309,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in record_samples(generator, described, requests):
+            for sample in prepared.samples(requests):
                 done.append(sample)
                 advance()
             return done

@@ -64,3 +64,7 @@ class StageCache:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return entry, False
+
+    def folder(self, stage: str, key: Mapping[str, object]) -> Path:
+        """Returns a folder that a stage may fill over several runs, which knows itself what in it is finished."""
+        return self.root / stage / value_sha256({"stage": stage, **key})[:32]

@@ -377,19 +377,42 @@ def export(source: SourceSpec, steps: tuple[int, ...] | None, guidance: float | 
 @_source
 @click.option("--steps", type=int, help="Step count; the generator's default unless given.")
 @_guidance
-@click.option("--prompts", default=8, show_default=True)
-@click.option("--seeds", default=2, show_default=True)
+@click.option(
+    "--prompts", default="8", show_default=True, metavar="N|FILE", help="How many of its own, or a text file of them."
+)
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Samples of each prompt.")
+@click.option("--sampler", default="own", show_default=True, help="Which calls to keep, e.g. uniform, ndtc, tdac.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of noise and choices.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for safetensors shards.")
 def calibrate(
-    source: SourceSpec, steps: int | None, guidance: float | None, prompts: int, seeds: int, out: Path
+    source: SourceSpec,
+    steps: int | None,
+    guidance: float | None,
+    prompts: str,
+    seeds: int,
+    sampler: str,
+    seed: int,
+    out: Path,
 ) -> None:
-    """Record every network call of SOURCE on its own trajectory, keyed by step and time."""
+    """Record network calls of SOURCE on its own trajectory, keyed by step and time; goes on if interrupted."""
     with _progress() as progress:
-        _listed(
-            stages.calibrate(
-                source, out, steps=steps, guidance=guidance, prompts=prompts, seeds=seeds, progress=progress
-            )
+        made = stages.calibrate(
+            source,
+            out,
+            steps=steps,
+            guidance=guidance,
+            prompts=prompts,
+            seeds=seeds,
+            sampler=sampler,
+            seed=seed,
+            progress=progress,
         )
+    table = Table("component", "step", "branch", "calls", "prompts", "seeds", "times", title=made.note)
+    for row in made.coverage():
+        step, times = "" if row.step is None else str(row.step), ", ".join(f"{t:g}" for t in row.timesteps)
+        table.add_row(row.component, step, row.branch, str(row.count), str(row.prompts), str(row.seeds), times)
+    _err.print(table)
+    _listed([out / name for name in made.shards])
 
 
 @cli.command()

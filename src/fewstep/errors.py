@@ -6,6 +6,7 @@ FewstepError            exit status 2
 ├── ScheduleError       a scheduler is not a table of numbers
 ├── RecipeError         a recipe is malformed
 ├── ExportError         a component cannot be traced or lowered
+├── CalibrationError    calibration data or ranges are missing, not finite or not reproducible
 ├── BundleError         a bundle is incomplete, altered or unsafe
 ├── ContractError       arrays do not fit what the manifest promises
 ├── RuntimeMissingError a backend is not installed or cannot run here
@@ -44,6 +45,14 @@ class RecipeError(FewstepError):
 
 class ExportError(FewstepError):
     """A component cannot be traced or lowered."""
+
+
+class QuantizationError(FewstepError):
+    """A quantization plan cannot be made, read or applied."""
+
+
+class CalibrationError(FewstepError):
+    """Calibration data or ranges are missing, not finite or not reproducible."""
 
 
 class BundleError(FewstepError):

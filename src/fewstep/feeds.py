@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,43 @@ def save_sample(sample: Sample, path: Path, *, with_feeds: bool = True) -> None:
 
 def load_sample(path: Path) -> Sample:
     """Returns what `save_sample` wrote."""
+    with _reading(path) as (head, names, stream):
+        arrays = {name: stream.get_tensor(name) for name in names}
+        feeds = tuple(
+            StepFeed(**call, inputs=_under(arrays, f"feeds/{i}/in/"), outputs=_under(arrays, f"feeds/{i}/out/"))
+            for i, call in enumerate(head.pop("calls"))
+        )
+        latents = tuple(arrays[f"latents/{k}"] for k in range(head["steps"]) if f"latents/{k}" in arrays)
+        return Sample(**head, feeds=feeds, latents=latents, output=arrays["output"], inputs=_under(arrays, "inputs/"))
+
+
+def read_head(path: Path) -> dict[str, Any]:
+    """Returns what a sample is of and which calls it has, without their arrays."""
+    with _reading(path) as (head, _, _):
+        return head
+
+
+def read_feeds(path: Path, component: str) -> list[StepFeed]:
+    """Returns the calls of one component in a sample, reading no others."""
+    feeds = []
+    with _reading(path) as (head, names, stream):
+        for i, call in enumerate(head["calls"]):
+            if call["component"] == component:
+                own = {name: stream.get_tensor(name) for name in names if name.startswith(f"feeds/{i}/")}
+                feeds.append(
+                    StepFeed(**call, inputs=_under(own, f"feeds/{i}/in/"), outputs=_under(own, f"feeds/{i}/out/"))
+                )
+    return feeds
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[dict[str, Any], list[str], Any]]:
+    """Yields the head of a sample's file, the names of its arrays, and what reads them."""
     try:
         with safe_open(path, framework="numpy") as stream:
-            head = json.loads((stream.metadata() or {})["fewstep"])
-            arrays = {name: stream.get_tensor(name) for name in stream.keys()}
+            yield json.loads((stream.metadata() or {})["fewstep"]), list(stream.keys()), stream
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise BundleError(f"{path} is not a sample: {error}", hint="build the bundle again") from error
-    feeds = tuple(
-        StepFeed(**call, inputs=_under(arrays, f"feeds/{i}/in/"), outputs=_under(arrays, f"feeds/{i}/out/"))
-        for i, call in enumerate(head.pop("calls"))
-    )
-    latents = tuple(arrays[f"latents/{k}"] for k in range(head["steps"]) if f"latents/{k}" in arrays)
-    return Sample(**head, feeds=feeds, latents=latents, output=arrays["output"], inputs=_under(arrays, "inputs/"))
 
 
 def save_samples(samples: Iterable[Sample], folder: Path, *, with_feeds: int) -> list[Path]:

@@ -15,6 +15,10 @@ from fewstep.schedule import Schedule
 from fewstep.source import Lora, Replacement, SourceSpec
 
 SCHEMA_VERSION = 1
+# Folder of a bundle with the plan of its quantization, if it has one.
+PLAN_FOLDER = "quantization"
+# What `Artifact.compute` says of a component that multiplies whole numbers.
+INTEGERS = "int8"
 DENOISER = "denoiser"
 DECODER = "decoder"
 ENCODER = "encoder"

@@ -1,8 +1,9 @@
 """What to do to a generator: precision, step counts and the limits that a build must keep.
 
-A recipe is a preset (``fp32``, ``fp16``) or a TOML file::
+A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``) or a TOML file::
 
-    weights = "fp16"            # fp32 | fp16
+    base = "w8a8"               # the preset that it starts from; fp32 unless named
+    weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
@@ -12,19 +13,22 @@ A recipe is a preset (``fp32``, ``fp16``) or a TOML file::
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
     picture_psnr_db = 80.0      # lowering: the final picture
     compression_psnr_db = 45.0  # compression: that network's picture against the original's
+
+and a ``[quantization]`` table: see `fewstep.quantization`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import RecipeError, SourceError
+from fewstep.quantization import Quantization, parse_quantization, refuse_unknown, suggestion
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
@@ -57,6 +61,7 @@ class Recipe:
     decoder: str | None = None
     shape: tuple[int, int] | None = None
     """Height and width of the pictures, in pixels."""
+    quantization: Quantization | None = None
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -73,11 +78,30 @@ class Recipe:
         return values
 
 
+def _quantized(name: str, compression_psnr_db: float, **choices: Any) -> Recipe:
+    return Recipe(
+        name,
+        weights="fp16",  # what stays in float: norms, biases, the time path
+        quantization=Quantization(**choices),
+        limits=Limits(component_sqnr_db=80.0, picture_psnr_db=60.0, compression_psnr_db=compression_psnr_db),
+    )
+
+
 # fp16 weights are exact in fp32 arithmetic, so lowering keeps fp32's limits; rounding them once costs 2^-11 of each
 # weight, which few-step samplers turn into roughly 50 dB of picture PSNR.
+#
+# Quantized weights are dequantized in fp32: w = scale * q is computed in one order by PyTorch and may be folded into
+# the product by a kernel, so lowering keeps 80 and 60 dB. With quantized activations those two do not apply: see
+# `fewstep.runtimes.quantized_parity`. The compression limits are the least at which a picture is still the same
+# picture: 30 dB is a change that one must look for, 20 dB one that is seen beside the original.
 PRESETS = {
     "fp32": Recipe("fp32"),
     "fp16": Recipe("fp16", weights="fp16", limits=Limits(compression_psnr_db=40.0)),
+    "w8": _quantized("w8", 30.0),
+    "w8a8": _quantized("w8a8", 30.0, activations=8),
+    "w4": _quantized("w4", 20.0, weights=4, granularity="group", rounding="gptq"),
+    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8, rounding="gptq"),
+    "mixed": _quantized("mixed", 20.0, bits=5.0, rounding="gptq"),
 }
 
 
@@ -93,7 +117,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     if path.suffix != ".toml":
         raise RecipeError(
             f"unknown recipe {name_or_path!r}, expected one of {', '.join(PRESETS)} or a .toml file",
-            hint=_suggestion(name_or_path, PRESETS) or "see `fewstep build --help`",
+            hint=suggestion(name_or_path, PRESETS) or "see `fewstep build --help`",
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -106,29 +130,39 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder: Path = Path()) -> Recipe:
     """Returns the recipe that a parsed TOML file describes; its paths are relative to ``folder``."""
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    _refuse_unknown(values, known, where)
+    known = [*(f.name for f in dataclasses.fields(Recipe)), "base"]
+    refuse_unknown(values, known, where)
     weights = values.get("weights", "fp32")
     if weights not in WEIGHTS:
         raise RecipeError(
             f"{where}: weights is {weights!r}, expected one of {', '.join(WEIGHTS)}", hint="edit the recipe"
         )
-    base = PRESETS[str(weights)]
+    base_name = values.get("base", "w8" if "quantization" in values else weights)
+    if base_name not in PRESETS:
+        raise RecipeError(
+            f"{where}: base is {base_name!r}, expected one of {', '.join(PRESETS)}",
+            hint=suggestion(str(base_name), PRESETS) or "edit the recipe",
+        )
+    base = PRESETS[str(base_name)]
+    quantization = base.quantization
+    if "quantization" in values:
+        quantization = parse_quantization(values["quantization"], f"{where}: [quantization]", quantization)
     limits = values.get("limits", {})
     if not isinstance(limits, Mapping):
         raise RecipeError(
             f"{where}: limits is {limits!r}, expected a table", hint="write [limits] on a line of its own"
         )
-    _refuse_unknown(limits, [f.name for f in dataclasses.fields(Limits)], f"{where}: [limits]")
+    refuse_unknown(limits, [f.name for f in dataclasses.fields(Limits)], f"{where}: [limits]")
     numbers = {key: _number(value, f"{where}: limits.{key}") for key, value in limits.items()}
     return Recipe(
         name=str(values.get("name", name)),
-        weights=str(weights),
+        weights=str(values.get("weights", base.weights)),
         steps=_steps(values.get("steps"), where),
         guidance=None if values.get("guidance") is None else _number(values["guidance"], f"{where}: guidance"),
         loras=_loras(values.get("loras", []), where, folder),
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
         shape=None if values.get("shape") is None else parse_shape(str(values["shape"]), f"{where}: shape"),
+        quantization=quantization,
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -183,15 +217,3 @@ def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RecipeError(f"{where} is {value!r}, expected a number", hint="edit the recipe")
     return float(value)
-
-
-def _refuse_unknown(values: Mapping[str, object], known: Collection[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            hint = _suggestion(key, known) or f"known keys: {', '.join(known)}"
-            raise RecipeError(f"{where}: unknown key {key!r}", hint=hint)
-
-
-def _suggestion(word: str, known: Collection[str]) -> str | None:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else None

@@ -7,19 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets
+from fewstep.build import check_targets, compile_targets, plan_quantization
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.errors import BundleError
-from fewstep.feeds import Sample, save_sample
+from fewstep.feeds import Sample
 from fewstep.progress import Progress, stage
 from fewstep.recipe import check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler
 from fewstep.source import SourceSpec
+
+if TYPE_CHECKING:
+    from fewstep.calibration.sets import CalibrationSet
 
 Array = npt.NDArray[Any]
 
@@ -108,27 +111,40 @@ def calibrate(
     *,
     steps: int | None,
     guidance: float | None,
-    prompts: int,
+    prompts: str,
     seeds: int,
+    sampler: str,
+    seed: int,
     progress: Progress,
-) -> list[Path]:
-    """Writes one shard of step feeds for every prompt and seed, holding one in memory, and returns the paths."""
-    from fewstep.calibration import SampleRequest, record_samples
+) -> CalibrationSet:
+    """Writes a calibration set: as many calls as every prompt with so many seeds makes; goes on if interrupted.
+
+    ``prompts`` is how many of the generator's own to take, or a text file with one on each line.
+    """
+    from fewstep.calibration.prompts import calibration_prompts, read_prompts
+    from fewstep.calibration.sets import collect, is_calibration_folder
     from fewstep.export import describe, load
 
-    with _new_folder(out) as folder:
-        with stage(progress, f"load {source}"):
-            generator = load(source, guidance=guidance)
-            count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
-            described = describe(generator, [count])
-        requests = SampleRequest.grid(generator, generator.prompts[:prompts], range(seeds), count, generator.guidance)
-        advance = progress.task("record", len(requests))
-        names = []
-        for i, sample in enumerate(record_samples(generator, described, requests)):
-            names.append(f"{i:03d}.safetensors")
-            save_sample(sample, folder / names[-1])
-            advance()
-    return [out / name for name in names]
+    if not is_calibration_folder(out):
+        raise _not_empty(out)
+    texts = () if prompts.isdecimal() else read_prompts(Path(prompts))
+    with stage(progress, f"load {source}"):
+        generator = load(source, guidance=guidance)
+        count = check_steps([generator.default_steps if steps is None else steps], "--steps")[0]
+        described = describe(generator, [count])
+    texts = texts or calibration_prompts(generator)[: int(prompts)]
+    return collect(
+        generator,
+        described,
+        sampler,
+        texts,
+        size=len(texts) * seeds * count,
+        seed=seed,
+        steps=count,
+        guidance=generator.guidance,
+        folder=out,
+        progress=progress,
+    )
 
 
 def optimize(source: str | SourceSpec, out: Path, *, recipe: str, progress: Progress) -> list[Path]:
@@ -161,18 +177,23 @@ def compile(
     """Writes the artifacts of every target without verifying them, and returns the paths."""
     from fewstep.export import describe, load
     from fewstep.optimize import optimize as apply
+    from fewstep.optimize.prepared import Prepared
 
     chosen = load_recipe(recipe)
     check_targets(targets)
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
-            original = load(spec, guidance=chosen.guidance if guidance is None else guidance)
+            w = chosen.guidance if guidance is None else guidance
+            original = load(spec, guidance=w, eager=chosen.quantization is not None)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
             described = describe(replace(generator, default_steps=default), counts)
-        artifacts = compile_targets(generator, described, chosen, targets, folder, StageCache(), progress)
+        cache = StageCache()
+        plan = plan_quantization(generator, described, chosen, cache, progress)
+        prepared = Prepared(generator, described, plan, {})
+        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress)
     return [out / artifact.path for artifact in artifacts]
 
 
@@ -180,6 +201,10 @@ def compile(
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes ``out`` when the block ends without an error."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} exists and is not empty, expected a new folder", hint="choose another -o folder")
+        raise _not_empty(out)
     with writing(out) as folder:
         yield folder
+
+
+def _not_empty(out: Path) -> BundleError:
+    return BundleError(f"{out} exists and is not empty, expected a new folder", hint="choose another -o folder")

@@ -1,0 +1,20 @@
+"""Quantization, decided once in the torch graph: sites, the plan, and the graph that follows it."""
+
+from __future__ import annotations
+
+from fewstep.optimize.quantize.apply import quantize
+from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
+from fewstep.optimize.quantize.planner import make_plan
+from fewstep.optimize.quantize.quantizer import PlanQuantizer
+from fewstep.optimize.quantize.sites import Site, find_sites
+
+__all__ = [
+    "ComponentPlan",
+    "Grid",
+    "PlanQuantizer",
+    "QuantPlan",
+    "Site",
+    "find_sites",
+    "make_plan",
+    "quantize",
+]

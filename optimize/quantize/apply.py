@@ -1,0 +1,62 @@
+"""A program and a plan in, the quantized program out: the reference that every backend is compared with."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+
+import torch
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from fewstep.errors import QuantizationError
+from fewstep.optimize.quantize.plan import ComponentPlan, network_sha256
+from fewstep.optimize.quantize.quantizer import PlanQuantizer
+from fewstep.optimize.quantize.sites import Site, find_sites
+from fewstep.program import Program
+
+
+def float_graph(program: Program) -> tuple[GraphModule, tuple[Site, ...]]:
+    """Returns a program's graph with its parameters as attributes, and its sites.
+
+    Raises:
+        QuantizationError: the program's weights are not in memory.
+    """
+    if program.weights is not None:
+        raise QuantizationError(
+            f"{program.component} is too large to hold in memory, and quantizing needs its values",
+            hint="load it with eager=True, or use the recipe fp16",
+        )
+    module = program.exported.module()
+    assert isinstance(module, GraphModule)
+    return module, find_sites(program, module)
+
+
+def quantize(program: Program, plan: ComponentPlan) -> Program:
+    """Returns a program that computes what the plan says, with quantize and dequantize operations in its graph.
+
+    Raises:
+        QuantizationError: the plan is for another network.
+    """
+    module, sites = float_graph(program)
+    if network_sha256(sites) != plan.network:
+        known = {site.weight for site in sites}
+        stranger = next((name for name in plan.weights if name not in known), None)
+        raise QuantizationError(
+            f"the plan of {program.component} is for another network"
+            + (f": it has no weight {stranger}" if stranger else ""),
+            hint="make a plan for this generator",
+        )
+    example = tuple(node.meta["val"] for node in module.graph.nodes if node.op == "placeholder")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export and torchao warn about their own internals
+        logging.disable(logging.WARNING)
+        try:
+            prepared = prepare_pt2e(module, PlanQuantizer(plan, sites))
+            converted = convert_pt2e(prepared, fold_quantize=False)
+            inputs = tuple(torch.zeros(value.shape, dtype=value.dtype) for value in example)
+            exported = torch.export.export(converted, inputs)
+        finally:
+            logging.disable(logging.NOTSET)
+    return replace(program, exported=exported)

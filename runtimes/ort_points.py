@@ -1,0 +1,111 @@
+"""Compares a quantized ONNX model with PyTorch operation by operation, in whole numbers.
+
+End to end, roundings that fall the other way grow until two correct executions differ as much as quantization itself
+does. So every quantized tensor of the model is replaced by the reference's own, and its operation's result compared: no
+difference can reach the next operation, and one run of the model checks them all with the kernels that it ships with.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from fewstep.errors import ExportError
+from fewstep.program import Program
+from fewstep.runtimes.base import Array, PointResult
+
+_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_GIVEN = ".given"
+
+
+def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+    """Returns the comparison of every quantized tensor of a component, in the order of computation.
+
+    Raises:
+        ExportError: the model and the program share no quantized tensor.
+    """
+    reference, paths = _reference(program, feeds)
+    model = ir.load(path)
+    points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
+    shared = [name for name in points if name in reference]
+    if len(shared) != len(points) or not shared:
+        lost = sorted(set(points) - reference.keys())
+        raise ExportError(
+            f"{path}: {len(lost)} of its {len(points)} quantized tensors are not the program's"
+            + (f", first {lost[0]}" if lost else ""),
+            hint="was the model compiled from this program?",
+        )
+    given = _cut(model, shared)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path.name
+        ir.save(model, target, external_data=f"{path.name}.data")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
+        inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
+        results = dict(zip(shared, session.run(shared, inputs), strict=True))
+    found = []
+    for name in shared:
+        difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))
+        found.append(
+            PointResult(
+                name, paths[name], difference.size, int(np.count_nonzero(difference)), int(difference.max(initial=0))
+            )
+        )
+    return found
+
+
+def _cut(model: ir.Model, names: list[str]) -> list[str]:
+    """Makes every named value an output, and lets its readers take an input instead; returns what has readers."""
+    by_name = {str(value.name): value for node in model.graph for value in node.outputs}
+    read = []
+    for name in names:
+        value = by_name[name]
+        if value.uses():
+            given = ir.Value(name=name + _GIVEN, type=value.type, shape=value.shape)
+            value.replace_all_uses_with(given)
+            model.graph.inputs.append(given)
+            read.append(name)
+        if value not in model.graph.outputs:
+            model.graph.outputs.append(value)
+    return read
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Keeps the whole numbers of every quantized activation, and frees the rest."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Array] = {}
+
+    def run_node(self, n: torch.fx.Node) -> object:
+        """Runs a node."""
+        result = super().run_node(n)
+        if n.target is _QUANTIZE:
+            self.values[n.name] = result.numpy().copy()
+        return result
+
+
+@torch.no_grad()
+def _reference(program: Program, feeds: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, str]]:
+    module = program.exported.module()
+    assert isinstance(module, torch.fx.GraphModule)
+    recorder = _Recorder(module)
+    recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
+    nodes = {node.name: node for node in module.graph.nodes}
+    return recorder.values, {name: _path(nodes[name]) for name in recorder.values}
+
+
+def _path(node: torch.fx.Node) -> str:
+    """Returns the module path in whose result a quantized tensor has its origin."""
+    source = node.all_input_nodes[0]
+    stack = list(source.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]) if stack else source.name
+    return re.sub(r"^(L\['self'\]\.)?(module\.?)?", "", path) or source.name

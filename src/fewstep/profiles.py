@@ -1,0 +1,96 @@
+"""What a target computes well in whole numbers: what a quantization plan has to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fewstep.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class TargetProfile:
+    """How a target wants its quantized graph.
+
+    Attributes:
+        name: of the profile.
+        activation: type of quantized activations, uint8 or int8.
+        symmetric: whether activations must have zero point 0.
+        computes: operations with a kernel that multiplies whole numbers.
+        outputs: of those, the ones whose kernel puts out whole numbers: without a grid for its result the operation is
+            not fused, and is computed in float after dequantizing everything.
+        min_rows: a product of fewer rows than this reads more weights than it computes: whole numbers save nothing.
+        weight_bits: which bits weights can be stored in.
+        floats: why other operations stay in float, by name.
+    """
+
+    name: str
+    activation: str
+    symmetric: bool
+    computes: frozenset[str]
+    outputs: frozenset[str]
+    min_rows: int
+    weight_bits: tuple[int, ...]
+    floats: Mapping[str, str]
+
+
+_ORT_FLOATS = {
+    "scaled_dot_product_attention": "ONNX Runtime's quantized softmax is 6 times slower than the float one",
+    "group_norm": "ONNX Runtime has no quantized normalization",
+    "layer_norm": "ONNX Runtime has no quantized normalization",
+    "silu": "computed between two quantized operations, in float",
+    "gelu": "computed between two quantized operations, in float",
+    "add": "the residual stream is kept in float",
+}
+
+PROFILES: Mapping[str, TargetProfile] = {
+    profile.name: profile
+    for profile in (
+        # Products of unsigned activations and signed weights: the one pair with a VNNI instruction.
+        TargetProfile(
+            name="x86",
+            activation="uint8",
+            symmetric=False,
+            computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+            outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
+            min_rows=2,
+            weight_bits=(4, 8),
+            floats=_ORT_FLOATS,
+        ),
+        # Signed by signed: as fast on ARM, and the same integers on every processor.
+        TargetProfile(
+            name="arm",
+            activation="int8",
+            symmetric=False,
+            computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+            outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
+            min_rows=2,
+            weight_bits=(4, 8),
+            floats=_ORT_FLOATS,
+        ),
+        TargetProfile(
+            name="tensorrt",
+            activation="int8",
+            symmetric=True,
+            computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+            outputs=frozenset(),
+            min_rows=1,
+            weight_bits=(4, 8),
+            floats={},
+        ),
+    )
+}
+
+
+def get_profile(name: str) -> TargetProfile:
+    """Returns a profile by name.
+
+    Raises:
+        RecipeError: no such profile.
+    """
+    try:
+        return PROFILES[name]
+    except KeyError:
+        raise RecipeError(
+            f"unknown target profile {name!r}, expected one of {', '.join(PROFILES)}", hint="edit the recipe"
+        ) from None

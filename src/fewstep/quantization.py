@@ -1,0 +1,194 @@
+"""What a recipe says of quantization: bits, grids, rounding and calibration, with overrides by operation and by name.
+
+A recipe's ``[quantization]`` table::
+
+    [quantization]
+    weights = 8                 # bits of weights: 8, 4 or 2; 32 keeps them in float
+    activations = 8             # bits of activations: 8; 32 computes in float (weight-only)
+    granularity = "channel"     # scales of weights: tensor | channel | group
+    group_size = 32             # input channels that share a scale, for group
+    rounding = "nearest"        # nearest | gptq | adaround
+    ranges = "lp"               # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
+    profile = "x86"             # what the target computes well: see fewstep.profiles
+    sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
+    samples = 32                # prompts (or noise seeds) to calibrate with
+    bits = 5.0                  # mixed precision: weights' average, shared out by sensitivity
+
+    [quantization.ops.linear]   # overrides for an operation: conv2d, linear, embedding, ...
+    granularity = "group"
+    weights = 4
+
+    [quantization.names."denoiser/conv_*"]  # overrides for sites by name, shell pattern; the last match wins
+    activations = 32
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fewstep.errors import RecipeError
+from fewstep.profiles import get_profile
+
+FLOAT_BITS = 32
+WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
+ACTIVATION_BITS = (8, FLOAT_BITS)
+GRANULARITIES = ("tensor", "channel", "group")
+ROUNDINGS = ("nearest", "gptq", "adaround")
+RANGES = ("minmax", "percentile", "mse", "lp", "kl", "cosine", "l1", "ema")
+SAMPLERS = ("own", "uniform", "ndtc", "tdac", "single", "qsample", "first", "random")
+
+_CHOICES: Mapping[str, Collection[object]] = {
+    "weights": WEIGHT_BITS,
+    "activations": ACTIVATION_BITS,
+    "granularity": GRANULARITIES,
+    "rounding": ROUNDINGS,
+    "ranges": RANGES,
+    "sampler": SAMPLERS,
+}
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What an override may say of a site; None leaves it as the level above has it."""
+
+    weights: int | None = None
+    activations: int | None = None
+    granularity: str | None = None
+    group_size: int | None = None
+    rounding: str | None = None
+    ranges: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a recipe quantizes. See the module's text for the keys."""
+
+    weights: int = 8
+    activations: int = FLOAT_BITS
+    granularity: str = "channel"
+    group_size: int = 32
+    rounding: str = "nearest"
+    ranges: str = "lp"
+    profile: str = "x86"
+    sampler: str = "own"
+    samples: int = 32
+    seed: int = 0
+    bits: float | None = None
+    max_bytes: int | None = None
+    """Largest size of all components together; like ``bits``, it asks for mixed precision."""
+    correction: bool = True
+    """Whether the schedule carries the closed-form correction of the quantized network's output, where it helps."""
+    ops: Mapping[str, SiteChoice] = field(default_factory=dict)
+    names: Mapping[str, SiteChoice] = field(default_factory=dict)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether bits differ from site to site by sensitivity."""
+        return self.bits is not None or self.max_bytes is not None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether network calls have to be recorded before a plan can be made."""
+        choices: list[Quantization | SiteChoice] = [self, *self.ops.values(), *self.names.values()]
+        return (
+            self.mixed
+            or self.correction
+            or any((c.activations or FLOAT_BITS) < FLOAT_BITS for c in choices)
+            or any(c.rounding not in (None, "nearest") for c in choices)
+        )
+
+    def at(self, op: str, name: str) -> Quantization:
+        """Returns the choices for one site: these, overridden by its operation, then by every pattern it matches."""
+        found = self
+        patterns = [choice for pattern, choice in self.names.items() if fnmatchcase(name, pattern)]
+        for choice in [self.ops.get(op), *patterns]:
+            if choice is not None:
+                given = {k: v for k, v in dataclasses.asdict(choice).items() if v is not None}
+                found = dataclasses.replace(found, **given)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the choices as JSON-ready values; `parse_quantization` gives them back."""
+        return dataclasses.asdict(self)
+
+
+def parse_quantization(values: object, where: str, base: Quantization | None = None) -> Quantization:
+    """Returns the quantization that a recipe's table describes, over ``base`` for what it leaves out.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, or a value that is none of the choices.
+    """
+    table = _table(values, where)
+    known = [f.name for f in dataclasses.fields(Quantization)]
+    refuse_unknown(table, known, where)
+    given: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in ("ops", "names"):
+            given[key] = {
+                str(name): _site_choice(choice, f"{where}: {key}.{name}")
+                for name, choice in _table(value, where).items()
+            }
+        else:
+            given[key] = _value(key, value, f"{where}: {key}")
+    found = dataclasses.replace(base or Quantization(), **given)
+    if found.bits is not None and found.max_bytes is not None:
+        raise RecipeError(f"{where} has both bits and max_bytes, expected one budget", hint="remove one of them")
+    return found
+
+
+def refuse_unknown(values: Mapping[str, object], known: Collection[str], where: str) -> None:
+    """Raises RecipeError for the first key that is none of the known ones, with what it may have been meant as."""
+    for key in values:
+        if key not in known:
+            hint = suggestion(key, known) or f"known keys: {', '.join(known)}"
+            raise RecipeError(f"{where}: unknown key {key!r}", hint=hint)
+
+
+def suggestion(word: str, known: Collection[str]) -> str | None:
+    """Returns a hint that names the known word most like an unknown one, None where none is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def _site_choice(values: object, where: str) -> SiteChoice:
+    table = _table(values, where)
+    refuse_unknown(table, [f.name for f in dataclasses.fields(SiteChoice)], where)
+    return SiteChoice(
+        **{key: _value(key, value, f"{where}.{key}") for key, value in table.items() if value is not None}
+    )
+
+
+def _table(values: object, where: str) -> Mapping[str, object]:
+    if not isinstance(values, Mapping):
+        raise RecipeError(
+            f"{where} is {values!r}, expected a table", hint="write it in [brackets] on a line of its own"
+        )
+    return values
+
+
+def _value(key: str, value: object, where: str) -> object:
+    if key in _CHOICES:
+        if value not in _CHOICES[key] or isinstance(value, bool):
+            choices = ", ".join(str(choice) for choice in _CHOICES[key])
+            raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
+        return value
+    if key == "correction":
+        if not isinstance(value, bool):
+            raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
+        return value
+    if key == "profile":
+        return get_profile(str(value)).name
+    if key == "bits":
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 8):
+            return None if value is None else float(value)
+        raise RecipeError(f"{where} is {value!r}, expected a number from 2 to 8", hint="the average bits of a weight")
+    if key == "max_bytes" and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
+        raise RecipeError(f"{where} is {value!r}, expected a whole number above 0", hint="edit the recipe")
+    return value
