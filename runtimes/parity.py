@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fewstep.feeds import Sample
 from fewstep.metrics import psnr_db, sqnr_db, ssim
+from fewstep.recipe import Limits
 from fewstep.runtimes.base import CheckedSession
 
 Array = npt.NDArray[Any]
