@@ -101,7 +101,7 @@ def convert(
             precision = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.outputs[0].name not in names)
         try:
             return ct.convert(
-                _decomposed(program),
+                decomposed(program),
                 source="pytorch",
                 inputs=[_tensor_type(ct, spec) for spec in program.spec.inputs],
                 outputs=[ct.TensorType(name=spec.name, dtype=_interface(spec)) for spec in program.spec.outputs],
@@ -160,15 +160,15 @@ def _tensor_type(ct: Any, spec: TensorSpec) -> Any:
     return ct.TensorType(name=spec.name, shape=spec.shape or (1,), dtype=_interface(spec))
 
 
-def _decomposed(program: Program) -> torch.export.ExportedProgram:
+def decomposed(program: Program) -> torch.export.ExportedProgram:
     """Returns the program in core ATen, without the nodes that coremltools has no translation for and needs none."""
-    decomposed = program.exported.run_decompositions({})
-    for node in list(decomposed.graph.nodes):
+    result = program.exported.run_decompositions({})
+    for node in list(result.graph.nodes):
         if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
             node.replace_all_uses_with(node.args[0])
-            decomposed.graph.erase_node(node)
-    decomposed.graph_module.recompile()
-    return decomposed
+            result.graph.erase_node(node)
+    result.graph_module.recompile()
+    return result
 
 
 @contextlib.contextmanager

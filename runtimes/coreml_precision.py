@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from coremltools.models import MLModel
 
 FP16_MAX = 65504.0
+# What coremltools appends to the name of a value when it makes it fp16.
+FP16_SUFFIX = "_cast_fp16"
 # Rounding a value to fp16 costs 2^-11 of it, 66 to 76 dB. An operation whose result is worse than this for rounded
 # inputs has magnified that 15 times: it would decide the component's error alone.
 CONDITION_DB = 43.0
@@ -40,7 +42,6 @@ _PASSING = frozenset(
     "add sub mul real_div cast concat expand_dims gather identity reshape select slice_by_index slice_by_size split "
     "squeeze stack tile transpose".split()
 )
-_SUFFIX = "_cast_fp16"
 # Times that samplers hand to networks, for programs without recorded calls: the first, an odd one and the last of 1000.
 _TIMES = (1, 499, 999)
 
@@ -149,7 +150,7 @@ class _Watch:
         return any(isinstance(type_, TensorType) and type_.dtype.name == self._dtype for _, type_ in operation.outputs)
 
     def _keep(self, operation: Operation, reason: str) -> None:
-        self.found.setdefault(operation.outputs[0][0].removesuffix(_SUFFIX), f"({operation.type}) {reason}")
+        self.found.setdefault(operation.outputs[0][0].removesuffix(FP16_SUFFIX), f"({operation.type}) {reason}")
 
     def _keep_with_sources(self, operation: Operation, reason: str) -> None:
         self._keep(operation, reason)

@@ -13,7 +13,7 @@ from fewstep.feeds import Sample, load_samples
 from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, SourceInfo
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe
-from fewstep.runtimes import get_runtime
+from fewstep.runtimes import coreml, get_runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -31,7 +31,7 @@ from fewstep.source import SourceSpec
 if TYPE_CHECKING:
     from fewstep.export import Generator
     from fewstep.optimize.prepared import Prepared
-    from fewstep.runtimes.ort_bisect import Departure
+    from fewstep.runtimes.departure import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
 # How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
@@ -312,7 +312,10 @@ def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
     from fewstep.export import load
-    from fewstep.runtimes.ort_bisect import bisect
+    if runtime == coreml.NAME:
+        from fewstep.runtimes.coreml_bisect import bisect
+    else:
+        from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
     prepared, _ = _prepare(bundle, load(source, guidance=manifest.contract.guidance.scale, eager=True))
