@@ -53,7 +53,9 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
             )
     if comparison.found is not None:
         operation, name, value = comparison.found
-        return Departure(name, _paths(exported).get(name, ""), operation.name, operation.type, value, comparison.compared)
+        return Departure(
+            name, _paths(exported).get(name, ""), operation.name, operation.type, value, comparison.compared
+        )
     if comparison.compared == 0:
         raise ExportError(f"{path}: no value of the package has the name of a traced value, nothing to bisect")
     return None

@@ -107,6 +107,7 @@ def convert(
                 outputs=[ct.TensorType(name=spec.name, dtype=_interface(spec)) for spec in program.spec.outputs],
                 minimum_deployment_target=getattr(ct.target, target),
                 compute_precision=precision,
+                pass_pipeline=_pipeline(ct, target),
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises whatever its translation of an op happens to raise
@@ -127,7 +128,9 @@ def save(model: MLModel, path: Path) -> None:
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     entries = manifest["itemInfoEntries"]
     names = {old: str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])).upper() for old, entry in entries.items()}
-    manifest["itemInfoEntries"] = {names[old]: entries[old] for old in sorted(entries, key=lambda k: entries[k]["path"])}
+    manifest["itemInfoEntries"] = {
+        names[old]: entries[old] for old in sorted(entries, key=lambda k: entries[k]["path"])
+    }
     manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
     manifest_path.write_text(json.dumps(manifest, indent=4), encoding="utf-8")
 
@@ -140,7 +143,11 @@ def quiet_coremltools() -> Iterator[Any]:
     logger.setLevel(logging.ERROR)
     root = logging.root.level
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             import coremltools
 
@@ -149,6 +156,16 @@ def quiet_coremltools() -> Iterator[Any]:
     finally:
         logger.setLevel(level)
         logging.root.setLevel(root)
+
+
+def _pipeline(ct: Any, target: str) -> Any:
+    """Returns coremltools' own passes, then the one that stores weights in their smallest form (iOS 18)."""
+    pipeline = ct.PassPipeline()
+    if target != "iOS17":
+        from fewstep.runtimes import coreml_pack  # registers the pass, and imports coremltools, which talks
+
+        pipeline.append_pass(coreml_pack.PASS)
+    return pipeline
 
 
 def _interface(spec: TensorSpec) -> Any:
@@ -162,7 +179,7 @@ def _tensor_type(ct: Any, spec: TensorSpec) -> Any:
 
 def decomposed(program: Program) -> torch.export.ExportedProgram:
     """Returns the program in core ATen, without the nodes that coremltools has no translation for and needs none."""
-    result = program.exported.run_decompositions({})
+    result: torch.export.ExportedProgram = program.exported.run_decompositions({})
     for node in list(result.graph.nodes):
         if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
             node.replace_all_uses_with(node.args[0])

@@ -104,8 +104,8 @@ def build(
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
             spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
-            # Quantization looks at every weight several times: it holds them all.
-            original = load(spec, guidance=w, eager=recipe.quantization is not None)
+            # Quantization and palettes look at every weight several times: they hold them all.
+            original = load(spec, guidance=w, eager=recipe.quantization is not None or recipe.palette is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = original if recipe.shape is None else original.shaped(*recipe.shape)
@@ -222,6 +222,7 @@ def compile_targets(
                 "spec": asdict(spec),
                 "program": prepared.key(component),
                 "weights": recipe.weights,
+                "palette": recipe.palette,
                 "runtime": target,
                 "samples": [label(sample) for sample in samples],
                 "versions": versions(),
@@ -300,6 +301,7 @@ def _record(
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
         "programs": {name: prepared.key(name) for name in described.components},
         "weights": recipe.weights,
+        "palette": recipe.palette,
         "original": recipe.name == "original",
         "versions": versions(),
     }

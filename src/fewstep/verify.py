@@ -252,7 +252,7 @@ def _live_references(
 
     manifest = bundle.manifest
     with stage(progress, f"load {source}"):
-        quantized = manifest.recipe["quantization"] is not None
+        quantized = manifest.recipe["quantization"] is not None or manifest.recipe.get("palette") is not None
         original = load(source, guidance=manifest.contract.guidance.scale, eager=quantized)
         _check_same(bundle.manifest.source, original.source)
         if manifest.recipe["shape"] is not None:
@@ -282,7 +282,9 @@ def _prepare(bundle: Bundle, original: Generator) -> tuple[Prepared, bool]:
     from fewstep.optimize.quantize import QuantPlan
 
     manifest = bundle.manifest
-    optimized, notes = optimize(original, Recipe("", weights=manifest.recipe["weights"]))
+    optimized, notes = optimize(
+        original, Recipe("", weights=manifest.recipe["weights"], palette=manifest.recipe.get("palette"))
+    )
     described = describe(optimized, sorted(manifest.schedules))
     plan = None
     if manifest.recipe["quantization"] is not None:
@@ -312,6 +314,7 @@ def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
     from fewstep.export import load
+
     if runtime == coreml.NAME:
         from fewstep.runtimes.coreml_bisect import bisect
     else:

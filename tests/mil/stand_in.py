@@ -25,7 +25,7 @@ from coremltools.models import MLModel
 from PIL import Image
 
 from fewstep.errors import ContractError
-from fewstep.runtimes.mil import Evaluator, Operation, open_package
+from fewstep.runtimes.mil import Evaluator, open_package
 from fewstep.runtimes.mil.program import Feature, Function, TensorType
 
 # Beside every operation of interest: constants and the casts at a program's ends say nothing of it.
@@ -117,6 +117,19 @@ def pytest_configure(config: pytest.Config) -> None:
     ct.models.utils._macos_version = lambda: (15, 0)
     MLModel.predict = _predict
     MLModel.make_state = _make_state
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps at most ``FEWSTEP_MIL_CASES`` cases of each test function, spread over its parameters; 0 keeps all."""
+    most = int(os.environ.get("FEWSTEP_MIL_CASES", "0"))
+    if not most:
+        return
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_function.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {id(cases[i * len(cases) // most]) for cases in by_function.values() for i in range(most)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 @pytest.hookimpl(wrapper=True)
