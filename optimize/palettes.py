@@ -92,7 +92,7 @@ def palettized(weight: Array, bits: int, group: int | None = -1) -> Array:
 
 
 def row_groups(rows: int, size: int | None) -> list[slice]:
-    """Returns the groups of rows that share a palette: of equal size, the largest divisor of the rows up to ``size``."""
+    """Returns the groups of rows that share a palette: equal, the largest divisor of the rows up to ``size``."""
     size = rows if size is None else next(n for n in range(min(size, rows), 0, -1) if rows % n == 0)
     return [slice(start, start + size) for start in range(0, rows, size)]
 

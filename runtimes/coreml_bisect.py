@@ -1,7 +1,7 @@
 """Names the first operation of a Core ML package that departs from PyTorch, as module path and as MIL operation.
 
-coremltools names values after the fx nodes that it translates, so both sides can be compared value by value on one feed,
-in fp32 arithmetic: what departs is what conversion or damage changed, not rounding.
+coremltools names values after the fx nodes that it translates, so both sides can be compared value by value on one
+feed, in fp32 arithmetic: what departs is what conversion or damage changed, not rounding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fewstep.runtimes.mil import Evaluator, Operation, open_package
 def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float) -> Departure | None:
     """Returns the first operation, in the order of computation, whose result's SQNR is below the limit.
 
-    None if all keep it. An operation that cannot be evaluated, or contradicts what the package declares of it, departs
-    with an SQNR of NaN.
+    None if the outputs keep it: a value in between may be a little below it without consequence. An operation that
+    cannot be evaluated, or contradicts what the package declares of it, departs with an SQNR of NaN.
 
     Args:
         program: the traced component, as it was compiled.
@@ -46,12 +46,13 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
     try:
         evaluator.run(to_interface(feeds), observe=comparison)
     except ContractError as error:
+        comparison.outputs_depart = True  # they could not even be computed
         if comparison.found is None:
             last = comparison.last
             return Departure(
                 "", "", f"after {last.where}: {error.message}" if last else error.message, "", float("nan"), 0
             )
-    if comparison.found is not None:
+    if comparison.found is not None and comparison.outputs_depart:
         operation, name, value = comparison.found
         return Departure(
             name, _paths(exported).get(name, ""), operation.name, operation.type, value, comparison.compared
@@ -68,14 +69,13 @@ class _Comparison:
         self.found: tuple[Operation, str, float] | None = None
         self.last: Operation | None = None
         self.compared = 0
+        self.outputs_depart = False
         self._reference = reference
         self._outputs = outputs
         self._limit_db = limit_db
 
     def __call__(self, operation: Operation, arguments: Mapping[str, Any], results: tuple[Any, ...]) -> None:
         """Compares the results of one operation."""
-        if self.found is not None:
-            return
         self.last = operation
         for (declared, _), value in zip(operation.outputs, results, strict=True):
             name = self._outputs.get(declared, declared).removesuffix(FP16_SUFFIX)
@@ -87,8 +87,8 @@ class _Comparison:
             self.compared += 1
             quality = sqnr_db(reference, value)
             if not quality >= self._limit_db:
-                self.found = operation, name, quality
-                return
+                self.found = self.found or (operation, name, quality)
+                self.outputs_depart |= declared in self._outputs
 
 
 def _outputs(exported: torch.export.ExportedProgram, program: Program) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Chooses which operations of a component must stay in fp32, by evaluating it on real inputs.
 
 Three things go wrong in fp16: a value is beyond 65504; an operation magnifies the rounding of its inputs (the sine of
-an angle in the hundreds, the difference of two nearly equal numbers); or a constant, such as a third, is another number.
-All are measured, and nothing is listed by hand.
+an angle in the hundreds, the difference of two nearly equal numbers); or a constant, such as a third, becomes another
+number. All are measured, and nothing is listed by hand.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes docs/coreml-operators.md: coremltools' own tests of its operations, with our evaluator predicting.
 
-Run ``python -m tests.mil.operators > docs/coreml-operators.md``, or ``make coreml-operators``. Each of coremltools' test
-files runs in a process of its own; its results are kept in ``build/coreml-operators`` and used again.
+Run ``python -m tests.mil.operators > docs/coreml-operators.md``, or ``make coreml-operators``. Each of coremltools'
+test files runs in a process of its own; its results are kept in ``build/coreml-operators`` and used again.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def page(records: list[dict[str, Any]], most: int) -> str:
         "# Operations of Core ML that the evaluator knows",
         "",
         f"coremltools {metadata.version('coremltools')} has tests of its operations with expected values, which",
-        "compare predictions on macOS only. Here our evaluator predicts in Core ML's place, from the saved package, rounding to",
-        f"fp16 where the package computes in fp16 ({how_many}). `make coreml-operators` writes this page.",
+        "compare predictions on macOS only. Here our evaluator predicts in Core ML's place, from the saved package,",
+        f"rounding to fp16 where the package computes in fp16 ({how_many}). `make coreml-operators` writes this page.",
         "",
         "| cases | |",
         "|---|---|",

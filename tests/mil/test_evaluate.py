@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.mil.build import ct, mb, save_program
 
 from fewstep.errors import BundleError, ContractError
 from fewstep.runtimes.coreml_lower import quiet_coremltools
 from fewstep.runtimes.mil import Evaluator, known_operations, open_package
 from fewstep.runtimes.mil.dtypes import unpack
 from fewstep.runtimes.mil.ops.elementwise import erf
+from tests.mil.build import ct, mb, save_program
 
 SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -66,8 +66,11 @@ def test_evaluates_a_saved_package(package: Path) -> None:
     program = open_package(package)
     x = np.linspace(-1, 1, 96, dtype=np.float32).reshape(2, 48)
     y = Evaluator(program).run({"x": x})["y"]
-    constants = {o.outputs[0][0]: o.attributes["val"].read() for o in program.functions["main"].block.operations
-                 if o.type == "const"}
+    constants = {
+        o.outputs[0][0]: o.attributes["val"].read()
+        for o in program.functions["main"].block.operations
+        if o.type == "const"
+    }
     weight = next(v for v in constants.values() if np.shape(v) == (64, 48))
     bias = next(v for v in constants.values() if np.shape(v) == (64,))
     assert np.allclose(y, np.maximum(x @ weight.T + bias, 0) + 1, atol=1e-6)
@@ -79,7 +82,7 @@ def test_truncated_weights_are_named(package: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-100])
 
     copy = altered(package, tmp_path, cut)
-    with pytest.raises(BundleError, match="weight.bin is cut off"):
+    with pytest.raises(BundleError, match=r"weight\.bin is cut off"):
         Evaluator(open_package(copy)).run({"x": np.zeros((2, 48), np.float32)})
 
 
@@ -154,7 +157,7 @@ def test_fp16_rounds_each_result_once_and_strict_names_overflow(tmp_path: Path) 
     x = np.array([[1.0, 0.1, 2.0]], np.float32)
     assert np.isinf(Evaluator(program, precision="fp16").run({"x": x})["larger"]).any()
     assert np.allclose(Evaluator(program).run({"x": x})["larger"], x * 9e4)
-    with pytest.raises(ContractError, match="larger.* not finite .*from inputs up to 600"):
+    with pytest.raises(ContractError, match=r"larger.* not finite .*from inputs up to 600"):
         Evaluator(program, precision="fp16", strict=True).run({"x": x})
 
 
