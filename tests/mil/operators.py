@@ -31,8 +31,7 @@ def main() -> None:
         if not target.is_file():
             sys.stderr.write(f"{path.parent.name}/{path.name}\n")
             run(path, target, most=2 if path.stem in _UNKNOWN_FILES else most)
-    records = [record for path in sorted(folder.glob("*.json")) for record in json.loads(path.read_text())]
-    sys.stdout.write(page(records, most))
+    sys.stdout.write(page(folder, most))
 
 
 def test_files() -> list[Path]:
@@ -57,8 +56,11 @@ def run(path: Path, target: Path, *, most: int) -> None:
         raise RuntimeError(f"{path} wrote no results")
 
 
-def page(records: list[dict[str, Any]], most: int) -> str:
-    """Returns the page for some records."""
+def page(folder: Path, most: int) -> str:
+    """Returns the page for a folder of results."""
+    done = {path.stem for path in folder.glob("*.json")}
+    wanted = {f"{path.parent.name}-{path.stem}" for path in test_files()}
+    records = [record for name in sorted(done & wanted) for record in json.loads((folder / f"{name}.json").read_text())]
     groups = Counter(classify(record) for record in records)
     compared = groups["passed"] + groups["failed"]
     by_operation: dict[str, Counter[str]] = defaultdict(Counter)
@@ -82,6 +84,8 @@ def page(records: list[dict[str, Any]], most: int) -> str:
         f"| that coremltools skips or expects to fail | {groups['skipped']} |",
         f"| that convert and compare nothing | {groups['not compared']} |",
         "",
+        f"{len(done & wanted)} of {len(wanted)} test files were run"
+        + (f"; not: {', '.join(sorted(wanted - done))}." if wanted - done else "."),
         "A case that fails, on whatever grounds, is counted as failed and never as skipped.",
         "",
         "| operation | compared | passed | failed |",
