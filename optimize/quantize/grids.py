@@ -37,9 +37,7 @@ def weight_grid(weight: torch.Tensor, bits: int, *, axis: int, granularity: str,
             of the input channels below it is taken.
     """
     if granularity == "group":
-        group_size = next(
-            size for size in range(min(group_size, weight.shape[1]), 0, -1) if weight.shape[1] % size == 0
-        )
+        group_size = next(size for size in range(min(group_size, weight.shape[1]), 0, -1) if weight.shape[1] % size == 0)
     top = 2 ** (bits - 1) - 1
     rows = _rows(weight, axis, granularity, group_size)
     full = rows.abs().amax(dim=1, keepdim=True)

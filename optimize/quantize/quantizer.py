@@ -169,11 +169,7 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
             return graph.call_function(_ops.dequantize_per_tensor.default, (q, *self._whole()))
         # Groups are rows of their own: every backend knows scales along one axis.
         rows = values if g.group_size is None else values.reshape(g.scale.size, -1)
-        parts = (
-            ("quantized", rows),
-            ("scale", torch.from_numpy(g.scale)),
-            ("zero_point", torch.from_numpy(g.zero_point)),
-        )
+        parts = ("quantized", rows), ("scale", torch.from_numpy(g.scale)), ("zero_point", torch.from_numpy(g.zero_point))
         q, scale, zero = (
             _get_attr(model, f"{name}_{part}", tensor if tensor is rows else tensor.flatten()) for part, tensor in parts
         )
