@@ -73,7 +73,7 @@ def page(folder: Path, most: int) -> str:
         "",
         f"coremltools {metadata.version('coremltools')} has tests of its operations with expected values, which",
         "compare predictions on macOS only. Here our evaluator predicts in Core ML's place, from the saved package,",
-        f"rounding to fp16 where the package computes in fp16 ({how_many}). `make coreml-operators` writes this page.",
+        f"rounding to fp16 in cases of an fp16 backend ({how_many}). `make coreml-operators` writes this page.",
         "",
         "| cases | |",
         "|---|---|",

@@ -25,7 +25,7 @@ from coremltools.models import MLModel
 from PIL import Image
 
 from fewstep.errors import ContractError
-from fewstep.runtimes.mil import Evaluator, open_package
+from fewstep.runtimes.mil import Evaluator, Precision, open_package
 from fewstep.runtimes.mil.program import Feature, Function, TensorType
 
 # Beside every operation of interest: constants and the casts at a program's ends say nothing of it.
@@ -39,6 +39,7 @@ class _Log:
         self.operations: set[str] = set()
         self.predictions = 0
         self.unknown: str | None = None
+        self.precision: Precision = "fp16"
 
 
 _LOG = _Log()
@@ -57,12 +58,15 @@ def _operations(function: Function) -> set[str]:
 
 def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[str, Any]:
     """Returns what Core ML's ``predict`` would, from the saved package."""
+    if model.package_path is None:
+        _LOG.unknown = "no ML program, but a neural network of before iOS 15"
+        raise ContractError(_LOG.unknown)
     program = open_package(Path(model.package_path))
     name = model.function_name or program.default
     function = program.functions[name]
     _LOG.operations |= _operations(function)
     try:
-        evaluator = Evaluator(program, precision="fp16")
+        evaluator = Evaluator(program, precision=_LOG.precision)
     except ContractError as error:
         _LOG.unknown = error.message
         raise
@@ -134,9 +138,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Starts a record for the test."""
+    """Starts a record for the test, and chooses the arithmetic that its tolerances are for."""
     global _LOG
     _LOG = _Log()
+    # Cases of an fp32 backend have the tolerances of fp32 arithmetic, whatever types their values are stored in.
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend", ("mlprogram", "fp16"))
+    _LOG.precision = getattr(backend, "precision", None) or backend[1]
     return (yield)
 
 

@@ -123,7 +123,7 @@ def local_response_norm(
 ) -> Array:
     """Returns x over (k + alpha / size * the sum of squares of ``size`` neighbouring channels) ** beta."""
     n = whole(size)
-    squares = np.pad(x * x, [(0, 0), ((n - 1) // 2, n // 2), *[(0, 0)] * (x.ndim - 2)])
+    squares = np.pad(x * x, [(0, 0), (n // 2, (n - 1) // 2), *[(0, 0)] * (x.ndim - 2)])
     sums = np.lib.stride_tricks.sliding_window_view(squares, n, axis=1).sum(axis=-1)
     return np.asarray(x / (k + alpha / n * sums) ** beta)
 
