@@ -122,9 +122,10 @@ def local_response_norm(
     k: Any = 1.0,
 ) -> Array:
     """Returns x over (k + alpha / size * the sum of squares of ``size`` neighbouring channels) ** beta."""
-    n = whole(size)
-    squares = np.pad(x * x, [(0, 0), (n // 2, (n - 1) // 2), *[(0, 0)] * (x.ndim - 2)])
-    sums = np.lib.stride_tricks.sliding_window_view(squares, n, axis=1).sum(axis=-1)
+    n, channels = whole(size), x.ndim - 3  # of rank 3, too, Core ML takes the third axis from the end
+    around = [(n // 2, (n - 1) // 2) if axis == channels else (0, 0) for axis in range(x.ndim)]
+    squares = np.pad(x * x, around)
+    sums = np.lib.stride_tricks.sliding_window_view(squares, n, axis=channels).sum(axis=-1)
     return np.asarray(x / (k + alpha / n * sums) ** beta)
 
 
