@@ -90,15 +90,43 @@ coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator a
 INTEROP := .venv-interop
 
 .PHONY: interop
-interop: bundle $(INTEROP)/.installed ## Opens the bundle with Optimum's ONNX Runtime pipeline
-	FEWSTEP_BUNDLE=$(BUNDLE) $(INTEROP)/bin/pytest tests/interop -W default
+interop: $(VENV)/.all $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline; compares merged LoRAs with PEFT's
+	$(BIN)/fewstep build stickers --target onnxruntime --form step -o $(BUNDLE)-step
+	FEWSTEP_BUNDLE=$(BUNDLE)-step $(INTEROP)/bin/pytest tests/interop -W default
 
 $(INTEROP)/bin/python:
 	$(PYTHON) -m venv $(INTEROP)
 
 $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/python
 	$(INTEROP)/bin/python -m pip install --progress-bar off -c constraints-interop.txt \
-		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx pytest torch
+		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx peft pytest torch
+	touch $@
+
+# --- the web app -------------------------------------------------------------------------------------------------------
+
+WEB := apps/web
+# The bundles that the app is tested with in a browser; `make test-app BUNDLES=build/stickers,build/stickers-w8a8`.
+BUNDLES ?= $(BUNDLE)
+
+.PHONY: app
+app: app-build bundle ## Builds the web app, serves it with build/stickers and opens it (needs Node 18 or later)
+	$(BIN)/fewstep app $(BUNDLE) --serve --open
+
+.PHONY: app-build
+app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep/app/static, which ships in the wheel
+	cd $(WEB) && npx --no-install tsc --noEmit && npx --no-install vite build
+
+.PHONY: test-app
+test-app: app-build bundle ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
+	$(WEB)/build/need.sh chromium
+	@git diff --quiet -- src/fewstep/app/static || { echo 'src/fewstep/app/static was not what apps/web builds: commit it' >&2; exit 1; }
+	cd $(WEB) && npx --no-install vitest run
+	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
+
+# Not `npm ci`, which refuses a lock file without the binaries of other platforms that a mirror may lack.
+$(WEB)/node_modules/.installed: $(WEB)/package-lock.json
+	$(WEB)/build/need.sh node
+	cd $(WEB) && npm install --no-save --no-audit --no-fund
 	touch $@
 
 # --- the built-in generator --------------------------------------------------------------------------------------------
@@ -124,9 +152,23 @@ stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on tw
 
 CASES ?= small middle sd15
 .PHONY: bench-scale
-bench-scale: $(VENV)/.dev ## Measures compiling networks of full size (goes on where it was interrupted); CASES=sdxl needs 15 GB of disk
+bench-scale: $(VENV)/.dev $(INTEROP)/.installed ## Measures compiling networks of full size (goes on where it was interrupted), beside optimum-onnx; CASES=sdxl needs 15 GB of disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale $(CASES)
+	$(BIN)/python -m benchmarks.scale --shapes --tiles
 	$(BIN)/python -m benchmarks.scale.bundle sd15
+	$(BIN)/python -m benchmarks.scale.plan
+	$(BIN)/python -m benchmarks.scale.versus --peer $(INTEROP)/bin/python
+
+ROWS ?=
+.PHONY: bench-quant
+bench-quant: $(VENV)/.dev bundle ## Compares recipes with other tools' int8 (goes on where it was interrupted); ROWS=... for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant $(ROWS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
+
+.PHONY: bench-static
+bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 
@@ -136,6 +178,6 @@ wheel: $(VENV)/.dev ## Builds dist/*.tar.gz, and dist/*.whl from it
 
 .PHONY: clean
 clean: ## Removes environments, caches and distributions; keeps build/, where training states and bundles are
-	rm -rf $(VENV) $(INTEROP) dist src/*.egg-info build/lib build/bdist.*
+	rm -rf $(VENV) $(INTEROP) $(WEB)/node_modules $(WEB)/lib dist src/*.egg-info build/lib build/bdist.*
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./build -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

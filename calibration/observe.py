@@ -38,15 +38,8 @@ def observe(
         CalibrationError: there are no points or calls, a step has none, a point is no node or no tensor of floats, its
             values are not finite or there are none, or the calls differ from pass to pass.
     """
-    names = {node.name for node in graph.graph.nodes if node.op != "output"}
-    missing = {point: name for point, name in points.items() if name not in names}
-    if missing or not points:
-        what = "there are no points to observe"
-        if missing:
-            what = "; ".join(f"{point} is to be read at {name}, which is no node" for point, name in missing.items())
-        raise CalibrationError(f"{what}, expected nodes of the graph")
     extremes: dict[tuple[str, int], _Extremes] = {}
-    _run(graph, points, calls, lambda point, step, x: _note_extremes(extremes, point, step, x))
+    watch(graph, points, calls, lambda point, step, x: _note_extremes(extremes, point, step, x))
     seen = {step for _, step in extremes}
     expected = tuple(range(max(seen, default=-1) + 1 if steps is None else steps))
     if not seen:
@@ -57,7 +50,7 @@ def observe(
             hint="calibrate with samples of every step",
         )
     counts: dict[tuple[str, int], Counts] = {key: np.zeros(BINS, dtype=np.int64) for key in extremes}
-    _run(graph, points, calls, lambda point, step, x: _note_counts(counts, extremes, point, step, x))
+    watch(graph, points, calls, lambda point, step, x: _note_counts(counts, extremes, point, step, x))
     for (point, step), found in counts.items():
         if found.sum() != extremes[point, step].count:
             raise _changed(point, step)
@@ -120,11 +113,17 @@ def _note_counts(
 class _Watch(torch.fx.Interpreter):
     """Interprets a graph, shows the values of some nodes and frees every value after its last use."""
 
-    def __init__(self, graph: torch.fx.GraphModule, watched: Mapping[str, list[str]]) -> None:
+    def __init__(
+        self,
+        graph: torch.fx.GraphModule,
+        watched: Mapping[str, list[str]],
+        note: Callable[[str, int, torch.Tensor], None],
+    ) -> None:
         super().__init__(graph, garbage_collect_values=True)
         self.extra_traceback = False  # our errors say where on their own
         self._watched = watched
-        self.show: Callable[[str, torch.Tensor], None] = lambda point, x: None
+        self._note = note
+        self.step = 0
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
@@ -132,25 +131,35 @@ class _Watch(torch.fx.Interpreter):
             if not (isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel()):
                 what = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise CalibrationError(f"{point} is {what} at {n.name}, expected a tensor of floats")
-            self.show(point, value)
+            self._note(point, self.step, value)
         return value
 
 
-def _run(
+def watch(
     graph: torch.fx.GraphModule,
     points: Mapping[str, str],
     calls: Calls,
     note: Callable[[str, int, torch.Tensor], None],
 ) -> None:
-    """Runs every call and notes the value of every point."""
+    """Runs every call and shows ``note`` the value of every point: (point, step, value).
+
+    Raises:
+        CalibrationError: there are no points, or one is no node or no tensor of floats.
+    """
+    names = {node.name for node in graph.graph.nodes if node.op != "output"}
+    missing = {point: name for point, name in points.items() if name not in names}
+    if missing or not points:
+        what = "there are no points to observe"
+        if missing:
+            what = "; ".join(f"{point} is to be read at {name}, which is no node" for point, name in missing.items())
+        raise CalibrationError(f"{what}, expected nodes of the graph")
     watched: dict[str, list[str]] = {}
     for point, name in points.items():
         watched.setdefault(name, []).append(point)
-    watch = _Watch(graph, watched)
+    interpreter = _Watch(graph, watched, note)
     with torch.no_grad():
-        for step, inputs in calls():
-            watch.show = lambda point, x, step=step: note(point, step, x)  # type: ignore[misc]
-            watch.run(*inputs)
+        for interpreter.step, inputs in calls():
+            interpreter.run(*inputs)
 
 
 def _changed(point: str, step: int) -> CalibrationError:

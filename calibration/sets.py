@@ -21,7 +21,7 @@ from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Kept, LatentNames, Question, get_sampler, prompt_order
 from fewstep.errors import BundleError, CalibrationError
 from fewstep.export import Description, Generator, digest
-from fewstep.feeds import Sample, StepFeed, read_feeds, read_head, save_sample
+from fewstep.feeds import Sample, StepFeed, load_sample, read_feeds, read_head, save_sample
 from fewstep.hashing import value_sha256
 from fewstep.inputs import example_inputs
 from fewstep.manifest import LATENT, SAMPLE
@@ -91,6 +91,11 @@ class CalibrationSet:
         if missing:
             raise CalibrationError(f"{folder}: {missing[0]} is missing", hint=_AGAIN)
         return opened
+
+    def samples(self) -> Iterator[Sample]:
+        """Yields the trajectories with the calls that were kept, reading one shard at a time."""
+        for name in self.shards:
+            yield load_sample(self.folder / name)
 
     def feeds(self, component: str) -> Iterator[StepFeed]:
         """Yields the calls of a component, reading one shard at a time.

@@ -9,12 +9,14 @@ from fewstep.export.layout import diffusers_files, write_tokenizers
 from fewstep.export.load import load, missing
 from fewstep.export.loop import SampleFunction
 from fewstep.export.overlay import lay_over
+from fewstep.export.programs import Programs, programs_of
 from fewstep.export.recording import record
 from fewstep.export.wiring import digest, trace
 
 __all__ = [
     "Description",
     "Generator",
+    "Programs",
     "SampleFunction",
     "describe",
     "diffusers_files",
@@ -22,6 +24,7 @@ __all__ = [
     "lay_over",
     "load",
     "missing",
+    "programs_of",
     "record",
     "trace",
     "write_tokenizers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewstep.export.embedding import read_guidance
 from fewstep.export.generator import Generator
@@ -11,11 +11,12 @@ from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
 from fewstep.export.reference import run
 from fewstep.export.sampling import Anatomy, loop_schedule, pipeline_schedule, probe_run
-from fewstep.export.wiring import (
-    Wiring,
-)
+from fewstep.export.specs import read_specs, without_glue
+from fewstep.export.tiled_decoder import tiles_of
+from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs
 from fewstep.manifest import (
+    DECODER,
     ComponentSpec,
     Contract,
     TokenizerSpec,
@@ -61,6 +62,10 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
     schedules = {n: schedule(generator, recorded, reader.anatomy, n, inputs) for n in steps}
     contract, wirings = reader.read()
-    specs = reader.specs(wirings)
+    tiles = tiles_of(generator.module(DECODER)) if DECODER in wirings and not generator.is_loop else None
+    wirings = wirings if tiles is None else without_glue(wirings)
+    specs = read_specs(generator, recorded, reader.anatomy, wirings)
+    if tiles is not None:
+        specs[DECODER] = replace(specs[DECODER], tiles=tiles)
     tokenizers = read_tokenizers(generator, recorded, prompt)
     return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)

@@ -15,8 +15,10 @@ import torch
 from fewstep.errors import SourceError
 from fewstep.export.loop import Loop, SampleFunction
 from fewstep.export.stored_networks import StoredNetworks
+from fewstep.export.tiled_decoder import with_tiling
 from fewstep.hashing import value_sha256
-from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec, SourceInfo
+from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec
+from fewstep.source import SourceInfo
 
 DEFAULT_PROMPTS = (
     "a red apple on a table",
@@ -199,6 +201,16 @@ class Generator:
             )
         options = {**self.options, "height": height, "width": width}
         return replace(self, options=options, inputs=_inputs(self.pipeline, self.module(DENOISER), options))
+
+    def tiled(self, tile: int) -> Generator:
+        """Returns a generator whose pipeline decodes in overlapping tiles of so many pixels to a side.
+
+        Raises:
+            SourceError: it has no decoder that does so, or not with tiles of this size.
+        """
+        if self.is_loop or DECODER not in self.parts:
+            raise SourceError(f"{self.name} has no decoder to tile, expected a diffusers pipeline with AutoencoderKL")
+        return self.with_modules({DECODER: with_tiling(self.module(DECODER), tile)})
 
     def with_modules(self, modules: Mapping[str, torch.nn.Module]) -> Generator:
         """Returns a generator whose pipeline holds other modules for some components; this one is left as it is."""

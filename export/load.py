@@ -21,8 +21,7 @@ from fewstep.export.overlay import lay_over
 from fewstep.export.single_file import load_single_file
 from fewstep.export.stored_networks import StoredNetworks
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
-from fewstep.manifest import SourceInfo
-from fewstep.source import SourceSpec
+from fewstep.source import SourceInfo, SourceSpec
 
 BUILT_IN = {"stickers": "fewstep.stickers:generator"}
 

@@ -13,8 +13,8 @@ from fewstep.export.checks import check_weights_folder
 from fewstep.export.generator import Generator
 from fewstep.export.single_file import load_component
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
-from fewstep.manifest import DECODER, MergedLora, SourceInfo, SourcePart
-from fewstep.source import Replacement, SourceSpec
+from fewstep.manifest import DECODER
+from fewstep.source import MergedLora, Replacement, SourceInfo, SourcePart, SourceSpec
 
 
 def lay_over(generator: Generator, spec: SourceSpec) -> Generator:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from fewstep.errors import ExportError
@@ -15,7 +14,7 @@ from fewstep.export.embedding import is_embedding
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.recorded import Run, name_inputs
-from fewstep.export.reference import result_tensor
+from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
 from fewstep.export.tape import MADE, Glue, GlueModule, Ref
 from fewstep.export.wiring import (
@@ -23,9 +22,7 @@ from fewstep.export.wiring import (
     glue_component,
     renamed,
     shorten,
-    spec_of,
     wire,
-    wired_module,
     with_outputs,
 )
 from fewstep.manifest import (
@@ -42,23 +39,12 @@ from fewstep.manifest import (
     SAMPLE,
     TIME,
     TIMESTEP,
-    ComponentSpec,
     Contract,
     Guidance,
-    OutputSpec,
 )
-from fewstep.output import to_output
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
 _RTOL, _ATOL = 1e-5, 1e-6
-# As a pipeline scales its last component's output; the first that fits is taken.
-_OUTPUTS = (
-    OutputSpec(),
-    OutputSpec(scale=1.0, shift=0.0, clip=None),
-    OutputSpec(scale=0.5, shift=0.5, clip=None),
-    OutputSpec(scale=1.0, shift=0.0, clip=(0.0, 1.0)),
-    OutputSpec(scale=1.0, shift=0.0, clip=(-1.0, 1.0)),
-)
 
 
 class Reader:
@@ -363,7 +349,7 @@ class Reader:
         if not plain or not after:
             scale, shift = 1.0, 0.0
             wirings = [renamed(self._wire(call, AFTER), {LATENT: SAMPLE}) for call in after]
-        output, finish = self._output(after)
+        output, finish = read_output(generator, run, after)
         prediction = getattr(getattr(generator.pipeline, "scheduler", None), "config", {})
         contract = Contract(
             latent_shape=tuple(final.shape[1:]),
@@ -375,46 +361,6 @@ class Reader:
             output=output,
         )
         return ([*wirings, finish] if finish else wirings), contract
-
-    def _output(self, after: Sequence[Any]) -> tuple[OutputSpec, Wiring | None]:
-        """Returns how the last output becomes the result; operations that are no scaling are a component."""
-        run, generator = self._run, self._generator
-        raw = next(iter(after[-1].outputs.values())) if after else run.latents[-1]
-        result = result_tensor(run.result)
-        for tensor in (raw, result) if isinstance(result, torch.Tensor) else (raw,):
-            for candidate in _OUTPUTS:
-                spec = replace(candidate, kind=generator.kind, rate=generator.rate)
-                if not _agrees(to_output(tensor.detach().numpy(), spec), run.output):
-                    continue
-                if tensor is raw:
-                    return spec, None
-                glue = run.tape.cut([tensor], what="the result")
-                return spec, renamed(glue_component("finish", glue, ["result"], AFTER), {LATENT: SAMPLE})
-        raise refuse(f"the result is not the last component's output {list(raw.shape)} scaled")
-
-    def specs(self, wirings: Mapping[str, Wiring]) -> dict[str, ComponentSpec]:
-        """Returns what each component takes and gives, from the tensors of the run."""
-        run = self._run
-        scaled = run.of(DENOISER)[self._last].inputs.get(self.anatomy.latent or "", run.states[self._last])
-        found: dict[str, torch.Tensor] = {LATENT: scaled, SAMPLE: run.latents[-1]}
-        specs = {}
-        for name, wiring in wirings.items():
-            calls = [c for c in run.calls if c.instance == name]
-            inputs = []
-            for origin in wiring.origins:
-                if origin in (TIMESTEP, GUIDANCE) or origin.startswith(TIME):
-                    argument = wiring.arguments[wiring.before.origins.index(origin)]
-                    inputs.append(calls[-1].inputs[argument])
-                else:
-                    inputs.append(found[origin] if origin in found else run.tape.tensor(origin))
-            if wiring.call is None:
-                outputs = list(wired_module(self._generator, wiring)(*inputs))
-            else:
-                outputs = [wiring.call.outputs[result] for result in wiring.results]
-                outputs = outputs if wiring.after is None else list(GlueModule(wiring.after)(*outputs))
-            found.update({f"{name}.{output}": t for output, t in zip(wiring.outputs, outputs, strict=True)})
-            specs[name] = spec_of(wiring, inputs, outputs)
-        return specs
 
 
 def _outside(run: Run, inside: Sequence[str]) -> Counter[str]:
@@ -430,7 +376,3 @@ def _unique(names: Sequence[str]) -> list[str]:
         seen[name] = seen.get(name, 0) + 1
         found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     return found
-
-
-def _agrees(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any] | None) -> bool:
-    return b is not None and a.shape == b.shape and np.allclose(a, b, rtol=_RTOL, atol=_ATOL)

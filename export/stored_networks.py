@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep import noise
 from fewstep.export.fakes import fake_arguments, with_fake_parameters
+from fewstep.export.tiled_decoder import copy_tiling
 from fewstep.export.values import replace_tensors
 from fewstep.export.weights import StoredWeights, load_module, stored_weights
 
@@ -42,17 +43,24 @@ class StoredNetworks:
         """Returns the values of a network by name, as they are in its files."""
         return stored_weights(module, self.folder / attribute)
 
-    def module(self, attribute: str, cls: type[torch.nn.Module]) -> torch.nn.Module:
-        """Returns a network with its values in fp32; the one that was not used for longest makes room for it."""
+    def module(self, attribute: str, like: torch.nn.Module) -> torch.nn.Module:
+        """Returns a network with its values in fp32; the one that was not used for longest makes room for it.
+
+        Args:
+            attribute: of the pipeline.
+            like: the network without its values.
+        """
         if attribute in self._loaded:
             self._loaded.move_to_end(attribute)
+            copy_tiling(like, self._loaded[attribute])
             return self._loaded[attribute]
         while len(self._loaded) >= _IN_MEMORY:
             self._loaded.popitem(last=False)
-        module = load_module(self.folder / attribute, cls)
+        module = load_module(self.folder / attribute, type(like))
         if self.halves:
             for parameter in module.parameters():
                 parameter.data = parameter.data.half().float()
+        copy_tiling(like, module)
         self._loaded[attribute] = module
         return module
 
@@ -61,8 +69,8 @@ class StoredNetworks:
 
         def stub(component: str) -> Stub:
             part = generator.parts[component]
-            cls = type(generator.module(component))
-            return lambda _, arguments: getattr(self.module(part.attribute, cls), part.method)(**arguments)
+            like = generator.module(component)
+            return lambda _, arguments: getattr(self.module(part.attribute, like), part.method)(**arguments)
 
         return {component: stub(component) for component in generator.parts}
 

@@ -285,7 +285,7 @@ def running_module(generator: Generator, wiring: Wiring) -> WiredModule:
     if wiring.call is None or generator.stored is None:
         return wired_module(generator, wiring)
     part = generator.parts[wiring.part]
-    module = generator.stored.module(part.attribute, type(generator.module(wiring.part)))
+    module = generator.stored.module(part.attribute, generator.module(wiring.part))
     return WiredModule(wiring, module, part.method).eval()
 
 

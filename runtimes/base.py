@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +54,8 @@ class Runtime:
     """(artifact path, spec, threads) -> session."""
     compare_integers: Callable[[Program, Path, Mapping[str, Array]], list[PointResult]] | None = None
     """(quantized program, artifact path, inputs) -> how every quantized tensor compares with the program's own."""
+    compile_variants: Callable[[Iterable[Program], Path, str], list[Artifact]] | None = None
+    """(programs of one component, runtime folder, weights) -> artifacts that share one set of weights."""
     open_exact: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
     """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
     executor: Callable[[], str] | None = None
@@ -62,13 +64,17 @@ class Runtime:
 
 @dataclass(frozen=True)
 class PointResult:
-    """How a quantized tensor differs from the reference's: how many of its values, and the most by how much."""
+    """How a quantized tensor differs from the reference's: how many of its values, and the most by how much.
+
+    Of an output in float, ``sqnr_db`` says it, and nothing is counted.
+    """
 
     tensor: str
     module_path: str
     values: int
     differing: int
     largest: int
+    sqnr_db: float | None = None
 
     @property
     def equal(self) -> float:

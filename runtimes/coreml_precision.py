@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.errors import ExportError
-from fewstep.manifest import TIMESTEP
+from fewstep.manifest import STEP, TIMESTEP
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
@@ -106,6 +106,8 @@ def feeds_of(program: Program) -> list[dict[str, Array]]:
                 feed[spec.name] = np.full(spec.shape, time, dtype=spec.dtype)
             elif np.dtype(spec.dtype).kind == "f":
                 feed[spec.name] = rng.standard_normal(spec.shape).astype(spec.dtype)
+            elif program.spec.bindings.get(spec.name) == STEP:
+                feed[spec.name] = np.zeros(spec.shape, dtype=spec.dtype)  # a table has at least one row
             else:
                 feed[spec.name] = np.ones(spec.shape, dtype=spec.dtype)
         made.append(feed)

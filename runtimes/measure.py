@@ -107,7 +107,10 @@ def _measure(bundle: Bundle, *, runtime: str | None, steps: int | None, runs: in
             latencies.append(_latency(component, len(feeds), times))
         picture = _latency("picture", 1, _times(lambda: sampler(prompt, 0, schedule, inputs=inputs), runs))
         sampler.close()
-    sizes = {a.component: a.bytes for a in manifest.artifacts if a.runtime == name}
+    sizes: dict[str, int] = {}
+    for artifact in manifest.artifacts:
+        if artifact.runtime == name:
+            sizes[artifact.component] = sizes.get(artifact.component, 0) + artifact.bytes
     return Profile(name, schedule.steps, threads, tuple(latencies), picture, memory.growth_bytes, sizes)
 
 

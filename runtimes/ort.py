@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,10 +94,16 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return ort_lower.lower(program, folder, weights)
 
 
+def _compile_variants(programs: Iterable[Program], folder: Path, weights: str) -> list[Artifact]:
+    from fewstep.runtimes import ort_lower  # as above
+
+    return ort_lower.lower_variants(programs, folder, weights)
+
+
 def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
     from fewstep.runtimes import ort_points
 
     return ort_points.compare_integers(program, path, feeds)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers)
+RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers, _compile_variants)

@@ -43,7 +43,8 @@ def _save_one_file(model: ir.Model, path: Path) -> None:
 
 
 def _is_large(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes > _STREAMED_BYTES
+    tensor = value.const_value
+    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > _STREAMED_BYTES
 
 
 class _Streamed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,11 @@ from fewstep.errors import ExportError, FewstepError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
-from fewstep.runtimes.ort_pack import pack_int4, strip
+from fewstep.runtimes.ort_integer_conv import unfold_convolutions
+from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
+from fewstep.runtimes.ort_nbits import multiply_packed
+from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
+from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -47,18 +51,61 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
     return save(program, translate(program, halves=weights == "fp16").model, folder, weights)
 
 
-def save(program: Program, model: ir.Model, folder: Path, weights: str) -> Artifact:
-    """Returns the artifact of a translated component: see `lower`, whose second half it is."""
-    if weights == "fp16":
-        _store_halves(model)
-    pack_int4(model)
-    strip(model)
+def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> list[Artifact]:
+    """Returns the artifacts of several graphs of one component, all of them on the weights of the first.
+
+    The first is ``model.onnx`` with its weights in ``model.onnx.data``; the others are ``model-<variant>.onnx``, which
+    hold what the first has not.
+
+    Args:
+        programs: looked at one after the other.
+        folder: see `lower`.
+        weights: see `lower`.
+    """
+    artifacts: list[Artifact] = []
+    shared: SharedWeights | None = None
+    for program in programs:
+        model = translate(program, halves=weights == "fp16").model
+        if shared is None:
+            artifacts.append(save(program, model, folder, weights, external=True))
+            shared = SharedWeights(folder / program.folder / MODEL)
+            continue
+        _shrink(model, weights)
+        shared.attach(model)
+        name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
+        save_model(model, folder / name, external=False)
+        size = (folder / name).stat().st_size
+        artifacts.append(
+            Artifact("onnxruntime", program.component, name, weights, "fp32", size, variant=program.variant)
+        )
+    return artifacts
+
+
+def save(program: Program, model: ir.Model, folder: Path, weights: str, *, external: bool = False) -> Artifact:
+    """Returns the artifact of a translated component: see `lower`, whose second half it is.
+
+    ``external`` puts the weights in a file of their own, whatever their size.
+    """
+    _shrink(model, weights)
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    save_model(model, path, external=size > _ONE_FILE_BYTES)
+    save_model(model, path, external=external or size > _ONE_FILE_BYTES)
     total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
-    return Artifact("onnxruntime", program.component, f"{program.folder}/{MODEL}", weights, "fp32", total)
+    relative = f"{program.folder}/{MODEL}"
+    return Artifact("onnxruntime", program.component, relative, weights, "fp32", total, variant=program.variant)
+
+
+def _shrink(model: ir.Model, weights: str) -> None:
+    """Stores what is exact in fewer bits in those, and drops the exporter's notes, in place."""
+    if weights == "fp16":
+        _store_halves(model)
+    unfold_convolutions(model)
+    fuse_linear_layers(model)
+    multiply_packed(model)
+    widen_weights(model)
+    pack_int4(model)
+    strip(model)
 
 
 def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:

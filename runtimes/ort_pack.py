@@ -1,9 +1,18 @@
-"""Makes an ONNX model smaller without changing a number: 4-bit weights two to a byte, and no notes of the exporter's."""
+"""Makes an ONNX model smaller and faster to load without changing a number.
+
+4-bit weights go two to a byte, weights that are multiplied in float are dequantized once, notes of the exporter's go.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
+import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from fewstep.errors import ExportError
 
 # The one note that is used: bisection reads a node's module path from it.
 _KEPT = "pkg.torch.onnx.name_scopes"
@@ -27,6 +36,72 @@ def strip(model: ir.Model) -> None:
             value.metadata_props.clear()
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
+
+
+def widen_weights(model: ir.Model) -> None:
+    """Computes weights that are multiplied in float by Cast and Mul instead of DequantizeLinear, in place.
+
+    ONNX Runtime folds Cast and Mul once, when it loads the model. A DequantizeLinear it runs in every call, or fuses
+    with the product into a kernel that rounds the other factor to 8 bits as well, and says nothing: 46 dB instead of
+    130 in a text encoder.
+    """
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear" or not is_weight(node) or _meets_integers(node.outputs[0]):
+            continue
+        q, scale, zero = node.inputs
+        assert q is not None and q.const_value is not None
+        if constant(zero).any():
+            raise ExportError(f"{q.name} has a zero point, expected a symmetric grid for weights")
+        scales = constant(scale)
+        axis, rank = node.attributes.get_int("axis", 1), len(q.const_value.shape)
+        shape = [-1 if i == axis else 1 for i in range(rank)] if scales.ndim else []
+        scales = scales.reshape(shape)
+        tensor = ir.tensor(scales, name=f"{node.outputs[0].name}.scale")
+        factor = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(scales.shape), const_value=tensor
+        )
+        model.graph.register_initializer(factor)
+        cast = ir.node("Cast", [q], attributes={"to": int(ir.DataType.FLOAT)}, name=f"{node.name}.cast")
+        product = ir.node("Mul", [cast.outputs[0], factor], name=f"{node.name}.scale")
+        cast.outputs[0].name = f"{node.outputs[0].name}.whole"
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], [cast, product], node.outputs, product.outputs
+        )
+    RemoveUnusedNodesPass()(model)
+
+
+def constant(value: ir.Value | None) -> np.ndarray[Any, Any]:
+    """Returns a constant; the exporter leaves a Cast in front of long ones."""
+    assert value is not None
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        return constant(producer.inputs[0])
+    assert value.const_value is not None, f"{value.name} is no constant"
+    return value.const_value.numpy()
+
+
+def is_weight(node: ir.Node) -> bool:
+    """Returns whether a DequantizeLinear makes a weight: a constant that is no bias."""
+    source = node.inputs[0]
+    return source is not None and source.const_value is not None and source.dtype != ir.DataType.INT32
+
+
+def _meets_integers(value: ir.Value) -> bool:
+    """Returns whether a dequantized weight is multiplied with a dequantized activation: a kernel of whole numbers."""
+    for user, _ in value.uses():
+        if user.op_type in ("Transpose", "Reshape"):
+            if _meets_integers(user.outputs[0]):
+                return True
+        elif any(_is_activation(other) for other in user.inputs if other is not None and other is not value):
+            return True
+    return False
+
+
+def _is_activation(value: ir.Value) -> bool:
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Transpose", "Reshape"):
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear" and not is_weight(producer)
 
 
 def pack_int4(model: ir.Model) -> None:

@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 
 from fewstep.errors import ExportError
+from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
 
@@ -26,12 +27,12 @@ _GIVEN = ".given"
 
 
 def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
-    """Returns the comparison of every quantized tensor of a component, in the order of computation.
+    """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
 
     Raises:
         ExportError: the model and the program share no quantized tensor.
     """
-    reference, paths = _reference(program, feeds)
+    reference, paths, outputs = _reference(program, feeds)
     model = ir.load(path)
     points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
     shared = [name for name in points if name in reference]
@@ -50,7 +51,8 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
-        results = dict(zip(shared, session.run(shared, inputs), strict=True))
+        wanted = [*shared, *outputs]
+        results = dict(zip(wanted, session.run(wanted, inputs), strict=True))
     found = []
     for name in shared:
         difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))
@@ -59,6 +61,8 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
                 name, paths[name], difference.size, int(np.count_nonzero(difference)), int(difference.max(initial=0))
             )
         )
+    for name, value in outputs.items():
+        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, results[name])))
     return found
 
 
@@ -94,13 +98,21 @@ class _Recorder(torch.fx.Interpreter):
 
 
 @torch.no_grad()
-def _reference(program: Program, feeds: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, str]]:
+def _reference(
+    program: Program, feeds: Mapping[str, Array]
+) -> tuple[dict[str, Array], dict[str, str], dict[str, Array]]:
+    """Returns the whole numbers of every quantized tensor, its module path, and the outputs in float by name."""
     module = program.exported.module()
     assert isinstance(module, torch.fx.GraphModule)
     recorder = _Recorder(module)
-    recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
+    results = recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
     nodes = {node.name: node for node in module.graph.nodes}
-    return recorder.values, {name: _path(nodes[name]) for name in recorder.values}
+    outputs = {
+        spec.name: result.numpy()
+        for spec, result in zip(program.spec.outputs, results, strict=True)
+        if result.is_floating_point()
+    }
+    return recorder.values, {name: _path(nodes[name]) for name in recorder.values}, outputs
 
 
 def _path(node: torch.fx.Node) -> str:

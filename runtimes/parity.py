@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ COMPRESSION = "compression"
 # defect. In a picture 45 dB is 1.4 levels of 255.
 FP16_LIMITS = Limits(component_sqnr_db=50.0, picture_psnr_db=45.0)
 # Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
-_FLAT = 0.5 / 255
+FLAT = 0.5 / 255
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Check:
     metric: str
     value: float
     limit: float | None
+    runtime: str | None = None
+    """Whose artifacts were compared, where there are several targets."""
 
     @property
     def passed(self) -> bool:
@@ -53,7 +55,7 @@ class Check:
     @property
     def where(self) -> str:
         """Where the comparison was made, for people."""
-        parts = [self.component]
+        parts = [self.component] if self.runtime is None else [f"{self.component} ({self.runtime})"]
         parts += [f"step {self.step}"] if self.step is not None else []
         parts += [str(part) for part in (self.tensor, self.sample) if part]
         return ", ".join(parts)
@@ -122,6 +124,26 @@ class ParityReport:
     def to_json(self) -> dict[str, Any]:
         """Returns the summary and every check."""
         return {**self.summary(), "all": [check.to_json() for check in self.checks]}
+
+
+def fold(reports: Mapping[str, ParityReport]) -> ParityReport:
+    """Returns one report of the reports of several runtimes, by name: true only if each of them is.
+
+    Compression is an error of the network and not of a runtime: it is told once.
+    """
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    checks: list[Check] = []
+    for name, report in reports.items():
+        found = [check if check.error == COMPRESSION else replace(check, runtime=name) for check in report.checks]
+        checks += [check for check in found if check.error != COMPRESSION or check not in checks]
+        gating = sum(check.limit is not None and check.error != COMPRESSION for check in report.checks)
+        if gating == 0:
+            checks.append(Check(LOWERING, "component", "bundle", None, None, None, "checks made", 0.0, 1.0, name))
+    first = next(iter(reports.values()))
+    executors = "; ".join(report.executor for report in reports.values())
+    floor = next((report.floor for report in reports.values() if report.floor is not None), None)
+    return ParityReport(tuple(checks), first.reference, executors, floor)
 
 
 def compare_components(
@@ -211,4 +233,4 @@ def _outputs(error: str, reference: Sample, result: Sample, limit: float | None)
 
 def _not_flat(error: str, label: str, picture_HWC: Array) -> Check:
     """Two black pictures agree perfectly; this check is what refuses them."""
-    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), _FLAT)
+    return Check(error, "picture", "picture", None, label, None, "spread (std)", float(np.std(picture_HWC)), FLAT)

@@ -26,17 +26,18 @@ from fewstep.manifest import (
     MASK,
     NOISE,
     SAMPLE,
-    TIME,
-    TIMESTEP,
+    STEP,
     TOKENS,
     ComponentSpec,
     Contract,
     TensorSpec,
     TokenizerSpec,
+    step_numbers,
 )
 from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
 
@@ -89,7 +90,8 @@ class Sampler:
             on_step: called with (steps done, steps) after each.
 
         Raises:
-            ContractError: guidance for a generator that takes none, or an input missing, unknown or of another shape.
+            ContractError: guidance for a generator that takes none, an input missing, unknown or of another shape, or a
+                step that the networks are not compiled for.
         """
         contract = self._contract
         w = contract.guidance.scale if guidance is None else guidance
@@ -99,20 +101,19 @@ class Sampler:
                 hint="leave --guidance out, or build it with --guidance",
             )
         given = check_inputs(contract.inputs, inputs or {})
+        rows = [0 if contract.form == "step" else contract.row(schedule, k) for k in range(schedule.steps)]
         feeds: list[StepFeed] = []
         latents: list[Array] = []
         branches = ("uncond", "cond") if contract.guidance.kind == "two_pass" else ("cond",)
         texts = {"cond": prompt, "uncond": contract.guidance.negative}
-        values = {branch: self._before(texts[branch], given, seed, branch, feeds) for branch in branches}
+        values = {branch: self._before(texts[branch], given, seed, w, branch, feeds) for branch in branches}
         shape = (1, *contract.latent_shape)
         anchor = values["cond"][contract.anchor] if contract.anchor else None
 
         def denoise(k: int, x: Array) -> Array:
             outputs = {}
             for branch in branches:
-                step = {LATENT: x, TIMESTEP: schedule.timesteps[k], GUIDANCE: w}
-                step |= {f"{TIME}{name}": column[k] for name, column in schedule.times.items()}
-                values[branch].update(step)
+                values[branch].update({LATENT: x, STEP: rows[k], **step_numbers(schedule, k)})
                 for component in self._phase(LOOP):
                     feeds.append(
                         self._call(component, values[branch], step=k, timestep=schedule.timesteps[k], branch=branch)
@@ -159,10 +160,10 @@ class Sampler:
         return [name for name, spec in self._components.items() if spec.phase == phase]
 
     def _before(
-        self, prompt: str, given: Mapping[str, Array], seed: int, branch: str, feeds: list[StepFeed]
+        self, prompt: str, given: Mapping[str, Array], seed: int, w: float, branch: str, feeds: list[StepFeed]
     ) -> dict[str, Any]:
         """Returns all that is known before the loop, by origin."""
-        values: dict[str, Any] = {f"{INPUT}{name}": array for name, array in given.items()}
+        values: dict[str, Any] = {GUIDANCE: w, **{f"{INPUT}{name}": array for name, array in given.items()}}
         for name, tokenizer in self._tokenizers.items():
             values[f"{TOKENS}{name}"], values[f"{MASK}{name}"] = tokenizer(prompt)
         for component in self._phase(BEFORE):
@@ -216,11 +217,20 @@ def open_sampler(
     manifest = bundle.manifest
     name = runtime or manifest.runtimes[0]
     backend = get_runtime(name)
+    opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
+
+    def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
+        return opened(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
 
     def open_session(component: str) -> CheckedSession:
-        artifact = manifest.artifact(name, component)
-        chosen = backend.open_exact if exact and backend.open_exact is not None else backend.open
-        return chosen(bundle.file(artifact.path), manifest.components[component], threads)
+        spec = manifest.components[component]
+        if spec.tiles is None:
+            return open_graph(component, None, spec)
+
+        def open_tile(shape: tuple[int, int]) -> CheckedSession:
+            return open_graph(component, tile_variant(shape), tile_spec(spec, shape))
+
+        return CheckedSession(component, spec, TiledSession(spec, spec.tiles, open_tile))
 
     return Sampler(
         manifest.contract,

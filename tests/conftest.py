@@ -21,7 +21,7 @@ os.environ["NO_COLOR"] = "1"
 settings.register_profile("fewstep", deadline=None, derandomize=True)
 settings.load_profile("fewstep")
 
-# Optimum does not install beside transformers 5, and PEFT is not ours to need: environments of their own run these.
+# Optimum does not install beside transformers 5, and PEFT is not ours to need: `make interop` runs these.
 collect_ignore = [f"interop/test_{name}.py" for name in ("optimum", "peft") if importlib.util.find_spec(name) is None]
 
 

@@ -70,6 +70,12 @@ class Branch:
         return self.alpha / self.down.shape[0]
 
 
+def text_modules(text_encoder: torch.nn.Module) -> tuple[str, ...]:
+    """Returns the names of `TEXT_MODULES` here: before transformers 5, a model inside the model has them."""
+    prefix = "text_model." if hasattr(text_encoder, "text_model") else ""
+    return tuple(f"{prefix}{name}" for name in TEXT_MODULES)
+
+
 def branches(root: torch.nn.Module, names: tuple[str, ...], *, rank: int, alpha: float, seed: int) -> dict[str, Branch]:
     """Returns random branches, large enough to change what the network says."""
     random = torch.Generator().manual_seed(seed)
@@ -96,6 +102,7 @@ def write(path: Path, style: str, unet: Mapping[str, Branch], text: Mapping[str,
                 tensors[alpha] = torch.tensor(branch.alpha)
             configs[f"{network}.r"], configs[f"{network}.lora_alpha"] = branch.down.shape[0], branch.alpha
             configs[f"{network}.target_modules"] = list(found)
+            configs[f"{network}.rank_pattern"] = configs[f"{network}.alpha_pattern"] = {}
     metadata = {"lora_adapter_metadata": json.dumps(configs)} if style == "header" else None
     if style == "peft":
         path.with_name("adapter_config.json").write_text(json.dumps({"lora_alpha": next(iter(unet.values())).alpha}))
@@ -108,7 +115,7 @@ def _keys(style: str, network: str, name: str) -> tuple[str, str, str]:
     if style in ("peft", "header", "bare"):
         stem = f"base_model.model.{name}" if style == "peft" else f"{network}.{name}"
         return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", ""
-    name = f"text_model.{name}" if text else name
+    name = f"text_model.{name.removeprefix('text_model.')}" if text else name
     if style in ("kohya", "ldm"):
         flat = _ldm(name) if style == "ldm" and not text else name.replace(".", "_")
         stem = ("lora_te_" if text else "lora_unet_") + flat

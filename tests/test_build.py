@@ -60,15 +60,16 @@ def test_lcm_draws_what_diffusers_draws_in_one_step() -> None:
 
 def test_contract_of_lcm() -> None:
     manifest = built("lcm").bundle.manifest
-    assert manifest.components["denoiser"].bindings == {
-        "sample": "latent",
-        "timestep": "timestep",
+    assert manifest.components["denoiser_conditions"].bindings == {
         "timestep_cond": "guidance_embedding",
         "encoder_hidden_states": "text_encoder.last_hidden_state",
     }
+    bindings = dict(manifest.components["denoiser"].bindings)
+    assert (bindings.pop("sample"), bindings.pop("step")) == ("latent", "step")
+    assert bindings == {n: f"denoiser_conditions.{n}" for n in bindings}
     assert manifest.contract.guidance.kind == "embedded"
-    timestep = next(s for s in manifest.components["denoiser"].inputs if s.name == "timestep")
-    assert (timestep.dtype, timestep.shape) == ("int64", (1,))
+    step = next(s for s in manifest.components["denoiser"].inputs if s.name == "step")
+    assert (step.dtype, step.shape) == ("int64", (1,))
     assert sorted(manifest.schedules) == list(STEPS)
     assert manifest.default_steps == 4
 
@@ -77,8 +78,8 @@ def test_contract_of_turbo() -> None:
     manifest = built("turbo").bundle.manifest
     assert manifest.contract.guidance.kind == "none"
     assert manifest.contract.latent_scale == pytest.approx(0.18215)
-    timestep = next(s for s in manifest.components["denoiser"].inputs if s.name == "timestep")
-    assert timestep.dtype == "float32"
+    assert manifest.contract.form == "table"
+    assert [row["timestep"] for row in manifest.contract.rows] == [999.0, 749.0, 499.0, 249.0]
 
 
 def test_same_seed_same_picture() -> None:
@@ -136,10 +137,10 @@ def test_report_and_golden_pack_are_in_the_bundle() -> None:
 def test_second_build_takes_everything_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lcm = built("lcm")
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("traced again")
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("compiled again")
 
-    monkeypatch.setattr("fewstep.export.trace", refuse)
+    monkeypatch.setattr("fewstep.runtimes.ort_lower.lower", refuse)
     monkeypatch.setattr("fewstep.calibration.record_samples", refuse)
     again = fewstep.build(str(lcm.source), out=tmp_path / "again", steps=STEPS, options=lcm.options)
     first = {a.component: lcm.bundle.manifest.files[a.path].sha256 for a in lcm.bundle.manifest.artifacts}
@@ -159,10 +160,10 @@ def test_interrupted_build_leaves_nothing_and_resumes(tmp_path: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             fewstep.build(str(lcm.source), out=out, steps=[1], options=options)
     assert list(out.parent.iterdir()) == []
-    assert len(list((tmp_path / "cache" / "compile").iterdir())) == 3
+    assert len(list((tmp_path / "cache" / "compile").iterdir())) == 4
     assert not (tmp_path / "cache" / "reference").exists() or not list((tmp_path / "cache" / "reference").iterdir())
 
-    monkeypatch.setattr("fewstep.export.trace", interrupt)  # nothing is traced twice
+    monkeypatch.setattr("fewstep.runtimes.ort_lower.lower", interrupt)  # nothing is compiled twice
     bundle = fewstep.build(str(lcm.source), out=out, steps=[1], options=options)
     assert bundle.manifest.parity is not None
     assert bundle.manifest.parity["passed"]

@@ -23,7 +23,7 @@ FAST = (
     "constant-acceleration",
     "consistency-model-class",
     "flash-audio",
-    *(REFUSED.keys() - {"flux-dev"}),  # which is refused at the end
+    *REFUSED,
 )
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 

@@ -16,7 +16,7 @@ from fewstep.bundle import write_manifest
 from fewstep.errors import SourceError
 from fewstep.export import load
 from fewstep.export.load import missing
-from fewstep.manifest import SourceInfo
+from fewstep.source import SourceInfo
 from tests.bundles import built
 from tests.test_errors import Run, refused, run
 

@@ -22,8 +22,17 @@ COMPILE_TIME = {
     "fewstep.runtimes.coreml_lower",
     "fewstep.runtimes.coreml_pack",
     "fewstep.runtimes.departure",
+    "fewstep.runtimes.ort_edit",
+    "fewstep.runtimes.ort_integer_conv",
+    "fewstep.runtimes.ort_integer_linear",
+    "fewstep.runtimes.ort_loop",
     "fewstep.runtimes.ort_lower",
+    "fewstep.runtimes.ort_nbits",
+    "fewstep.runtimes.ort_pack",
+    "fewstep.runtimes.ort_points",
+    "fewstep.runtimes.ort_shared",
     "fewstep.runtimes.ort_weights",
+    "fewstep.runtimes.pytorch_double",
     "fewstep.runtimes.pytorch_reference",
 }
 """Modules that only `fewstep[compile]` can import; `generate`, `profile` and `inspect` do without them."""

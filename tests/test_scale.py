@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
+from benchmarks.scale import plan, tiles
 from benchmarks.scale.checkpoint import write_checkpoint
-from benchmarks.scale.networks import CASES, Component, tensors
+from benchmarks.scale.networks import CASES, FLUX, Component, tensors
+from benchmarks.scale.planned import Sizes, write_config
 from benchmarks.scale.table import exponents, markdown
 from fewstep.export.generator import Part
-from fewstep.export.weights import load_module
+from fewstep.export.tiled_decoder import tiles_of, with_tiling
+from fewstep.export.weights import load_module, meta_module
 from tests.networks import network
 
 
@@ -44,3 +48,38 @@ def test_committed_figures_keep_the_limits(repository: Path) -> None:
     sd15 = figures["compile"]["sd15"]
     largest = 2 * max(component["parameters"] for component in sd15.values())
     assert max(component["total_peak_bytes"] for component in sd15.values()) <= 1.3 * largest + (1 << 30)
+
+
+def test_sizes_count_parameters() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(64, 10), torch.nn.LayerNorm(10))
+    module[0].bias.requires_grad_(False)
+    sizes = Sizes.of(module)
+    assert sizes.parameters == 64 * 10 + 10 + 20
+    assert sizes.fp16 == 2 * 670
+    assert sizes.int8 == 640 + 2 * 10 + 2 * 30  # a byte each, a scale for each output channel, vectors in fp16
+    assert sizes.int4 == 320 + 2 * 20 + 2 * 30  # half a byte each, a scale for 32 of them
+    assert sizes.largest_fp16 == 2 * 640
+
+
+def test_the_plan_is_of_the_published_network(tmp_path: Path) -> None:
+    module = meta_module(write_config(FLUX["denoiser"], tmp_path))
+    assert all(parameter.is_meta for parameter in module.parameters())
+    # "12 billion parameters", as its authors say.
+    assert round(Sizes.of(module).parameters / 1e9) == 12
+
+
+def test_committed_pages_are_of_the_committed_figures(repository: Path) -> None:
+    results = repository / "benchmarks" / "scale" / "results"
+    figures = json.loads((results / "figures.json").read_text())
+    flux = json.loads((results / "flux.json").read_text())
+    assert plan.page(flux, figures["compile"]) == (results / "flux.md").read_text(encoding="utf-8")
+    files = figures["shapes"]["files"]
+    assert sum(files.values()) <= 1.02 * (files["model.onnx"] + files["model.onnx.data"])
+    tiled, whole = (figures["tiles"][f"512x512, {how}"]["decode"] for how in ("tiles of 256", "whole"))
+    assert tiled["peak_bytes"] - tiled["before_bytes"] < whole["peak_bytes"] - whole["before_bytes"]
+
+
+def test_tiles_of_the_benchmark_are_those_of_the_compiler() -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    decoder = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, **blocks)
+    assert tiles.tiles_of(256) == tiles_of(with_tiling(decoder, 256))

@@ -14,7 +14,7 @@ import pytest
 import fewstep
 from fewstep.bundle import write_manifest
 from fewstep.errors import ContractError, SourceError
-from fewstep.export import describe, load, record, trace
+from fewstep.export import describe, load, programs_of, record, trace
 from fewstep.metrics import sqnr_db
 from fewstep.runtimes.ort_bisect import bisect
 from fewstep.runtimes.pytorch_reference import open_program
@@ -76,9 +76,10 @@ def test_bisect_finds_nothing_in_a_right_model_and_compares_most_of_it() -> None
     lcm = built("lcm")
     generator = load(str(lcm.source))
     described = describe(generator, STEPS)
-    program = trace(generator, described.wirings["denoiser"], described.components["denoiser"])
+    programs = programs_of(generator, described, fewstep.Recipe("fp32"))
+    program = programs.make("denoiser")
     sample = record(generator, described, "cat", 0, steps=2, guidance=8.5)
-    feeds = next(feed for feed in sample.feeds if feed.component == "denoiser").inputs
+    feeds = next(feed for feed in programs.restate([sample])[0].feeds if feed.component == "denoiser").inputs
     path = lcm.bundle.path / lcm.bundle.manifest.artifact("onnxruntime", "denoiser").path
     # 90 dB and not 100: values inside the network cancel more than its output does.
     assert bisect(program, path, feeds, limit_db=90.0) is None

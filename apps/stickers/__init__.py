@@ -24,7 +24,7 @@ LICENCES = {
 def generator() -> Generator:
     """Returns the generator of the committed weights."""
     from fewstep.export.load import from_folder  # needs torch, which importing fewstep does not
-    from fewstep.manifest import SourceInfo
+    from fewstep.source import SourceInfo
 
     loaded = from_folder(WEIGHTS)
     source = SourceInfo("stickers", "built-in", loaded.source.sha256)

@@ -36,11 +36,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all of them by default")
     parser.add_argument("--sessions", action="store_true", help="measure opening and running the denoisers too")
+    parser.add_argument(
+        "--shapes", action="store_true", help="measure several shapes over the same weights, and no cases"
+    )
+    parser.add_argument("--tiles", action="store_true", help="measure decoding whole and in tiles, and no cases")
     options = parser.parse_args()
     unknown = set(options.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
     figures = _load()
+    if options.shapes:
+        _measure_shapes(figures)
+    if options.tiles:
+        _measure_tiles(figures)
+    if options.shapes or options.tiles:
+        return
     for case in options.cases or CASES:
         for component in CASES[case]:
             if component not in figures["compile"].get(case, {}):
@@ -75,6 +85,40 @@ def _run(case: str, settings: dict[str, str]) -> dict[str, Any]:
     path = WORK / case / "onnxruntime" / folder / "model.onnx"
     result: dict[str, Any] = run_isolated(run_component, {"path": str(path), "settings": settings}).result
     return result
+
+
+def _measure_shapes(figures: dict[str, Any]) -> None:
+    """Compiles the denoiser for several shapes, unless that was done before."""
+    from benchmarks.scale.checkpoint import write_checkpoint
+    from benchmarks.scale.shapes import compile_shapes
+
+    if "shapes" not in figures:
+        folder = write_checkpoint(CASES["sd15"]["denoiser"], WORK / "sd15" / "source" / "denoiser")
+        out = WORK / "shapes"
+        shutil.rmtree(out, ignore_errors=True)
+        measured = run_isolated(compile_shapes, {"folder": str(folder), "out": str(out)})
+        figures["shapes"] = {"files": measured.result, "peak_bytes": measured.peak_bytes}
+        shutil.rmtree(out)
+        _save(figures)
+
+
+def _measure_tiles(figures: dict[str, Any]) -> None:
+    """Compiles and runs the decoder for each case that was not measured before."""
+    from benchmarks.scale import tiles
+    from benchmarks.scale.checkpoint import write_checkpoint
+
+    folder = write_checkpoint(CASES["sd15"]["decoder"], WORK / "sd15" / "source" / "decoder")
+    for pixels, tile in tiles.CASES:
+        name = tiles.name_of(pixels, tile)
+        if name in figures.setdefault("tiles", {}):
+            continue
+        _tell(name)
+        out = WORK / "tiles"
+        shutil.rmtree(out, ignore_errors=True)
+        arguments = {"out": str(out), "pixels": pixels, "tile": tile}
+        files = run_isolated(tiles.compile_decoder, {"folder": str(folder), **arguments}).result
+        figures["tiles"][name] = {"files": files, "decode": run_isolated(tiles.decode, arguments).result}
+        _save(figures)
 
 
 def _load() -> dict[str, Any]:

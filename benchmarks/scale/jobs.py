@@ -12,7 +12,7 @@ from fewstep.isolated import peak_bytes
 
 def compile_component(case: str, component: str, folder: str, out: str, weights: str) -> dict[str, Any]:
     """Returns seconds of each stage, the peak of memory after it, and sizes."""
-    stages = _Stages()
+    stages = Stages()
     from benchmarks.scale.networks import CASES, tensors
     from fewstep.export.fake_trace import stored_program
     from fewstep.runtimes import ort_lower
@@ -48,7 +48,7 @@ def run_component(path: str, settings: dict[str, str]) -> dict[str, Any]:
     import numpy as np
     import onnxruntime
 
-    stages = _Stages()
+    stages = Stages()
     stages.done("import")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -73,7 +73,7 @@ def _array(kind: str, shape: list[int], random: Any) -> Any:
     return random.standard_normal(shape).astype("float32")
 
 
-class _Stages:
+class Stages:
     """Wall and CPU seconds of each stage and the peak of memory after it. On a busy machine only CPU time compares."""
 
     def __init__(self) -> None:
@@ -83,6 +83,7 @@ class _Stages:
         self._last = time.perf_counter(), 0.0
 
     def done(self, stage: str) -> None:
+        """Ends a stage."""
         now = time.perf_counter(), time.process_time()
         self._seconds[stage], self._cpu_seconds[stage] = (
             round(new - old, 2) for new, old in zip(now, self._last, strict=True)
@@ -91,4 +92,5 @@ class _Stages:
         self._last = now
 
     def figures(self) -> dict[str, Any]:
+        """Returns the figures of all stages."""
         return {"seconds": self._seconds, "cpu_seconds": self._cpu_seconds, "peak_bytes": self._peaks}

@@ -123,3 +123,54 @@ CASES: dict[str, dict[str, Component]] = {
         "decoder": _decoder(128),
     },
 }
+
+# FLUX.1-schnell as its published configurations describe it; 1024x1024 pictures, prompts of 256 tokens.
+_T5_XXL = {
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+}
+_FLUX = {
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+}
+_FLUX_ARGUMENTS = {
+    "hidden_states": (torch.float32, (1, 4096, 64)),
+    "encoder_hidden_states": (torch.float32, (1, 256, 4096)),
+    "pooled_projections": (torch.float32, (1, 768)),
+    "timestep": (torch.float32, (1,)),
+    "img_ids": (torch.float32, (4096, 3)),
+    "txt_ids": (torch.float32, (256, 3)),
+    "return_dict": False,
+}
+_FLUX_DECODER = {**_decoder(128).config, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+FLUX: dict[str, Component] = {
+    "text_encoder": _clip("CLIPTextModel", _TEXT, **_CLIP_L),
+    "text_encoder_2": Component(
+        "transformers", "T5EncoderModel", _T5_XXL, _TEXT_2, {"input_ids": (torch.int64, (1, 256))}
+    ),
+    "denoiser": Component(
+        "diffusers", "FluxTransformer2DModel", _FLUX, Part("transformer", "forward", "transformer"), _FLUX_ARGUMENTS
+    ),
+    "decoder": Component(
+        "diffusers",
+        "AutoencoderKL",
+        _FLUX_DECODER,
+        _DECODER,
+        {"z": (torch.float32, (1, 16, 128, 128)), "return_dict": False},
+    ),
+}

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.scale import shapes, tiles
+
 Figures = dict[str, Any]
 _MIB, _GIB = 1 << 20, 1 << 30
 _STAGES = ("import", "trace", "translate", "save")
@@ -66,6 +68,10 @@ def markdown(figures: Figures) -> str:
     lines += ["", *(f"- {text}" for text in _verdicts(compiled))]
     if figures["sessions"]:
         lines += ["", "## The denoisers in ONNX Runtime, one thread", "", *_session_table(figures["sessions"])]
+    if figures.get("shapes"):
+        lines += shapes.section(figures["shapes"])
+    if figures.get("tiles"):
+        lines += tiles.section(figures["tiles"])
     return "\n".join(lines) + "\n"
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fewstep.optimize.quantize.apply import quantize
+from fewstep.optimize.quantize.correct import corrected_schedules
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
 from fewstep.optimize.quantize.planner import make_plan
+from fewstep.optimize.quantize.programs import QuantizedPrograms
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
 
@@ -13,7 +15,9 @@ __all__ = [
     "Grid",
     "PlanQuantizer",
     "QuantPlan",
+    "QuantizedPrograms",
     "Site",
+    "corrected_schedules",
     "find_sites",
     "make_plan",
     "quantize",

@@ -14,11 +14,14 @@ from fewstep.errors import QuantizationError
 from fewstep.optimize.quantize.plan import ComponentPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
+from fewstep.optimize.quantize.split import split_concatenations
 from fewstep.program import Program
 
 
-def float_graph(program: Program) -> tuple[GraphModule, tuple[Site, ...]]:
+def float_graph(program: Program, *, split: bool = False) -> tuple[GraphModule, tuple[Site, ...]]:
     """Returns a program's graph with its parameters as attributes, and its sites.
+
+    ``split`` gives every part of a concatenation a site of its own: see `fewstep.optimize.quantize.split`.
 
     Raises:
         QuantizationError: the program's weights are not in memory.
@@ -30,6 +33,8 @@ def float_graph(program: Program) -> tuple[GraphModule, tuple[Site, ...]]:
         )
     module = program.exported.module()
     assert isinstance(module, GraphModule)
+    if split:
+        split_concatenations(module)
     return module, find_sites(program, module)
 
 
@@ -39,7 +44,7 @@ def quantize(program: Program, plan: ComponentPlan) -> Program:
     Raises:
         QuantizationError: the plan is for another network.
     """
-    module, sites = float_graph(program)
+    module, sites = float_graph(program, split=plan.split)
     if network_sha256(sites) != plan.network:
         known = {site.weight for site in sites}
         stranger = next((name for name in plan.weights if name not in known), None)

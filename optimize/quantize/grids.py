@@ -1,4 +1,4 @@
-"""Grids of weights and activations."""
+"""The plan's grids of weights and activations."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import numpy as np
 import torch
 
 from fewstep.calibration.estimate import Range
+from fewstep.optimize import weight_grids
 from fewstep.optimize.quantize.plan import Grid
 from fewstep.profiles import TargetProfile
-
-# The norm of the error that chooses a range among shrunk ones, 1 % apart (Q-Diffusion, arXiv:2302.04304). With 8 bits
-# the best is never far from the largest.
-_P = 2.4
-_MOST_SHRUNK = {8: 20}
-_MOST_SHRUNK_OTHERWISE = 80
 
 
 def activation_grid(found: Range, profile: TargetProfile) -> Grid:
@@ -32,44 +27,34 @@ def weight_grid(weight: torch.Tensor, bits: int, *, axis: int, granularity: str,
         weight: float32.
         bits: 2 to 8.
         axis: of the output channels.
-        granularity: tensor, channel or group (of input channels, axis 1; only with ``axis`` 0).
-        group_size: input channels that share a scale, for groups. Where they do not come out even, the largest divisor
-            of the input channels below it is taken.
+        granularity: tensor, channel or group (of inputs, a convolution's flattened with its kernel; ``axis`` 0).
+        group_size: inputs that share a scale, for groups. Where they do not come out even, the largest divisor below.
     """
+    rows = flat(weight, axis)
     if granularity == "group":
-        group_size = next(size for size in range(min(group_size, weight.shape[1]), 0, -1) if weight.shape[1] % size == 0)
-    top = 2 ** (bits - 1) - 1
-    rows = _rows(weight, axis, granularity, group_size)
-    full = rows.abs().amax(dim=1, keepdim=True)
-    best_scale = torch.where(full > 0, full / top, torch.ones_like(full))
-    best_error = torch.full_like(full, torch.inf)
-    for shrunk in (1 - i / 100 for i in range(_MOST_SHRUNK.get(bits, _MOST_SHRUNK_OTHERWISE))):
-        scale = torch.where(full > 0, full * shrunk / top, torch.ones_like(full))
-        error = ((rows / scale).round().clamp(-top, top) * scale - rows).abs().pow(_P).sum(dim=1, keepdim=True)
-        better = error < best_error
-        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
-    scale = best_scale[:, 0].float()
-    if granularity == "group":
-        scale = scale.reshape(weight.shape[0], -1)
-    array = scale.numpy()
-    whole = granularity == "tensor"
+        group_size = next(n for n in range(min(group_size, rows.shape[1]), 0, -1) if rows.shape[1] % n == 0)
+    size = group_size if granularity == "group" else granularity
+    made = weight_grids.make_grid(rows, bits, size, method="lp", narrow=True)
+    scale = made.scale.numpy() if granularity == "group" else made.scale[:, 0].numpy()
     return Grid(
         "int8",
-        -top,
-        top,
-        array,
-        np.zeros(array.shape, dtype=np.int32),
-        axis=None if whole else axis,
+        made.low,
+        made.high,
+        np.ascontiguousarray(scale),
+        np.zeros(scale.shape, dtype=np.int32),
+        axis=None if granularity == "tensor" else axis,
         group_size=group_size if granularity == "group" else None,
     )
 
 
-def _rows(weight: torch.Tensor, axis: int, granularity: str, group_size: int) -> torch.Tensor:
-    """Returns a weight in float64 as one row for each scale."""
-    values = weight.double()
-    if granularity == "tensor":
-        return values.reshape(1, -1)
-    values = values.movedim(axis, 0)
-    if granularity == "channel":
-        return values.reshape(values.shape[0], -1)
-    return values.reshape(-1, group_size * values[0, 0].numel())
+def flat(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """Returns a weight as [O, I]: output channels first, all else flattened."""
+    return weight.movedim(axis, 0).flatten(1)
+
+
+def rows_grid(grid: Grid, inputs: int) -> weight_grids.Grid:
+    """Returns a weight's grid as the rounding methods take it, for a weight of [O, ``inputs``]."""
+    scale = torch.from_numpy(grid.scale)
+    scale = scale.reshape(1, 1) if grid.axis is None else scale.reshape(scale.shape[0], -1)
+    zero = torch.zeros(scale.shape, dtype=torch.int32)
+    return weight_grids.Grid(scale, zero, grid.low, grid.high, grid.group_size or inputs)

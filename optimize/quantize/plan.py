@@ -41,7 +41,7 @@ class Grid:
         scale: float32; one number for the whole tensor, one for each channel, or [channels, groups].
         zero_point: int32, of scale's shape.
         axis: of the channels; None for a grid of the whole tensor.
-        group_size: how many successive input channels (axis 1) share a scale; None where all do.
+        group_size: how many successive inputs (a convolution's flattened with its kernel) share a scale; None: all.
     """
 
     dtype: str
@@ -95,6 +95,7 @@ class ComponentPlan:
         rounded: weights as whole numbers, by parameter name, where nearest rounding would not give them.
         computes: sites that multiply whole numbers (the others dequantize their weight and compute in float).
         outputs: of those, the sites whose result goes onto a grid of its own at once.
+        split: whether operations on concatenations are split first, see `fewstep.optimize.quantize.split`.
         reasons: why a tensor stays in float, by parameter or node name.
     """
 
@@ -104,6 +105,7 @@ class ComponentPlan:
     rounded: Mapping[str, Array] = field(default_factory=dict)
     computes: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    split: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def weight_bits(self, sites: tuple[Site, ...]) -> float:
@@ -171,13 +173,13 @@ class QuantPlan:
             arrays = load_file(folder / ARRAYS)
             if head["version"] != VERSION:
                 raise QuantizationError(
-                    f"{folder / PLAN} has version {head['version']}, expected {VERSION}", hint="make the plan again"
+                    f"{folder / PLAN} has version {head['version']}, expected {VERSION}", hint="build the bundle again"
                 )
             components = {name: _from_json(name, values, arrays) for name, values in head["components"].items()}
             return cls(head["source"], head["profile"], components, head["quality"])
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise QuantizationError(
-                f"{folder} has no plan that can be read: {error}", hint="make the plan again with `fewstep quantize`"
+                f"{folder} has no plan that can be read: {error}", hint="build the bundle again"
             ) from error
 
 
@@ -189,6 +191,7 @@ def network_sha256(sites: tuple[Site, ...]) -> str:
 def _to_json(plan: ComponentPlan) -> dict[str, Any]:
     return {
         "network": plan.network,
+        "split": plan.split,
         "weights": {name: grid.to_json() for name, grid in plan.weights.items()},
         "activations": {name: grid.to_json() for name, grid in plan.activations.items()},
         "rounded": sorted(plan.rounded),
@@ -223,6 +226,7 @@ def _from_json(component: str, values: Mapping[str, Any], arrays: Mapping[str, A
 
     return ComponentPlan(
         network=values["network"],
+        split=values["split"],
         weights={name: grid(name, v) for name, v in values["weights"].items()},
         activations={name: grid(name, v) for name, v in values["activations"].items()},
         rounded={name: arrays[f"{component}/{name}/rounded"] for name in values["rounded"]},

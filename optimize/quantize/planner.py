@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,13 @@ from torch.fx import GraphModule
 
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges, estimate
-from fewstep.export import Description, Generator, trace
+from fewstep.export import Programs
+from fewstep.manifest import BEFORE, LOOP
 from fewstep.optimize.quantize.apply import float_graph
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
-from fewstep.optimize.quantize.quantizer import attribute
+from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
+_ROUNDING_CALLS = 32
+# And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
+# finds the first and the last convolution the most sensitive of all).
+_OUTERMOST_SHARE = 0.02
 
 Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
 """Returns (step, inputs in order) of a component's recorded calls, the same each time."""
@@ -48,13 +55,36 @@ class Decision:
 
 
 def decide(
-    program: Program, sites: Iterable[Site], quantization: Quantization, profile: TargetProfile
+    program: Program,
+    sites: Iterable[Site],
+    quantization: Quantization,
+    profile: TargetProfile,
+    early: frozenset[str] = frozenset(),
 ) -> list[Decision]:
-    """Returns what the recipe and the profile make of every site of a component."""
-    return [_decide(site, quantization.at(site.op, f"{program.component}/{site.name}"), profile) for site in sites]
+    """Returns what the recipe and the profile make of every site of a component.
+
+    ``early`` are the components that run before the loop: what depends on their outputs alone is of the prompt.
+    """
+    sites = list(sites)
+    macs = max(1, sum(site.macs for site in sites))
+    return [
+        _decide(
+            site,
+            quantization.at(site.op, f"{program.component}/{site.name}"),
+            profile,
+            site.macs / macs,
+            of_prompt=quantization.protect and _of_prompt(site, early),
+        )
+        for site in sites
+    ]
 
 
-def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decision:
+def _of_prompt(site: Site, early: frozenset[str]) -> bool:
+    """Returns whether a site's data is made of outputs of components that run once a picture: text, most of all."""
+    return bool(site.depends) and all(origin.partition(".")[0] in early for origin in site.depends)
+
+
+def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float, *, of_prompt: bool) -> Decision:
     bits, reason = choice.weights, None
     if site.on_time_path:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
@@ -62,51 +92,65 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile) -> Decisio
         reason = "the recipe keeps it in float"
     elif site.parameters < _SMALLEST_WEIGHT:
         bits, reason = FLOAT_BITS, f"{site.parameters} values, whose scales would take more than they save"
-    elif site.outermost:
+    elif site.outermost or site.of_guidance_scale:
         bits = max(bits, _OUTERMOST_BITS)
     activation_reason: str | None
     if bits == FLOAT_BITS:
         activation_reason = reason
     elif choice.activations == FLOAT_BITS:
         activation_reason = "the recipe computes in float"
+    elif site.of_guidance_scale:
+        activation_reason = "of the guidance scale alone, once a picture: not worth an error at every step"
     elif site.op not in profile.computes:
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
     elif site.rows < profile.min_rows:
         activation_reason = f"{site.rows} row: reading the weights takes the time, not multiplying"
+    elif of_prompt:
+        activation_reason = (
+            "of the prompt alone: its first token is an outlier, whose grid would leave the others no bits"
+        )
+    elif site.outermost and share <= _OUTERMOST_SHARE:
+        activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
         activation_reason = None
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
 
 
 def observe_sites(
-    module: GraphModule, decisions: Iterable[Decision], profile: TargetProfile, calls: Calls
+    module: GraphModule,
+    decisions: Iterable[Decision],
+    profile: TargetProfile,
+    calls: Calls,
+    *,
+    steps: int | None = None,
 ) -> StepRanges | None:
     """Returns the ranges of every activation that the decisions need; None if they need none.
+
+    With ``steps``, each of so many steps must have a call.
 
     Raises:
         CalibrationError: see `fewstep.calibration.observe`.
     """
     points = {name: name for d in decisions if d.computes for name in _activations(d.site, profile)}
-    return observe(module, points, calls) if points else None
+    return observe(module, points, calls, steps=steps) if points else None
 
 
 def _activations(site: Site, profile: TargetProfile) -> list[str]:
     """Returns the activations that go onto a grid where a site multiplies whole numbers."""
-    return [site.data, site.result] if site.op in profile.outputs else [site.data]
+    return [site.data, site.result] if _has_output_grid(site, profile) else [site.data]
+
+
+def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
+    return profile.needs_output_grid(site.op, site.unfolded, site.groups)
 
 
 def make_plan(
-    generator: Generator,
-    described: Description,
-    quantization: Quantization,
-    calls: CalibrationSet,
-    progress: Progress | None = None,
+    programs: Programs, quantization: Quantization, calls: CalibrationSet, progress: Progress | None = None
 ) -> QuantPlan:
     """Returns the plan of every component.
 
     Args:
-        generator: the generator, after all passes.
-        described: its description.
+        programs: of the generator, after all passes.
         quantization: what the recipe asks for.
         calls: recorded calls of the generator.
         progress: told of each component.
@@ -116,23 +160,51 @@ def make_plan(
         QuantizationError: a budget cannot be met.
     """
     profile = get_profile(quantization.profile)
-    advance = (progress or Silent()).task("plan quantization", len(described.components))
+    advance = (progress or Silent()).task("plan quantization", len(programs.components))
+    early = frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
     plans = {}
-    for component, spec in described.components.items():
-        program = trace(generator, described.wirings[component], spec)
-        plans[component], _ = plan_component(program, quantization, profile, partial(calls.calls, component))
+    for component in programs.components:
+        recorded = partial(_calls, programs, calls, component)
+        steps = _steps(calls) if programs.components[component].phase == LOOP else 1
+        program = programs.make(component)
+        plans[component], _ = plan_component(program, quantization, profile, recorded, early, steps=steps)
         advance()
-    return QuantPlan(generator.source.sha256, profile.name, plans)
+    return QuantPlan(programs.generator.source.sha256, profile.name, plans)
+
+
+def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
+    names = [spec.name for spec in programs.components[component].inputs]
+    for sample in calls.samples():
+        for feed in programs.restate([sample])[0].feeds:
+            if feed.component == component:
+                yield (
+                    min(feed.step or 0, _steps(calls) - 1),
+                    tuple(torch.from_numpy(feed.inputs[name]) for name in names),
+                )
+
+
+def _steps(calls: CalibrationSet) -> int:
+    """Returns how many steps must have calls; a set of one step, made to see what that costs, counts as one."""
+    return 1 if calls.sampler == "single" else calls.steps
 
 
 def plan_component(
-    program: Program, quantization: Quantization, profile: TargetProfile, calls: Calls
+    program: Program,
+    quantization: Quantization,
+    profile: TargetProfile,
+    calls: Calls,
+    early: frozenset[str] = frozenset(),
+    *,
+    steps: int | None = None,
 ) -> tuple[ComponentPlan, StepRanges | None]:
-    """Returns the plan of a component with weights rounded to the nearest, and the ranges that it was made from."""
-    module, sites = float_graph(program)
-    decisions = decide(program, sites, quantization, profile)
-    ranges = observe_sites(module, decisions, profile, calls)
-    return draw_up(module, sites, decisions, ranges, profile), ranges
+    """Returns the plan of a component, and the ranges that it was made from."""
+    module, sites = float_graph(program, split=quantization.split)
+    decisions = decide(program, sites, quantization, profile, early)
+    ranges = observe_sites(module, decisions, profile, calls, steps=steps)
+    plan = replace(draw_up(module, sites, decisions, ranges, profile), split=quantization.split)
+    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
+    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
 
 
 def draw_up(
@@ -159,13 +231,12 @@ def draw_up(
             attribute(module, site.weight),
             d.weights,
             axis=site.channel_axis,
-            # Whole numbers are multiplied before they are scaled: one scale for all inputs of a channel.
-            granularity="channel" if d.computes and d.choice.granularity == "group" else d.choice.granularity,
+            granularity=_granularity(d),
             group_size=d.choice.group_size,
         )
         if d.computes:
             computes.append(site.name)
-            if site.op in profile.outputs:
+            if _has_output_grid(site, profile):
                 outputs.append(site.name)
             for name in _activations(site, profile):
                 if name not in activations:
@@ -174,6 +245,16 @@ def draw_up(
     return ComponentPlan(
         network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons
     )
+
+
+def _granularity(decision: Decision) -> str:
+    """Returns what shares a scale: groups are of weights whose rows are one output each, and are multiplied in float.
+
+    Whole numbers are multiplied before they are scaled, which takes one scale for all inputs of a channel.
+    """
+    asked = decision.choice.granularity
+    grouped = not decision.computes and decision.site.channel_axis == 0
+    return "channel" if asked == "group" and not grouped else asked
 
 
 def _activation(ranges: StepRanges | None, name: str, method: str, profile: TargetProfile) -> Grid:

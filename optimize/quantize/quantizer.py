@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +12,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantiza
 from torchao.quantization.quant_primitives import MappingType
 
 from fewstep.errors import QuantizationError
+from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid
 from fewstep.optimize.quantize.sites import Site
 
@@ -42,25 +42,23 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
             grid = self._plan.weights.get(site.weight)
             if grid is None:
                 continue
-            node = nodes[name]
-            inputs: dict[Node, QuantizationSpec] = {}
-            for argument in node.all_input_nodes:
-                if argument.op == "get_attr" and argument.target == site.weight:
-                    inputs[argument] = _constant(grid, self._weight(model, site))
+            node, reader = nodes[name], nodes[site.reader]
+            weight = next(a for a in reader.all_input_nodes if a.op == "get_attr" and a.target == site.weight)
+            inputs: dict[Node, QuantizationSpec] = {weight: _constant(grid, self._weight(model, site))}
             output = None
             if site.name in self._plan.computes:
                 data = nodes[site.data]
                 inputs[data] = activations[site.data]
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)
                 if bias is not None:
-                    inputs[bias] = self._bias(model, site, grid)
+                    inputs[_own(bias, node)] = self._bias(model, site, grid)
                 if site.name in self._plan.outputs and site.result == node.name:
                     output = activations[node.name]
                 elif site.name in self._plan.outputs:
                     nodes[site.result].meta["quantization_annotation"] = QuantizationAnnotation(
                         output_qspec=activations[site.result], _annotated=True
                     )
-            node.meta["quantization_annotation"] = QuantizationAnnotation(
+            reader.meta["quantization_annotation"] = QuantizationAnnotation(
                 input_qspec_map=inputs, output_qspec=output, _annotated=True
             )
         return model
@@ -68,8 +66,8 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
     def validate(self, model: GraphModule) -> None:
         """Raises QuantizationError unless every site that the plan quantizes is annotated."""
         nodes = {node.name: node for node in model.graph.nodes}
-        for name, site in self._sites.items():
-            if site.weight in self._plan.weights and "quantization_annotation" not in nodes[name].meta:
+        for site in self._sites.values():
+            if site.weight in self._plan.weights and "quantization_annotation" not in nodes[site.reader].meta:
                 raise QuantizationError(f"{site.name} is in the plan and was not annotated")
 
     def _weight(self, model: GraphModule, site: Site) -> Callable[[], torch.Tensor]:
@@ -98,6 +96,20 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
         return _constant(grid, lambda: to_integers(values, grid))
 
 
+def _own(constant: Node, reader: Node) -> Node:
+    """Returns the node of a constant that ``reader`` alone reads, in place.
+
+    A layer that is called twice has one bias and two grids for it, and torchao would put both on the first.
+    """
+    if len(constant.users) == 1:
+        return constant
+    with reader.graph.inserting_before(reader):
+        own = reader.graph.get_attr(str(constant.target))
+    own.meta = dict(constant.meta)
+    reader.replace_input_with(constant, own)
+    return own
+
+
 def to_integers(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Returns the nearest whole numbers of a tensor on a grid (ties to even), in the grid's dtype."""
     scale, zero = (spread(torch.from_numpy(a), grid, values.shape) for a in (grid.scale, grid.zero_point))
@@ -111,17 +123,7 @@ def spread(parameters: torch.Tensor, grid: Grid, shape: torch.Size) -> torch.Ten
         return parameters
     if grid.group_size is None:
         return parameters.reshape([-1 if i == grid.axis else 1 for i in range(len(shape))])
-    spread = parameters.repeat_interleave(grid.group_size, dim=1)[:, : shape[1]]
-    return spread.reshape(*spread.shape, *([1] * (len(shape) - 2)))
-
-
-def attribute(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """Returns a parameter or buffer by its dotted name."""
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    assert isinstance(found, torch.Tensor)
-    return found.detach()
+    return parameters.repeat_interleave(grid.group_size, dim=1).reshape(shape)
 
 
 class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
@@ -169,7 +171,11 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
             return graph.call_function(_ops.dequantize_per_tensor.default, (q, *self._whole()))
         # Groups are rows of their own: every backend knows scales along one axis.
         rows = values if g.group_size is None else values.reshape(g.scale.size, -1)
-        parts = ("quantized", rows), ("scale", torch.from_numpy(g.scale)), ("zero_point", torch.from_numpy(g.zero_point))
+        parts = (
+            ("quantized", rows),
+            ("scale", torch.from_numpy(g.scale)),
+            ("zero_point", torch.from_numpy(g.zero_point)),
+        )
         q, scale, zero = (
             _get_attr(model, f"{name}_{part}", tensor if tensor is rows else tensor.flatten()) for part, tensor in parts
         )

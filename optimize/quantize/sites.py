@@ -11,13 +11,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fewstep.export.dependence import dependence
-from fewstep.manifest import GUIDANCE, LATENT, TIME, TIMESTEP
+from fewstep.manifest import GUIDANCE, TIME, TIMESTEP
 from fewstep.program import Program
 
 _aten = torch.ops.aten
 # Operations with a weight: name, position of the data and of the weight, and the weight's axis of output channels.
 _WEIGHTED: Mapping[object, tuple[str, int, int, int]] = {
     _aten.linear.default: ("linear", 0, 1, 0),
+    _aten.matmul.default: ("matmul", 0, 1, 0),  # a linear layer that was taken apart: its weight comes transposed
     _aten.conv1d.default: ("conv1d", 0, 1, 0),
     _aten.conv2d.default: ("conv2d", 0, 1, 0),
     _aten.conv3d.default: ("conv3d", 0, 1, 0),
@@ -41,11 +42,13 @@ class Site:
         data: name of the fx node whose tensor it takes; the observed range of an activation goes by this name.
         result: name of the fx node whose tensor it puts out: its own, or that of a ReLU which alone reads it.
         weight: name of its parameter.
+        reader: name of the fx node that reads the parameter: its own, or one that transposes it.
         weight_shape: shape of the parameter.
         channel_axis: the weight's axis of output channels.
         bias: name of the bias' parameter, None without one.
         outermost: whether no other site is between it and an input or output of the program (PTQ4DM's first and last).
         rows: how many vectors its weight is multiplied with in a call (batch and positions, or output pixels).
+        groups: of a convolution; 1 otherwise.
         depends: origins (see `fewstep.manifest`) of the program's inputs that its data depends on.
     """
 
@@ -55,11 +58,13 @@ class Site:
     data: str
     result: str
     weight: str
+    reader: str
     weight_shape: tuple[int, ...]
     channel_axis: int
     bias: str | None
     outermost: bool
     rows: int
+    groups: int
     depends: frozenset[str]
 
     @property
@@ -73,14 +78,23 @@ class Site:
         return 0 if self.op == "embedding" else self.rows * self.parameters
 
     @property
-    def on_time_path(self) -> bool:
-        """Whether its data depends on the step alone: with few steps it takes few values, and takes them exactly."""
-        return bool(self.depends) and all(o in _TIMES or o.startswith(TIME) for o in self.depends)
+    def unfolded(self) -> int:
+        """Number of values of its data once every row of its product is written out (im2col)."""
+        return self.rows * math.prod(self.weight_shape[1:])
 
     @property
-    def per_prompt(self) -> bool:
-        """Whether its data is the same at every step."""
-        return not any(o in (*_TIMES, LATENT) or o.startswith(TIME) for o in self.depends)
+    def on_time_path(self) -> bool:
+        """Whether its data depends on the step's own numbers alone: with few steps it takes few values."""
+        return bool(self.depends - {GUIDANCE}) and all(_is_time(o) for o in self.depends)
+
+    @property
+    def of_guidance_scale(self) -> bool:
+        """Whether its data depends on the guidance scale alone."""
+        return self.depends == {GUIDANCE}
+
+
+def _is_time(origin: str) -> bool:
+    return origin in _TIMES or origin.startswith(TIME)
 
 
 def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
@@ -103,9 +117,11 @@ def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
         if known is None:
             continue
         op, data_at, weight_at, axis = known
-        data, weight = node.args[data_at], node.args[weight_at]
-        bias = node.args[_BIAS] if op != "embedding" and len(node.args) > _BIAS else None
-        if weight.op != "get_attr":
+        data, weight, reader = node.args[data_at], node.args[weight_at], node
+        if op == "matmul" and weight.target is _aten.t.default:
+            weight, reader = weight.args[0], weight
+        bias = node.args[_BIAS] if op not in ("embedding", "matmul") and len(node.args) > _BIAS else None
+        if weight.op != "get_attr" or (op == "matmul" and reader is node):
             continue  # made by the network itself: it has no parameter to store in fewer bits
         path = module_path(node) or node.name
         used[path] += 1
@@ -118,11 +134,13 @@ def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
                 data=data.name,
                 result=_result(node).name,
                 weight=str(weight.target),
+                reader=reader.name,
                 weight_shape=shape,
                 channel_axis=axis,
                 bias=str(bias.target) if isinstance(bias, Node) and bias.op == "get_attr" else None,
                 outermost=node not in between,
                 rows=_rows(op, node, shape),
+                groups=_groups(op, node),
                 depends=depends[data],
             )
         )
@@ -159,3 +177,10 @@ def _rows(op: str, node: Node, weight_shape: tuple[int, ...]) -> int:
     out = node.meta["val"].numel()
     channels = weight_shape[0] if not op.startswith("conv_transpose") else node.meta["val"].shape[1]
     return int(out // channels)
+
+
+def _groups(op: str, node: Node) -> int:
+    """Returns the groups of a convolution, whose arguments are (x, w, b, stride, padding, dilation, groups)."""
+    groups = node.args[6] if op.startswith("conv") and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups

@@ -15,22 +15,24 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.errors import ParityError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
-from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest
+from fewstep.graphs import Graph, compile_graphs, graphs_of
+from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Recipe, check_steps, load_recipe, parse_shape
+from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.parity import label
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
-    from fewstep.export import Description, Generator
-    from fewstep.optimize.prepared import Prepared
-    from fewstep.optimize.quantize import QuantPlan
+    from fewstep.export import Description, Generator, Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
 
 PROMPTS, SEEDS = 8, 2
 # How many recorded samples backends see that choose a precision by values.
 COMPILE_SAMPLES = 1
+# How many samples each further shape is verified with: its graphs have the weights that the first shape's have shown.
+SHAPE_SAMPLES = 1
 # How many samples are decoded again to look for values beyond fp16.
 FP16_SAMPLES = 2
 # How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
@@ -60,6 +62,8 @@ def build(
     steps: Sequence[int] | None = None,
     guidance: float | None = None,
     shape: str | None = None,
+    decoder_tile: int | None = None,
+    form: str | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -75,7 +79,10 @@ def build(
         decoder: folder of a decoder to use instead; None takes the source's, then the recipe's, then its own.
         steps: step counts that the bundle can sample with; None takes the recipe's, then the generator's.
         guidance: guidance scale; None takes the recipe's, then the generator's.
-        shape: height and width of the pictures such as ``512x768``; None takes the recipe's, then the generator's.
+        shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
+            first is the default; None takes the recipe's, then the generator's.
+        decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
+        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -83,20 +90,23 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, lay_over, load, write_tokenizers
+    from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
-    from fewstep.optimize.prepared import Prepared
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
-    from fewstep.verify import verify_against
+    from fewstep.verify import verify_targets
 
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
     if shape is not None:
-        recipe = replace(recipe, shape=parse_shape(shape, "shape"))
+        recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
+    if decoder_tile is not None:
+        recipe = replace(recipe, decoder_tile=decoder_tile)
+    if form is not None:
+        recipe = replace(recipe, form=check_form(form, "form"))
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
@@ -108,57 +118,78 @@ def build(
             original = load(spec, guidance=w, eager=recipe.quantization is not None or recipe.palette is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
-        original = original if recipe.shape is None else original.shaped(*recipe.shape)
+        original = sized(original, recipe)
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
+        programs = programs_of(optimized, described, recipe)
+        others = further_shapes(programs, recipe)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
-        plan = plan_quantization(optimized, described, recipe, cache, progress)
-        if plan is not None:
-            plan.save(folder / PLAN_FOLDER)
-        prepared = Prepared(optimized, described, plan, open_tokenizers(folder, described.tokenizers))
-        requests = _requests(optimized, described, options)
-        lowered_from = _record(prepared, requests, recipe, cache, progress)
+        quantized = quantize_programs(programs, recipe, folder, cache, progress)
+        _check_comparable(targets, quantized)
+        changed = quantized is not None or any(note.modified for note in notes)
+
+        def reference(
+            at: Programs, plain: Generator, most: int | None = None
+        ) -> tuple[list[Sample], list[Sample] | None]:
+            requests = _requests(at.generator, at.described, options)[:most]
+            before = Recipe("original")
+            uncompressed = _record(plain, at.described, requests, before, cache, progress) if changed else None
+            if quantized is not None:
+                return list(quantized.samples(requests)), uncompressed
+            return at.restate(_record(at.generator, at.described, requests, recipe, cache, progress)), uncompressed
+
+        lowered_from, uncompressed = reference(programs, original)
         shown = lowered_from[:COMPILE_SAMPLES]
-        artifacts = compile_targets(prepared, recipe, targets, folder, cache, progress, samples=shown)
-        if "onnxruntime" in targets:
+        artifacts = compile_targets(
+            quantized or programs, recipe, targets, folder, cache, progress, others, samples=shown
+        )
+        if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         if "coreml" in targets:
             write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
-        uncompressed = None
-        if plan is not None or any(note.modified for note in notes):
-            before = Prepared(original, described, None, prepared.tokenizers)
-            uncompressed = _record(before, requests, Recipe("original"), cache, progress)
         _write_golden(lowered_from, folder / "golden")
+        at_shapes = {
+            name: reference(at, original.shaped(*size), SHAPE_SAMPLES)
+            for size, (name, at) in zip(recipe.shape[1:], others.items(), strict=True)
+        }
+        for name, (samples, _) in at_shapes.items():
+            _write_golden(samples, folder / "golden" / name)
         manifest = Manifest(
             name=optimized.name,
             source=optimized.source,
             pipeline=type(optimized.pipeline).__name__,
-            contract=described.contract,
-            components=described.components,
+            contract=programs.contract,
+            components=programs.components,
             tokenizers=described.tokenizers,
-            schedules=described.schedules,
+            schedules=described.schedules if quantized is None else quantized.schedules,
             default_steps=optimized.default_steps,
             artifacts=tuple(artifacts),
             recipe={**recipe.to_json(), "notes": [asdict(note) for note in notes]},
             prompts=optimized.prompts,
             licences=optimized.licences,
             versions=versions(),
+            shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
+            shapes={name: Shaped(at.contract, at.components, at.described.schedules) for name, at in others.items()},
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
-        verified = verify_against(
+        verified = verify_targets(
             Bundle(folder, manifest),
             lowered_from,
             uncompressed,
             recipe.limits,
-            prepared=prepared,
+            quantized=quantized,
             caveats=caveats,
             progress=progress,
         )
+        for name, references in at_shapes.items():
+            at_shape = Bundle(folder, manifest.shaped(name))
+            found = verify_targets(at_shape, *references, recipe.limits, progress=progress)
+            verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
         write_bundle_report(folder / "report", manifest, verified, profiles)
@@ -168,18 +199,38 @@ def build(
     return Bundle(out, manifest)
 
 
-def plan_quantization(
-    generator: Generator, described: Description, recipe: Recipe, cache: StageCache, progress: Progress
-) -> QuantPlan | None:
-    """Returns the plan of a recipe that quantizes, made from the generator's own trajectories; else None."""
+def sized(generator: Generator, recipe: Recipe) -> Generator:
+    """Returns a generator that draws at a recipe's first shape and decodes in its tiles."""
+    generator = generator if recipe.decoder_tile is None else generator.tiled(recipe.decoder_tile)
+    return generator.shaped(*recipe.shape[0]) if recipe.shape else generator
+
+
+def further_shapes(programs: Programs, recipe: Recipe) -> dict[str, Programs]:
+    """Returns the programs at a recipe's shapes after the first, by their names."""
+    from fewstep.export import describe, programs_of
+
+    found = {}
+    for height, width in recipe.shape[1:]:
+        generator = programs.generator.shaped(height, width)
+        described = describe(generator, sorted(programs.described.schedules))
+        found[f"{height}x{width}"] = programs_of(generator, described, recipe)
+    return found
+
+
+def quantize_programs(
+    programs: Programs, recipe: Recipe, folder: Path, cache: StageCache, progress: Progress
+) -> QuantizedPrograms | None:
+    """Returns programs quantized by a plan made from the generator's own trajectories; None for a recipe in float.
+
+    The plan is written to a folder of ``folder``, where the tokenizers are.
+    """
     if recipe.quantization is None:
         return None
     from fewstep.calibration import collect
-    from fewstep.optimize.quantize import make_plan
+    from fewstep.optimize.quantize import QuantizedPrograms, corrected_schedules, make_plan
 
-    q = recipe.quantization
+    q, generator, described = recipe.quantization, programs.generator, programs.described
     key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
-    folder = cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps})
     calls = collect(
         generator,
         described,
@@ -189,56 +240,58 @@ def plan_quantization(
         seed=q.seed,
         steps=generator.default_steps,
         guidance=generator.guidance,
-        folder=folder,
+        folder=cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps}),
         progress=progress,
     )
-    return make_plan(generator, described, q, calls, progress)
+    plan = make_plan(programs, q, calls, progress)
+    plan.save(folder / PLAN_FOLDER)
+    tokenizers = open_tokenizers(folder, described.tokenizers)
+    schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
+    return QuantizedPrograms(programs, plan, tokenizers, schedules)
 
 
 def compile_targets(
-    prepared: Prepared,
+    programs: Programs | QuantizedPrograms,
     recipe: Recipe,
     targets: Sequence[str],
     folder: Path,
     cache: StageCache,
     progress: Progress,
+    others: Mapping[str, Programs] | None = None,
     *,
     samples: Sequence[Sample] = (),
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``samples`` are recorded runs, for backends that choose a precision by the values in them.
+    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first. ``samples`` are
+    recorded runs at the first shape, for backends that choose a precision by the values in them.
     """
     from fewstep.runtimes import get_runtime
 
-    components = prepared.described.components
-    artifacts = []
-    advance = progress.task("compile", len(targets) * len(components))
-    for component, spec in components.items():
-        for target in targets:
+    artifacts: list[Artifact] = []
+    advance = progress.task("compile", len(targets) * len(programs.components))
+    for target in targets:
+        for component in programs.components:
+            graphs = graphs_of(component, programs, others or {})
             key = {
-                "source": prepared.generator.source.sha256,
-                "component": component,
-                "spec": asdict(spec),
-                "program": prepared.key(component),
+                "source": programs.generator.source.sha256,
+                "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
                 "palette": recipe.palette,
                 "runtime": target,
-                "samples": [label(sample) for sample in samples],
+                "samples": [[label(sample), sample.guidance] for sample in samples],
                 "versions": versions(),
             }
 
-            def make(entry: Path, target: str = target, component: str = component) -> None:
-                feeds = [feed.inputs for sample in samples for feed in sample.feeds if feed.component == component]
-                program = replace(prepared.program(component), feeds=tuple(feeds))
-                artifact = get_runtime(target).compile(program, entry / "files", recipe.weights)
-                (entry / "artifact.json").write_text(json.dumps(asdict(artifact)))
+            def make(entry: Path, target: str = target, graphs: Sequence[Graph] = graphs) -> None:
+                made = compile_graphs(get_runtime(target), graphs, entry / "files", recipe.weights, samples)
+                (entry / "artifacts.json").write_text(json.dumps([asdict(artifact) for artifact in made]))
 
             entry, _ = cache.get_or_make("compile", key, make)
-            artifact = Artifact(**json.loads((entry / "artifact.json").read_text()))
             shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            artifact = replace(artifact, path=f"{target}/{artifact.path}")
-            artifacts.append(artifact if prepared.plan is None else prepared.plan.label(artifact))
+            for values in json.loads((entry / "artifacts.json").read_text()):
+                artifact = Artifact(**values)
+                artifacts.append(programs.label(replace(artifact, path=f"{target}/{artifact.path}")))
             advance()
     return artifacts
 
@@ -251,6 +304,20 @@ def check_targets(targets: Sequence[str]) -> None:
         state = get_runtime(target).availability()
         if not (state.compiles and state.runs):
             raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
+
+
+def _check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:
+    """Raises RuntimeMissingError unless every target's whole numbers could be compared with those of the plan."""
+    from fewstep.runtimes import get_runtime
+
+    if quantized is None or not any(plan.computes for plan in quantized.plan.components.values()):
+        return
+    for target in targets:
+        if get_runtime(target).compare_integers is None:
+            raise RuntimeMissingError(
+                f"runtime {target} has no comparison of whole numbers, which this recipe computes with",
+                hint="choose a recipe that quantizes weights only, a palette for coreml, or another target",
+            )
 
 
 def versions() -> dict[str, str]:
@@ -291,15 +358,22 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 
 
 def _record(
-    prepared: Prepared, requests: Sequence[SampleRequest], recipe: Recipe, cache: StageCache, progress: Progress
+    generator: Generator,
+    described: Description,
+    requests: Sequence[SampleRequest],
+    recipe: Recipe,
+    cache: StageCache,
+    progress: Progress,
 ) -> list[Sample]:
-    described = prepared.described
+    from fewstep.calibration import record_samples
+    from fewstep.export import digest
+
     key = {
-        "source": prepared.generator.source.sha256,
+        "source": generator.source.sha256,
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
-        "inputs": [asdict(spec) for spec in prepared.generator.inputs],
+        "inputs": [asdict(spec) for spec in generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "programs": {name: prepared.key(name) for name in described.components},
+        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
         "palette": recipe.palette,
         "original": recipe.name == "original",
@@ -311,7 +385,7 @@ def _record(
 
         def samples() -> list[Sample]:
             done = []
-            for sample in prepared.samples(requests):
+            for sample in record_samples(generator, described, requests):
                 done.append(sample)
                 advance()
             return done

@@ -59,6 +59,10 @@ class Bundle:
             raise BundleError(f"{self.path}: {relative} is not listed in the manifest", hint="build the bundle again")
         return resolve_inside(self.path, relative)
 
+    def shaped(self, shape: str) -> Bundle:
+        """Returns the bundle at one of its shapes, such as ``512x768``; `fewstep.manifest.Manifest.shaped` refuses."""
+        return replace(self, manifest=self.manifest.shaped(shape))
+
     def generate(
         self,
         prompt: str = "",

@@ -67,4 +67,4 @@ class StageCache:
 
     def folder(self, stage: str, key: Mapping[str, object]) -> Path:
         """Returns a folder that a stage may fill over several runs, which knows itself what in it is finished."""
-        return self.root / stage / value_sha256({"stage": stage, **key})[:32]
+        return self.root / stage / value_sha256({"stage": stage, "code": code_sha256(), **key})[:32]

@@ -20,10 +20,13 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 import fewstep
+from fewstep import app as web
 from fewstep import media, stages
+from fewstep.devices import read_device_report
 from fewstep.errors import FewstepError
 from fewstep.inputs import example_inputs
 from fewstep.progress import Advance, Progress
+from fewstep.recipe import FORMS
 from fewstep.runtimes import RUNTIMES
 from fewstep.source import Lora, Replacement, SourceSpec
 
@@ -155,7 +158,11 @@ def cli() -> None:
 @_recipe
 @_counts
 @_guidance
-@click.option("--shape", metavar="HEIGHTxWIDTH", help="Size of the pictures in pixels, for instance 512x768.")
+@click.option(
+    "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
+)
+@click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
+@click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
@@ -170,6 +177,8 @@ def build(
     steps: tuple[int, ...] | None,
     guidance: float | None,
     shape: str | None,
+    decoder_tile: int | None,
+    form: str | None,
     out: Path,
     prompts: int,
     seeds: int,
@@ -187,6 +196,8 @@ def build(
             steps=steps,
             guidance=guidance,
             shape=shape,
+            decoder_tile=decoder_tile,
+            form=form,
             options=options,
             progress=progress,
         )
@@ -205,6 +216,7 @@ def build(
 )
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
+@click.option("--shape", metavar="HEIGHTxWIDTH", help="One of the bundle's shapes; its first unless given.")
 @_guidance
 @_runtime
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
@@ -217,6 +229,7 @@ def generate(
     given: tuple[str, ...],
     seed: int,
     steps: int | None,
+    shape: str | None,
     guidance: float | None,
     runtime: str | None,
     out: Path,
@@ -226,6 +239,7 @@ def generate(
 ) -> None:
     """Draw PROMPT with BUNDLE, or whatever it makes of its inputs."""
     opened = fewstep.Bundle.open(bundle)
+    opened = opened if shape is None else opened.shaped(shape)
     contract, prompts = opened.manifest.contract, opened.manifest.prompts
     if not grid:
         prompts = (prompt or "",)
@@ -265,6 +279,13 @@ def generate(
 @click.option("--prompts", default=8, show_default=True)
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--bisect", is_flag=True, help="If a component fails, name its first departing tensor.")
+@click.option(
+    "--device-result",
+    "device_results",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Result of the app's device check, as one more executor; may be repeated.",
+)
 @_json
 @click.pass_context
 def verify(
@@ -276,10 +297,12 @@ def verify(
     prompts: int,
     seeds: int,
     bisect: bool,
+    device_results: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with PyTorch again, on this machine."""
     opened = fewstep.Bundle.open(bundle)
+    devices = [read_device_report(path, opened) for path in device_results]
     given = replace(over, uri=against or "")
     with _progress() as progress:
         result = fewstep.verify(
@@ -293,15 +316,75 @@ def verify(
         )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
-        _print_json({**result.report.to_json(), "caveats": list(result.caveats), "departures": departures})
+        values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
+        _print_json({**values, "devices": [device.to_json() for device in devices]})
     else:
         _print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             _out.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
         for component, departure in departures.items():
             _out.print(f"first departure in {component}: {departure or 'none found on this feed'}", markup=False)
-    if not result.report:
+        for device in devices:
+            _out.print(f"device  {device.report.executor}; {device.picture_ms:.0f} ms a picture", markup=False)
+            _print_parity(device.report.summary(), ())
+    if not (result.report and all(device.report for device in devices)):
         context.exit(1)
+
+
+@cli.command()
+@_bundle
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write, for any static web host.")
+@click.option("--serve", is_flag=True, help="Serve it from here until interrupted.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one.")
+@click.option("--lan", is_flag=True, help="Serve the local network, and not this machine alone.")
+@click.option("--collect", type=click.Path(path_type=Path), metavar="FOLDER", help="Take results of device checks.")
+@click.option("--certificate", type=click.Path(path_type=Path), help="PEM file, for https; with --key.")
+@click.option("--key", type=click.Path(path_type=Path), help="PEM file of the certificate's key.")
+@click.option("--open", "open_browser", is_flag=True, help="Open it in this machine's browser.")
+def app(
+    bundle: Path,
+    out: Path | None,
+    serve: bool,
+    port: int,
+    lan: bool,
+    collect: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    open_browser: bool,
+) -> None:
+    """Make a web app of BUNDLE that any phone's browser runs: as a folder (-o), or served (--serve)."""
+    if (out is None) != serve:
+        raise click.UsageError("give -o FOLDER or --serve, and not both")
+    if (certificate is None) != (key is None):
+        raise click.UsageError("--certificate and --key belong together")
+    opened = fewstep.Bundle.open(bundle)
+    site = web.Site.of(opened)
+    if out is not None:
+        web.write_site(site, out)
+        _out.print(str(out), markup=False)
+        return
+    pair = None if certificate is None or key is None else web.Certificate(certificate, key)
+    collector = None if collect is None else web.Collector(opened, collect)
+    with web.AppServer(site, port=port, lan=lan, collector=collector, certificate=pair) as server:
+        web.run(server, lambda text: _out.print(text, markup=False), open_browser=open_browser)
+
+
+@cli.command()
+@_bundle
+@click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
+@_runtime
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file.")
+@_json
+def loop(bundle: Path, steps: int | None, runtime: str | None, out: Path, as_json: bool) -> None:
+    """Write one ONNX file that samples like BUNDLE: tokens and noise in, picture out."""
+    with _progress() as progress:
+        made = stages.loop(fewstep.Bundle.open(bundle), out, steps=steps, runtime=runtime, progress=progress)
+    if as_json:
+        return _print_json({**made.__dict__, "path": str(made.path)})
+    _out.print(
+        f"{out}  {made.steps} steps, {made.bytes / 1e6:.1f} MB ({made.of_components:.3f} of the components),", end=" "
+    )
+    _out.print(f"{made.output_psnr_db:.1f} dB of the bundle's picture", markup=False)
 
 
 @cli.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -12,7 +12,8 @@ import jsonschema
 
 from fewstep.errors import BundleError, ContractError
 from fewstep.schedule import Schedule
-from fewstep.source import Lora, Replacement, SourceSpec
+from fewstep.source import SourceInfo
+from fewstep.tiles import Tiles
 
 SCHEMA_VERSION = 1
 # Folder of a bundle with the plan of its quantization, if it has one.
@@ -34,6 +35,7 @@ INPUT = "input:"  # + name: what the user gave
 NOISE = "noise:"  # + offset: a draw of the seed's noise
 LATENT = "latent"  # s_k x_k
 TIMESTEP = "timestep"  # t_k
+STEP = "step"  # the row of the contract's table of steps
 TIME = "time:"  # + name: a further number of the step, column ``times`` of the schedule
 GUIDANCE = "guidance_embedding"
 SAMPLE = "sample"  # the last latent, as the contract scales it for the decoder
@@ -77,6 +79,8 @@ class ComponentSpec:
     outputs: tuple[TensorSpec, ...]
     bindings: Mapping[str, str]
     phase: str = BEFORE
+    tiles: Tiles | None = None
+    """Whether the input is cut into tiles, and how; the runtime's graphs are those of the tiles then."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,9 @@ class Contract:
     names noise or an output of the component ``initial``, and ``anchor`` a tensor of the latent's shape that stays the
     same through the loop: the latent of the picture that image-to-image starts from, for instance. The decoder gets
     ``x / latent_scale + latent_shift``.
+
+    ``form`` says what the networks of the loop are told of a step: its numbers (``step``), or which row of the table
+    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``.
     """
 
     latent_shape: tuple[int, ...]
@@ -144,6 +151,25 @@ class Contract:
     inputs: tuple[InputSpec, ...] = (InputSpec("prompt", TEXT),)
     output: OutputSpec = OutputSpec()
     noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
+    form: str = "step"
+    rows: tuple[Mapping[str, float], ...] = ()
+
+    def row(self, schedule: Schedule, k: int) -> int:
+        """Returns the row of the table that holds the numbers of a schedule's step.
+
+        Raises:
+            ContractError: no row does.
+        """
+        numbers = step_numbers(schedule, k)
+        try:
+            return self.rows.index(numbers)
+        except ValueError:
+            told = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+            raise ContractError(
+                f"step {k} of {schedule.steps} has {told}, which is none of the {len(self.rows)} steps that the "
+                "bundle's networks are compiled for",
+                hint="build it with these step counts (--steps), or with --form step for any",
+            ) from None
 
     @property
     def takes_text(self) -> bool:
@@ -171,7 +197,11 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one runtime runs for one component."""
+    """What one runtime runs for one component.
+
+    A component with several graphs has an artifact for each, told apart by ``variant``: empty for the first or only
+    one, a shape (``512x768``), or a size of tiles (``tile-32x16``). The weights are those of the first.
+    """
 
     runtime: str
     component: str
@@ -179,6 +209,7 @@ class Artifact:
     weights: str
     compute: str
     bytes: int
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,53 +221,21 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class SourcePart:
-    """A file or folder that a source took beside itself, by content."""
+class Shaped:
+    """What differs at another shape: sizes, and tables where the sampler depends on them."""
 
-    path: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class MergedLora:
-    """A LoRA file by content, and the scale that it was merged with."""
-
-    path: str
-    scale: float
-    sha256: str
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """Where a generator came from; ``uri`` is what ``fewstep build`` was given.
-
-    ``sha256`` covers everything: the source's files, its decoder and components where others took their place, and the
-    LoRAs with their scales. ``revision`` is the commit that a hub id stood for.
-    """
-
-    uri: str
-    kind: str
-    sha256: str
-    revision: str | None = None
-    config: str | None = None
-    decoder: SourcePart | None = None
-    components: Mapping[str, SourcePart] = field(default_factory=dict)
-    loras: tuple[MergedLora, ...] = ()
-
-    def spec(self) -> SourceSpec:
-        """Returns what to load to have the same generator again: of a hub id, the very commit."""
-        return SourceSpec(
-            self.uri if self.revision is None else f"{self.uri.partition('@')[0]}@{self.revision}",
-            loras=tuple(Lora(lora.path, lora.scale) for lora in self.loras),
-            decoder=None if self.decoder is None else self.decoder.path,
-            replacements=tuple(Replacement(name, part.path) for name, part in self.components.items()),
-            config=self.config,
-        )
+    contract: Contract
+    components: Mapping[str, ComponentSpec]
+    schedules: Mapping[int, Schedule]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole of ``manifest.json``."""
+    """The whole of ``manifest.json``.
+
+    ``shape`` is the size of the pictures (``512x768``, height first) where the build chose it, None where it is the
+    generator's own; ``shapes`` are the others that the bundle can draw.
+    """
 
     name: str
     source: SourceInfo
@@ -254,17 +253,41 @@ class Manifest:
     parity: Mapping[str, Any] | None = None
     caveats: tuple[str, ...] = ()
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    shape: str | None = None
+    shapes: Mapping[str, Shaped] = field(default_factory=dict)
+
+    def shaped(self, shape: str) -> Manifest:
+        """Returns the manifest as it is for one of the bundle's shapes.
+
+        Raises:
+            ContractError: the bundle was not built for this shape.
+        """
+        if shape == self.shape:
+            return self
+        if shape not in self.shapes:
+            have = ", ".join(name for name in (self.shape, *self.shapes) if name) or "the generator's own alone"
+            raise ContractError(
+                f"bundle has no shape {shape}, it has {have}",
+                hint=f"build it with --shape {','.join([*filter(None, (self.shape, *self.shapes)), shape])}",
+            )
+        other = self.shapes[shape]
+        return replace(
+            self, shape=shape, contract=other.contract, components=other.components, schedules=other.schedules
+        )
 
     @property
     def runtimes(self) -> tuple[str, ...]:
         """The runtimes that this bundle has artifacts for, in order."""
         return tuple(dict.fromkeys(artifact.runtime for artifact in self.artifacts))
 
-    def artifact(self, runtime: str, component: str) -> Artifact:
-        """Returns the artifact of a component for a runtime."""
-        for artifact in self.artifacts:
-            if (artifact.runtime, artifact.component) == (runtime, component):
-                return artifact
+    def artifact(self, runtime: str, component: str, variant: str | None = None) -> Artifact:
+        """Returns the artifact of a component for a runtime: of a variant, by default of the manifest's shape."""
+        found = {a.variant: a for a in self.artifacts if (a.runtime, a.component) == (runtime, component)}
+        # Of tiles, the first stands for all.
+        wanted = (self.shape or "", "", *found) if variant is None else (variant,)
+        for name in wanted:
+            if name in found:
+                return found[name]
         have = ", ".join(self.runtimes) or "none"
         raise BundleError(
             f"bundle has no {component} for runtime {runtime!r}, it has runtimes: {have}",
@@ -277,15 +300,18 @@ class Manifest:
             return self.schedules[steps]
         except KeyError:
             have = ", ".join(str(n) for n in sorted(self.schedules))
+            others = "" if self.contract.form == "step" else ", or build it with --form step for others"
             raise ContractError(
-                f"bundle has no schedule for {steps} steps, it has {have}", hint=f"choose one of {have}"
+                f"bundle has no schedule for {steps} steps, it has {have}", hint=f"choose one of {have}{others}"
             ) from None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as JSON-ready values."""
         values = asdict(self)
         values["schema_version"] = SCHEMA_VERSION
-        values["schedules"] = {str(n): schedule.to_json() for n, schedule in sorted(self.schedules.items())}
+        values["schedules"] = _tables(self.schedules)
+        for shape, other in self.shapes.items():
+            values["shapes"][shape]["schedules"] = _tables(other.schedules)
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(values))}
 
     @classmethod
@@ -304,12 +330,12 @@ class Manifest:
         _validate(values, where)
         return cls(
             name=values["name"],
-            source=_source(values["source"]),
+            source=SourceInfo.from_json(values["source"]),
             pipeline=values["pipeline"],
             contract=_contract(values["contract"]),
-            components={name: _component(value) for name, value in values["components"].items()},
+            components=_components(values["components"]),
             tokenizers={name: TokenizerSpec(**value) for name, value in values["tokenizers"].items()},
-            schedules={int(n): Schedule.from_json(value) for n, value in values["schedules"].items()},
+            schedules=_schedules(values["schedules"]),
             default_steps=values["default_steps"],
             artifacts=tuple(Artifact(**value) for value in values["artifacts"]),
             recipe=values["recipe"],
@@ -319,7 +345,14 @@ class Manifest:
             parity=values["parity"],
             caveats=tuple(values["caveats"]),
             files={path: FileEntry(**value) for path, value in values["files"].items()},
+            shape=values.get("shape"),
+            shapes={shape: _shaped(value) for shape, value in values.get("shapes", {}).items()},
         )
+
+
+def step_numbers(schedule: Schedule, k: int) -> dict[str, float]:
+    """Returns the numbers that networks take at a step, by origin."""
+    return {TIMESTEP: schedule.timesteps[k], **{f"{TIME}{name}": column[k] for name, column in schedule.times.items()}}
 
 
 def load_schema() -> dict[str, Any]:
@@ -340,20 +373,31 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(v["name"], v["dtype"], tuple(v["shape"])) for v in values)
 
 
+def _components(values: Any) -> dict[str, ComponentSpec]:
+    return {name: _component(value) for name, value in values.items()}
+
+
 def _component(values: Any) -> ComponentSpec:
-    return ComponentSpec(_specs(values["inputs"]), _specs(values["outputs"]), values["bindings"], values["phase"])
-
-
-def _source(values: Any) -> SourceInfo:
-    decoder = values.get("decoder")
-    return SourceInfo(
-        **{
-            **values,
-            "decoder": None if decoder is None else SourcePart(**decoder),
-            "components": {name: SourcePart(**part) for name, part in values.get("components", {}).items()},
-            "loras": tuple(MergedLora(**lora) for lora in values.get("loras", ())),
-        }
+    tiles = values.get("tiles")
+    return ComponentSpec(
+        _specs(values["inputs"]),
+        _specs(values["outputs"]),
+        values["bindings"],
+        values["phase"],
+        None if tiles is None else Tiles(**tiles),
     )
+
+
+def _schedules(values: Any) -> dict[int, Schedule]:
+    return {int(n): Schedule.from_json(value) for n, value in values.items()}
+
+
+def _tables(schedules: Mapping[int, Schedule]) -> dict[str, Any]:
+    return {str(n): schedule.to_json() for n, schedule in sorted(schedules.items())}
+
+
+def _shaped(values: Any) -> Shaped:
+    return Shaped(_contract(values["contract"]), _components(values["components"]), _schedules(values["schedules"]))
 
 
 def _contract(values: Any) -> Contract:
@@ -368,6 +412,8 @@ def _contract(values: Any) -> Contract:
         inputs=tuple(InputSpec(v["name"], v["kind"], tuple(v["shape"]), v["count"]) for v in values["inputs"]),
         output=_output(values["output"]),
         noise=values["noise"],
+        form=values.get("form", "step"),
+        rows=tuple(values.get("rows", ())),
     )
 
 

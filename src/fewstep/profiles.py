@@ -19,6 +19,8 @@ class TargetProfile:
         computes: operations with a kernel that multiplies whole numbers.
         outputs: of those, the ones whose kernel puts out whole numbers: without a grid for its result the operation is
             not fused, and is computed in float after dequantizing everything.
+        unfolded: largest number of values for which a 2-D convolution is computed as one product of matrices, whose
+            kernel puts out floats: nothing of its result is lost to a grid. Above, memory traffic eats the gain.
         min_rows: a product of fewer rows than this reads more weights than it computes: whole numbers save nothing.
         weight_bits: which bits weights can be stored in.
         floats: why other operations stay in float, by name.
@@ -29,9 +31,15 @@ class TargetProfile:
     symmetric: bool
     computes: frozenset[str]
     outputs: frozenset[str]
+    unfolded: int
     min_rows: int
     weight_bits: tuple[int, ...]
     floats: Mapping[str, str]
+
+    def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
+        """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
+        as_product = op == "conv2d" and groups == 1 and unfolded <= self.unfolded
+        return op in self.outputs and not as_product
 
 
 _ORT_FLOATS = {
@@ -53,6 +61,7 @@ PROFILES: Mapping[str, TargetProfile] = {
             symmetric=False,
             computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
             outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
+            unfolded=1 << 20,
             min_rows=2,
             weight_bits=(4, 8),
             floats=_ORT_FLOATS,
@@ -64,6 +73,7 @@ PROFILES: Mapping[str, TargetProfile] = {
             symmetric=False,
             computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
             outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
+            unfolded=1 << 20,
             min_rows=2,
             weight_bits=(4, 8),
             floats=_ORT_FLOATS,
@@ -74,6 +84,7 @@ PROFILES: Mapping[str, TargetProfile] = {
             symmetric=True,
             computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
             outputs=frozenset(),
+            unfolded=0,
             min_rows=1,
             weight_bits=(4, 8),
             floats={},

@@ -25,5 +25,7 @@ class Program:
     spec: ComponentSpec
     weights: Mapping[str, torch.Tensor] | None = None
     """Where the values of ``exported`` are read from, by name, if its parameters are fake."""
+    variant: str = ""
+    """Which of the component's graphs this is, see `fewstep.manifest.Artifact`."""
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]] = ()
     """Recorded inputs, for backends that choose a precision by what they see; may be empty."""

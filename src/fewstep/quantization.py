@@ -7,11 +7,14 @@ A recipe's ``[quantization]`` table::
     activations = 8             # bits of activations: 8; 32 computes in float (weight-only)
     granularity = "channel"     # scales of weights: tensor | channel | group
     group_size = 32             # input channels that share a scale, for group
-    rounding = "nearest"        # nearest | gptq | adaround
-    ranges = "lp"               # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
+    rounding = "gptq"           # nearest | gptq | adaround
+    ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     profile = "x86"             # what the target computes well: see fewstep.profiles
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
+    split = true                # each part of a concatenation gets a grid of its own
+    protect = true              # what depends on the prompt alone computes in float: its first token is an outlier
+    correction = false          # the schedule corrects each step's output, in closed form
     bits = 5.0                  # mixed precision: weights' average, shared out by sensitivity
 
     [quantization.ops.linear]   # overrides for an operation: conv2d, linear, embedding, ...
@@ -32,7 +35,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewstep.errors import RecipeError
-from fewstep.profiles import get_profile
+from fewstep.profiles import PROFILES
 
 FLOAT_BITS = 32
 WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
@@ -49,6 +52,7 @@ _CHOICES: Mapping[str, Collection[object]] = {
     "rounding": ROUNDINGS,
     "ranges": RANGES,
     "sampler": SAMPLERS,
+    "profile": tuple(PROFILES),
 }
 
 
@@ -72,17 +76,21 @@ class Quantization:
     activations: int = FLOAT_BITS
     granularity: str = "channel"
     group_size: int = 32
-    rounding: str = "nearest"
-    ranges: str = "lp"
+    rounding: str = "gptq"
+    ranges: str = "mse"
     profile: str = "x86"
     sampler: str = "own"
     samples: int = 32
     seed: int = 0
+    protect: bool = True
+    """Whether what depends on the prompt alone computes in float (MixDQ's outlier token)."""
+    correction: bool = False
+    """Whether the schedule carries a closed-form correction of the quantized network's output."""
     bits: float | None = None
     max_bytes: int | None = None
     """Largest size of all components together; like ``bits``, it asks for mixed precision."""
-    correction: bool = True
-    """Whether the schedule carries the closed-form correction of the quantized network's output, where it helps."""
+    split: bool = True
+    """Whether each part of a concatenation that is multiplied gets a grid of its own."""
     ops: Mapping[str, SiteChoice] = field(default_factory=dict)
     names: Mapping[str, SiteChoice] = field(default_factory=dict)
 
@@ -97,7 +105,6 @@ class Quantization:
         choices: list[Quantization | SiteChoice] = [self, *self.ops.values(), *self.names.values()]
         return (
             self.mixed
-            or self.correction
             or any((c.activations or FLOAT_BITS) < FLOAT_BITS for c in choices)
             or any(c.rounding not in (None, "nearest") for c in choices)
         )
@@ -131,7 +138,7 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
         if key in ("ops", "names"):
             given[key] = {
                 str(name): _site_choice(choice, f"{where}: {key}.{name}")
-                for name, choice in _table(value, where).items()
+                for name, choice in _table(value, f"{where}: {key}").items()
             }
         else:
             given[key] = _value(key, value, f"{where}: {key}")
@@ -158,9 +165,8 @@ def suggestion(word: str, known: Collection[str]) -> str | None:
 def _site_choice(values: object, where: str) -> SiteChoice:
     table = _table(values, where)
     refuse_unknown(table, [f.name for f in dataclasses.fields(SiteChoice)], where)
-    return SiteChoice(
-        **{key: _value(key, value, f"{where}.{key}") for key, value in table.items() if value is not None}
-    )
+    given: dict[str, Any] = {key: _value(key, value, f"{where}.{key}") for key, value in table.items()}
+    return SiteChoice(**given)
 
 
 def _table(values: object, where: str) -> Mapping[str, object]:
@@ -177,18 +183,18 @@ def _value(key: str, value: object, where: str) -> object:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
-    if key == "correction":
+    if key in ("split", "protect", "correction"):
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value
-    if key == "profile":
-        return get_profile(str(value)).name
     if key == "bits":
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 8):
             return None if value is None else float(value)
         raise RecipeError(f"{where} is {value!r}, expected a number from 2 to 8", hint="the average bits of a weight")
     if key == "max_bytes" and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-        raise RecipeError(f"{where} is {value!r}, expected a whole number above 0", hint="edit the recipe")
+    least = 0 if key == "seed" else 1
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = "a whole number from 0" if least == 0 else "a whole number above 0"
+        raise RecipeError(f"{where} is {value!r}, expected {expected}", hint="edit the recipe")
     return value

@@ -5,10 +5,13 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``, ``palette8`` to ``pal
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
+    form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
     palette = 6                 # Core ML: weights as indices of 1, 2, 3, 4, 6 or 8 bits into palettes of halves
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
+    shape = "512x512,512x768"   # heights and widths of the pictures, in pixels; the first is the default
+    decoder_tile = 256          # decode in overlapping tiles of so many pixels to a side
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -33,6 +36,7 @@ from fewstep.quantization import Quantization, parse_quantization, refuse_unknow
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
+FORMS = ("step", "table")
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 MAX_STEPS = 64
 
@@ -61,12 +65,25 @@ class Recipe:
     guidance: float | None = None
     loras: tuple[Lora, ...] = ()
     decoder: str | None = None
-    shape: tuple[int, int] | None = None
-    """Height and width of the pictures, in pixels."""
+    shape: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of the pictures, in pixels; empty: the generator's own."""
+    decoder_tile: int | None = None
+    """Decode in overlapping tiles of this many pixels to a side."""
     quantization: Quantization | None = None
     palette: int | None = None
     """Bits of an index into a weight's palette, one of `PALETTE_BITS`; Core ML stores them so."""
+    form: str | None = None
+    """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be compared with PyTorch yet: quantized operations, tile by tile or at several shapes."""
+        for what, given in (("decoder_tile", self.decoder_tile is not None), ("several shapes", len(self.shape) > 1)):
+            if self.quantization is not None and given:
+                raise RecipeError(
+                    f"{self.name}: {what} and quantization are both given, expected one of them",
+                    hint="build without quantization, or without the other",
+                )
 
     @property
     def adapters(self) -> SourceSpec:
@@ -78,7 +95,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         values["steps"] = None if self.steps is None else list(self.steps)
         values["loras"] = list(self.loras)
-        values["shape"] = None if self.shape is None else list(self.shape)
+        values["shape"] = [list(size) for size in self.shape]
         return values
 
 
@@ -103,8 +120,8 @@ PRESETS = {
     "fp16": Recipe("fp16", weights="fp16", limits=Limits(compression_psnr_db=40.0)),
     "w8": _quantized("w8", 30.0),
     "w8a8": _quantized("w8a8", 30.0, activations=8),
-    "w4": _quantized("w4", 20.0, weights=4, granularity="group", rounding="gptq"),
-    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8, rounding="gptq"),
+    "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
+    "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
     # Palettes are halves and stored without loss, so lowering keeps what fp16 keeps.
     **{
         f"palette{bits}": Recipe(
@@ -112,7 +129,7 @@ PRESETS = {
         )
         for bits, compression_psnr_db in ((8, 30.0), (6, 25.0), (4, 15.0), (2, 5.0))
     },
-    "mixed": _quantized("mixed", 20.0, bits=5.0, rounding="gptq"),
+    "mixed": _quantized("mixed", 20.0, bits=5.0),
 }
 
 
@@ -172,19 +189,37 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         guidance=None if values.get("guidance") is None else _number(values["guidance"], f"{where}: guidance"),
         loras=_loras(values.get("loras", []), where, folder),
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
-        shape=None if values.get("shape") is None else parse_shape(str(values["shape"]), f"{where}: shape"),
+        shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
+        decoder_tile=_tile(values.get("decoder_tile"), where),
         quantization=quantization,
         palette=_palette(values.get("palette", base.palette), f"{where}: palette"),
+        form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
 
-def parse_shape(text: str, where: str) -> tuple[int, int]:
-    """Returns height and width of a text such as ``512x768``."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise RecipeError(f"{where} is {text!r}, expected HEIGHTxWIDTH", hint="for example 512x768, in pixels")
-    return int(match[1]), int(match[2])
+def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
+    """Returns the heights and widths of a text such as ``512x512,512x768``, in its order and each once."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip())
+        if match is None:
+            raise RecipeError(
+                f"{where} is {text!r}, expected HEIGHTxWIDTH, or several with commas between them",
+                hint="for example 512x768, in pixels",
+            )
+        found.append((int(match[1]), int(match[2])))
+    return tuple(dict.fromkeys(found))
+
+
+def check_form(form: object, where: str) -> str:
+    """Returns the form; refuses others."""
+    if form not in FORMS:
+        raise RecipeError(
+            f"{where} is {form!r}, expected one of {', '.join(FORMS)}",
+            hint=suggestion(str(form), FORMS) or "leave it out: few steps are compiled as a table",
+        )
+    return str(form)
 
 
 def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
@@ -213,6 +248,14 @@ def _steps(value: object, where: str) -> tuple[int, ...] | None:
     if not isinstance(value, list) or not value:
         raise RecipeError(f"{where}: steps is {value!r}, expected a list such as [1, 2, 4]", hint="edit the recipe")
     return check_steps(value, f"{where}: steps")
+
+
+def _tile(value: object, where: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise RecipeError(
+            f"{where}: decoder_tile is {value!r}, expected a number of pixels", hint="for example decoder_tile = 256"
+        )
+    return value
 
 
 def _loras(value: object, where: str, folder: Path) -> tuple[Lora, ...]:

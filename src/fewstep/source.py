@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import SourceError
 
@@ -106,3 +108,61 @@ class SourceSpec:
         over = [*(Path(lora.path).name for lora in self.loras), *(r.component for r in self.replacements)]
         over += [f"decoder {Path(self.decoder).name}"] if self.decoder else []
         return " + ".join([self.uri, *over])
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """A file or folder that a source took beside itself, by content."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """A LoRA file by content, and the scale that it was merged with."""
+
+    path: str
+    scale: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """Where a generator came from; ``uri`` is what ``fewstep build`` was given.
+
+    ``sha256`` covers everything: the source's files, its decoder and components where others took their place, and the
+    LoRAs with their scales. ``revision`` is the commit that a hub id stood for.
+    """
+
+    uri: str
+    kind: str
+    sha256: str
+    revision: str | None = None
+    config: str | None = None
+    decoder: SourcePart | None = None
+    components: Mapping[str, SourcePart] = field(default_factory=dict)
+    loras: tuple[MergedLora, ...] = ()
+
+    def spec(self) -> SourceSpec:
+        """Returns what to load to have the same generator again: of a hub id, the very commit."""
+        return SourceSpec(
+            self.uri if self.revision is None else f"{self.uri.partition('@')[0]}@{self.revision}",
+            loras=tuple(Lora(lora.path, lora.scale) for lora in self.loras),
+            decoder=None if self.decoder is None else self.decoder.path,
+            replacements=tuple(Replacement(name, part.path) for name, part in self.components.items()),
+            config=self.config,
+        )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SourceInfo:
+        """Returns what `dataclasses.asdict` made JSON-ready values of."""
+        decoder = values.get("decoder")
+        return cls(
+            **{
+                **values,
+                "decoder": None if decoder is None else SourcePart(**decoder),
+                "components": {name: SourcePart(**part) for name, part in values.get("components", {}).items()},
+                "loras": tuple(MergedLora(**lora) for lora in values.get("loras", ())),
+            }
+        )

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets, plan_quantization
+from fewstep.build import check_targets, compile_targets, further_shapes, quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
-from fewstep.errors import BundleError
+from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
+from fewstep.inputs import example_inputs
+from fewstep.metrics import psnr_db
 from fewstep.progress import Progress, stage
-from fewstep.recipe import check_steps, load_recipe
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.recipe import Limits, check_steps, load_recipe
+from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
@@ -175,9 +177,8 @@ def compile(
     progress: Progress,
 ) -> list[Path]:
     """Writes the artifacts of every target without verifying them, and returns the paths."""
-    from fewstep.export import describe, load
+    from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
-    from fewstep.optimize.prepared import Prepared
 
     chosen = load_recipe(recipe)
     check_targets(targets)
@@ -185,16 +186,68 @@ def compile(
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            original = load(spec, guidance=w, eager=chosen.quantization is not None)
+            eager = chosen.quantization is not None or chosen.palette is not None
+            original = sized(load(spec, guidance=w, eager=eager), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
             described = describe(replace(generator, default_steps=default), counts)
         cache = StageCache()
-        plan = plan_quantization(generator, described, chosen, cache, progress)
-        prepared = Prepared(generator, described, plan, {})
-        artifacts = compile_targets(prepared, chosen, targets, folder, cache, progress)
+        programs = programs_of(generator, described, chosen)
+        quantized = quantize_programs(programs, chosen, folder, cache, progress)
+        artifacts = compile_targets(
+            quantized or programs, chosen, targets, folder, cache, progress, further_shapes(programs, chosen)
+        )
     return [out / artifact.path for artifact in artifacts]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One file that samples: what its picture agrees with the bundle's to, and how its size compares."""
+
+    path: Path
+    steps: int
+    output_psnr_db: float
+    bytes: int
+    of_components: float
+    """Its bytes as a share of those of the bundle's components."""
+
+
+def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, progress: Progress) -> Loop:
+    """Writes one ONNX file that samples with a bundle's networks, and returns how it compares with the bundle.
+
+    Raises:
+        ContractError: the bundle guides with two passes.
+        ParityError: what it draws is not what the bundle draws; no file is left.
+    """
+    import onnxruntime
+
+    from fewstep.runtimes.ort_loop import loop_feeds, write_loop
+
+    manifest = bundle.manifest
+    runtime = runtime or manifest.runtimes[0]
+    count = manifest.default_steps if steps is None else steps
+    partial = out.with_name(f"{out.name}.partial")
+    with stage(progress, f"unroll {count} steps"):
+        write_loop(bundle, partial, runtime=runtime, steps=count)
+    with stage(progress, "compare"):
+        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+        shapes = {value.name: value.shape for value in session.get_inputs()}
+        prompt, given = manifest.prompts[0], example_inputs(manifest.contract.inputs, 0)
+        feeds = loop_feeds(manifest, shapes, open_tokenizers(bundle.path, manifest.tokenizers), prompt, 0, given)
+        (output,) = session.run(None, dict(feeds))
+        ours = bundle.generate(prompt, 0, steps=count, inputs=given).output
+        value = psnr_db(ours, output[0].transpose(1, 2, 0) if output.ndim == 4 else output[0])
+    if not value >= Limits().picture_psnr_db:
+        partial.unlink()
+        raise ParityError(
+            f"one file of {count} steps draws a picture at {value:.1f} dB of the bundle's, expected "
+            f"{Limits().picture_psnr_db:.0f}",
+            hint="sample with the bundle's components",
+        )
+    partial.rename(out)
+    size, parts = out.stat().st_size, sum(a.bytes for a in manifest.artifacts if a.runtime == runtime)
+    return Loop(out, count, value, size, size / parts)
 
 
 @contextmanager

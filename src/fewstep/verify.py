@@ -8,11 +8,11 @@ from importlib import util
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
-from fewstep.errors import BundleError, ContractError
+from fewstep.errors import BundleError, ContractError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, SourceInfo
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Limits, Recipe
+from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes import coreml, get_runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -23,14 +23,17 @@ from fewstep.runtimes.parity import (
     ParityReport,
     compare_components,
     compare_samples,
+    fold,
+    label,
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
-from fewstep.source import SourceSpec
+from fewstep.runtimes.tiled import first_tile
+from fewstep.source import SourceInfo, SourceSpec
 
 if TYPE_CHECKING:
-    from fewstep.export import Generator
-    from fewstep.optimize.prepared import Prepared
+    from fewstep.export import Generator, Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
     from fewstep.runtimes.departure import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
@@ -48,6 +51,17 @@ class Verification:
     results: tuple[Sample, ...]
     caveats: tuple[str, ...]
     departures: dict[str, Departure | None] = field(default_factory=dict)
+    uncompressed: tuple[Sample, ...] | None = None
+    """The samples of the original network, where the recipe changed it."""
+    each: dict[str, Verification] = field(default_factory=dict)
+    """The verifications of each runtime, where there are several; ``results`` are those of the first."""
+
+    def and_at(self, shape: str, other: Verification) -> Verification:
+        """Returns the verification with the checks of another shape's."""
+        checks = tuple(
+            replace(check, sample=", ".join(filter(None, (check.sample, shape)))) for check in other.report.checks
+        )
+        return replace(self, report=replace(self.report, checks=self.report.checks + checks))
 
 
 def verify(
@@ -66,7 +80,7 @@ def verify(
         bundle: the bundle.
         against: the source to compare with; None takes the one it was built from if it is on this machine, else the
             golden pack, and says which in the report. What it leaves out (LoRAs, a decoder) is as the bundle was built.
-        runtime: which of the bundle's runtimes; None takes the first.
+        runtime: which of the bundle's runtimes; None takes all of them.
         prompts: how many of the generator's prompts, with live references.
         seeds: how many seeds of each.
         bisect: for every component that fails, name its first departing tensor (needs the source).
@@ -75,27 +89,98 @@ def verify(
     Raises:
         SourceError: ``against`` cannot be loaded.
         ContractError: ``against`` is not the generator that the bundle was built from.
+        RuntimeMissingError: one of the runtimes cannot run here.
     """
     progress = progress or Silent()
+    runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
+    _check_runtimes(bundle, runtimes)
     limits = Limits(**bundle.manifest.recipe["limits"])
     source, reason = _usable_source(bundle, against)
     if source is None:
-        golden = load_samples(bundle.path / "golden")
-        if not golden:
-            raise BundleError(f"{bundle.path} has no golden samples to verify against", hint="give --against SOURCE")
+        golden = _golden(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
-        return verify_against(
-            bundle, golden, None, limits, runtime=runtime, reference=GOLDEN, caveats=caveats, progress=progress
+        verified = verify_targets(
+            bundle, golden, None, limits, runtimes=runtimes, reference=GOLDEN, caveats=caveats, progress=progress
         )
-    prepared, lowered_from, uncompressed = _live_references(bundle, source, prompts, seeds, progress)
-    verified = verify_against(
-        bundle, lowered_from, uncompressed, limits, prepared=prepared, runtime=runtime, progress=progress
+        for shape in bundle.manifest.shapes:
+            at, golden = bundle.shaped(shape), _golden(bundle, shape)
+            found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
+            verified = verified.and_at(shape, found)
+        return verified
+    original = _load(bundle, source, progress)
+    quantized, lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
+    verified = verify_targets(
+        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
     )
+    for shape in bundle.manifest.shapes:
+        at = bundle.shaped(shape)
+        _, lowered_from, uncompressed = _live_references(at, original, 1, 1, progress)
+        found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
+        verified = verified.and_at(shape, found)
     if bisect and not verified.report:
-        verified.departures.update(_bisect(bundle, source, verified, runtime or bundle.manifest.runtimes[0], limits))
+        for name, of_one in (verified.each or {runtimes[0]: verified}).items():
+            departed = _bisect(bundle, source, of_one, name, limits)
+            verified.departures.update(
+                {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
+            )
     return verified
+
+
+def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
+    """Raises RuntimeMissingError unless all of a bundle's runtimes that are asked for run here."""
+    for name in runtimes:
+        if name not in bundle.manifest.runtimes:
+            continue  # the manifest refuses it, and says what it has
+        state = get_runtime(name).availability()
+        if not state.runs:
+            others = [other for other in bundle.manifest.runtimes if other != name]
+            remedy = [state.remedy] if state.remedy else []
+            remedy += [f"verify {' or '.join(others)} alone with --runtime"] if others else []
+            raise RuntimeMissingError(
+                f"{name} cannot be verified here: {state.detail}", hint="; ".join(remedy) or "see `fewstep runtimes`"
+            )
+
+
+def verify_targets(
+    bundle: Bundle,
+    references: Sequence[Sample],
+    uncompressed: Sequence[Sample] | None,
+    limits: Limits,
+    *,
+    quantized: QuantizedPrograms | None = None,
+    runtimes: Sequence[str] | None = None,
+    reference: str = PYTORCH,
+    caveats: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Verification:
+    """Returns the comparison of every runtime of a bundle with recorded references, in one report.
+
+    The arguments are those of `verify_against`; ``runtimes`` None takes all of the bundle's.
+    """
+    each: dict[str, Verification] = {}
+    floor = None
+    for name in bundle.manifest.runtimes if runtimes is None else runtimes:
+        each[name] = verify_against(
+            bundle,
+            references,
+            uncompressed,
+            limits,
+            quantized=quantized,
+            runtime=name,
+            reference=reference,
+            caveats=caveats,
+            floor=floor,
+            progress=progress,
+        )
+        floor = floor or each[name].report.floor
+    first = next(iter(each.values()))
+    if len(each) == 1:
+        return first
+    notes = dict.fromkeys(note for verified in each.values() for note in verified.caveats)
+    report = fold({name: verified.report for name, verified in each.items()})
+    return replace(first, report=report, caveats=tuple(notes), each=each)
 
 
 def verify_against(
@@ -104,24 +189,26 @@ def verify_against(
     uncompressed: Sequence[Sample] | None,
     limits: Limits,
     *,
-    prepared: Prepared | None = None,
+    quantized: QuantizedPrograms | None = None,
     runtime: str | None = None,
     reference: str = PYTORCH,
     caveats: Sequence[str] = (),
+    floor: Floor | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Returns the comparison of a bundle with recorded references.
+    """Returns the comparison of one runtime of a bundle with recorded references.
 
     Args:
         bundle: the bundle.
         references: samples of the network that was lowered.
         uncompressed: the same samples of the original network; None where they are the same network.
         limits: the least that the artifacts must keep.
-        prepared: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
+        quantized: the network that was lowered, if it is at hand: what computes with whole numbers is then compared
             operation by operation, and its noise floor measured instead of taken from the manifest.
         runtime: which of the bundle's runtimes; None takes the first.
         reference: what the references are, for people.
         caveats: what is known already not to be proved.
+        floor: the noise floor of ``references``, if it was measured already.
         progress: told where the verification is.
     """
     progress = progress or Silent()
@@ -148,15 +235,17 @@ def verify_against(
         # What conversion changed was compared in fp32; now what the device's own arithmetic makes of it.
         shipped, results = _compare_shipped(bundle, name, references, progress)
         checks += shipped
-    floor = None
     if integers:
-        floor = _floor(bundle, prepared, references, progress)
-        found = {c: [x.value for x in checks if (x.level, x.component) == ("component", c)] for c in integers}
-        checks += floor_checks(floor, limits, found, references, results)
-        if prepared is None:
+        some = references[:FLOOR_SAMPLES]
+        floor = floor or _floor(bundle, quantized, some, progress)
+        labels = {label(sample) for sample in some}
+        of_some = [x for x in checks if x.level == "component" and x.sample in labels]
+        found = {c: [x.value for x in of_some if x.component == c] for c in integers}
+        checks += floor_checks(floor, limits, found, some, results[: len(some)])
+        if quantized is None:
             notes.append("quantized operations were not compared one by one: that needs the source")
         else:
-            checks += _compare_operations(bundle, name, integers, prepared, references[0], progress)
+            checks += _compare_operations(bundle, name, integers, quantized, references[0], progress)
     if uncompressed is not None:
         checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
         if integers:
@@ -166,15 +255,30 @@ def verify_against(
     said = get_runtime(name).executor
     executor += f", run by {said()}" if said is not None else ""
     return Verification(
-        ParityReport(tuple(checks), reference, executor, floor), tuple(references), tuple(results), tuple(notes)
+        ParityReport(tuple(checks), reference, executor, floor if integers else None),
+        tuple(references),
+        tuple(results),
+        tuple(notes),
+        uncompressed=None if uncompressed is None else tuple(uncompressed),
     )
 
 
-def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sample], progress: Progress) -> Floor:
+def _floor(
+    bundle: Bundle, quantized: QuantizedPrograms | None, references: Sequence[Sample], progress: Progress
+) -> Floor:
     """Returns the noise floor: measured now, or as it was when the bundle was built."""
-    if prepared is not None:
+    if quantized is not None:
         with stage(progress, "measure the noise floor"):
-            return prepared.floor(references[:FLOOR_SAMPLES])
+            return quantized.floor(references)
+    return known_floor(bundle)
+
+
+def known_floor(bundle: Bundle) -> Floor:
+    """Returns the noise floor as it was when the bundle was built.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
@@ -182,7 +286,12 @@ def _floor(bundle: Bundle, prepared: Prepared | None, references: Sequence[Sampl
 
 
 def _compare_operations(
-    bundle: Bundle, runtime: str, components: Sequence[str], prepared: Prepared, sample: Sample, progress: Progress
+    bundle: Bundle,
+    runtime: str,
+    components: Sequence[str],
+    quantized: QuantizedPrograms,
+    sample: Sample,
+    progress: Progress,
 ) -> list[Check]:
     compare = get_runtime(runtime).compare_integers
     if compare is None:
@@ -190,7 +299,7 @@ def _compare_operations(
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
-            program = prepared.program(component)
+            program = quantized.make(component)
             path = bundle.file(bundle.manifest.artifact(runtime, component).path)
             for feed in (f for f in sample.feeds if f.component == component):
                 checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
@@ -244,53 +353,84 @@ def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[So
     return (built_from.spec(), "") if gone is None else (None, f"{gone} is not on this machine")
 
 
-def _live_references(
-    bundle: Bundle, source: SourceSpec, prompts: int, seeds: int, progress: Progress
-) -> tuple[Prepared, list[Sample], list[Sample] | None]:
-    from fewstep.calibration import SampleRequest
+def _golden(bundle: Bundle, shape: str) -> list[Sample]:
+    """Returns the golden samples of one of the further shapes, or those of the first."""
+    golden = load_samples(bundle.path / "golden" / shape)
+    if not golden:
+        what = f"golden samples of shape {shape}" if shape else "golden samples"
+        raise BundleError(f"{bundle.path} has no {what} to verify against", hint="give --against SOURCE")
+    return golden
+
+
+def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
+    """Returns the generator that a bundle was built from, before its recipe."""
     from fewstep.export import load
 
-    manifest = bundle.manifest
     with stage(progress, f"load {source}"):
-        quantized = manifest.recipe["quantization"] is not None or manifest.recipe.get("palette") is not None
-        original = load(source, guidance=manifest.contract.guidance.scale, eager=quantized)
+        recipe = bundle.manifest.recipe
+        eager = recipe["quantization"] is not None or recipe.get("palette") is not None
+        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
         _check_same(bundle.manifest.source, original.source)
-        if manifest.recipe["shape"] is not None:
-            original = original.shaped(*manifest.recipe["shape"])
-        prepared, changed = _prepare(bundle, original)
+    return original
+
+
+def _as_built(generator: Generator, manifest: Manifest) -> Generator:
+    """Returns a generator that draws and decodes at the sizes of a manifest."""
+    tile = manifest.recipe.get("decoder_tile")
+    generator = generator if tile is None else generator.tiled(tile)
+    return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
+
+
+def _live_references(
+    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
+) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
+    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
+    from fewstep.calibration import SampleRequest, record_samples
+
+    manifest = bundle.manifest
+    with stage(progress, "read the contract"):
+        original = _as_built(original, manifest)
+        optimized, programs, quantized, changed = _prepare(bundle, original)
+        described = programs.described
     w = manifest.contract.guidance.scale
     requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
     requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
     advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
 
-    def run(reference: Prepared) -> list[Sample]:
+    def run(generator: Generator) -> list[Sample]:
         samples = []
-        for sample in reference.samples(requests):
+        for sample in record_samples(generator, described, requests):
             samples.append(sample)
             advance()
         return samples
 
-    before = replace(prepared, generator=original, plan=None)
-    return prepared, run(prepared), run(before) if changed else None
+    uncompressed = run(original) if changed else None
+    if quantized is None:
+        return None, programs.restate(run(optimized)), uncompressed
+    return quantized, list(quantized.samples(requests)), uncompressed
 
 
-def _prepare(bundle: Bundle, original: Generator) -> tuple[Prepared, bool]:
-    """Returns the generator as the bundle's recipe made it, and whether that changed it."""
-    from fewstep.export import describe
+def _prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, QuantizedPrograms | None, bool]:
+    """Returns the generator as the bundle's recipe made it, its programs, and whether the recipe changed it."""
+    from fewstep.export import describe, programs_of
     from fewstep.optimize import optimize
-    from fewstep.optimize.prepared import Prepared
-    from fewstep.optimize.quantize import QuantPlan
+    from fewstep.optimize.quantize import QuantizedPrograms, QuantPlan
 
     manifest = bundle.manifest
-    optimized, notes = optimize(
-        original, Recipe("", weights=manifest.recipe["weights"], palette=manifest.recipe.get("palette"))
+    recipe = Recipe(
+        "",
+        weights=manifest.recipe["weights"],
+        palette=manifest.recipe.get("palette"),
+        form=manifest.contract.form,
     )
-    described = describe(optimized, sorted(manifest.schedules))
-    plan = None
-    if manifest.recipe["quantization"] is not None:
-        plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
+    optimized, notes = optimize(original, recipe)
+    programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
+    changed = any(note.modified for note in notes)
+    if manifest.recipe["quantization"] is None:
+        return optimized, programs, None, changed
+    plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
     tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    return Prepared(optimized, described, plan, tokenizers), plan is not None or any(note.modified for note in notes)
+    return optimized, programs, QuantizedPrograms(programs, plan, tokenizers, manifest.schedules), True
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
@@ -321,12 +461,16 @@ def _bisect(
         from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
-    prepared, _ = _prepare(bundle, load(source, guidance=manifest.contract.guidance.scale, eager=True))
+    original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
+    _, programs, quantized, _ = _prepare(bundle, _as_built(original, manifest))
     failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):
-        program = prepared.program(component)
         feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
-        path = bundle.file(manifest.artifact(runtime, component).path)
-        found[component] = bisect(program, path, feed.inputs, limit_db=limits.component_sqnr_db)
+        spec, inputs, variant = manifest.components[component], feed.inputs, None
+        if spec.tiles is not None:
+            spec, inputs, variant = first_tile(spec, inputs)
+        program = (quantized or programs).make(component, spec)
+        path = bundle.file(manifest.artifact(runtime, component, variant).path)
+        found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found

@@ -1,7 +1,8 @@
 """Optimum's ONNX Runtime pipeline opens the ONNX folder of a bundle unchanged and draws the same picture.
 
 An oracle that we did not write: another loader, another sampler, another tokenizer, on our files. It needs versions of
-transformers and diffusers that the compiler does not use, hence the environment of its own (`make interop`).
+transformers and diffusers that the compiler does not use, hence the environment of its own (`make interop`). The
+bundle is in step form: Optimum gives the network its time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import fewstep
 from fewstep import noise
 from fewstep.metrics import psnr_db
 
-BUNDLE = Path(os.environ.get("FEWSTEP_BUNDLE", "build/stickers"))
+BUNDLE = Path(os.environ.get("FEWSTEP_BUNDLE", "build/stickers-step"))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.feeds import Sample
-from fewstep.manifest import Manifest
+from fewstep.manifest import Artifact, Manifest
 from fewstep.report import images
 from fewstep.report.charts import CurveChart, CurveSeries
 from fewstep.report.page import (
@@ -29,12 +29,6 @@ from fewstep.runtimes.parity import Check
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification
 
-_UNITS = {
-    "SQNR dB": ("SQNR", "dB"),
-    "PSNR dB": ("PSNR", "dB"),
-    "SSIM": ("SSIM", ""),
-    "spread (std)": ("spread (std)", ""),
-}
 _SHOWN_PICTURES = 16
 
 
@@ -57,7 +51,7 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
     psnr = {
         c.sample: c.value
         for c in verified.report.checks
-        if (c.error, c.level) == ("lowering", "picture") and c.metric.endswith("dB")
+        if (c.error, c.level) == ("lowering", "picture") and c.sample is not None and c.metric.endswith("dB")
     }
     profile = profiles[0] if profiles else None
     counts = ", ".join(str(n) for n in sorted(manifest.schedules))
@@ -72,7 +66,7 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
             for a, b in main[:_SHOWN_PICTURES]
         ],
         curves=_curves(verified, manifest.default_steps),
-        sizes=[SizeRow(f"{a.component} ({a.runtime})", f"{a.weights} weights", a.bytes) for a in manifest.artifacts],
+        sizes=[SizeRow(_size_label(a), f"{a.weights} weights", a.bytes) for a in manifest.artifacts],
         latencies=[_latency_row(latency) for latency in profile.latencies] if profile else (),
         whole_latency=_latency_row(profile.picture) if profile else None,
         latency_note=_latency_note(profile) if profile else "",
@@ -107,7 +101,8 @@ def _signed(sample: Sample) -> images.FloatPicture:
 
 
 def _check_row(check: Check) -> CheckRow:
-    metric, unit = _UNITS[check.metric]
+    metric = check.metric.removesuffix(" dB")
+    unit = "dB" if metric != check.metric else ""
     component = check.component if check.tensor is None else f"{check.component}: {check.tensor}"
     return CheckRow(
         check.error,
@@ -147,6 +142,11 @@ def _latency_note(profile: Profile) -> str:
         f"{profile.runtime} on the machine that built the bundle, {threads}, after warm-up; "
         f"{runs} runs, spread is the middle 80 %"
     )
+
+
+def _size_label(artifact: Artifact) -> str:
+    variant = f" {artifact.variant}" if artifact.variant else ""
+    return f"{artifact.component}{variant} ({artifact.runtime})"
 
 
 def _precision_note(manifest: Manifest, runtime: str) -> str:

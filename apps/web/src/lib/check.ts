@@ -1,0 +1,245 @@
+/**
+ * The device check: the bundle's golden pack, replayed here.
+ *
+ * The same comparisons as `fewstep verify` makes against the golden pack, under the same names: every recorded network
+ * call on its own inputs, then every sample from its prompt and seed, with the latent after each step.
+ */
+
+import { FewstepError } from "./errors.js";
+import type { BundleFiles } from "./files.js";
+import { goldenPaths, readGolden, type GoldenSample } from "./golden.js";
+import { artifactOf, scheduleOf, type Manifest } from "./manifest.js";
+import { psnrDb, spread, sqnrDb } from "./metrics.js";
+import type { Call, Sampler } from "./sampler.js";
+import { numbers } from "./tensor.js";
+
+/** One comparison; passed where the value keeps its limit. NaN never passes. */
+export interface Check {
+  error: "lowering";
+  level: "component" | "trajectory" | "picture";
+  component: string;
+  step: number | null;
+  /** Null for what is judged over several samples. */
+  sample: string | null;
+  tensor: string | null;
+  metric: "SQNR dB" | "PSNR dB" | "spread (std)" | "median SQNR dB" | "median agreement dB";
+  value: number;
+  limit: number | null;
+  passed: boolean;
+}
+
+export interface Timing {
+  component: string;
+  calls: number;
+  median_ms: number;
+}
+
+export interface DeviceCheck {
+  passed: boolean;
+  checks: Check[];
+  timings: Timing[];
+  /** Whole samples at the bundle's default number of steps: median, from prompt to picture. */
+  picture_ms: number;
+}
+
+export interface CheckProgress {
+  done: number;
+  total: number;
+  what: string;
+}
+
+// Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
+const FLAT = 0.5 / 255;
+
+// Of components that compute with whole numbers: how far below the noise floor they may be, and how many samples tell.
+const BELOW_FLOOR_DB = 1;
+const FLOOR_SAMPLES = 8;
+/** What an artifact's `compute` says where it multiplies whole numbers. */
+const INTEGERS = "int8";
+
+interface Limits {
+  /** Of one network call; null for components that are judged by the noise floor. */
+  component: (name: string) => number | null;
+  /** Of one sample; null where the noise floor judges. */
+  picture: number | null;
+  floor: Floor | null;
+}
+
+interface Floor {
+  /** The least that the median of each component's calls, and of the pictures, must reach. */
+  components: { [name: string]: number };
+  picture: number;
+}
+
+export async function checkDevice(
+  manifest: Manifest,
+  files: BundleFiles,
+  sampler: Sampler,
+  onProgress: (progress: CheckProgress) => void = () => {},
+  cancelled: () => boolean = () => false,
+): Promise<DeviceCheck> {
+  const limits = limitsOf(manifest);
+  const paths = goldenPaths(files);
+  const checks: Check[] = [];
+  const calls: Call[] = [];
+  const pictures: number[] = [];
+  const labels: string[] = [];
+  for (const [i, path] of paths.entries()) {
+    const golden = await readGolden(files, path);
+    onProgress({ done: i, total: paths.length, what: labelOf(golden) });
+    labels.push(labelOf(golden));
+    if (cancelled()) throw new DOMException("cancelled", "AbortError");
+    checks.push(...(await checkCalls(golden, sampler, limits.component)));
+    const start = performance.now();
+    const found = await checkSample(golden, manifest, sampler, limits.picture, cancelled);
+    checks.push(...found.checks);
+    if (golden.steps === manifest.default_steps) {
+      calls.push(...found.calls);
+      pictures.push(performance.now() - start);
+    }
+  }
+  onProgress({ done: paths.length, total: paths.length, what: "" });
+  if (limits.floor !== null) checks.push(...checkFloor(limits.floor, checks, labels.slice(0, FLOOR_SAMPLES)));
+  const gated = checks.some((check) => check.limit !== null);
+  return {
+    passed: gated && checks.every((check) => check.passed),
+    checks,
+    timings: timingsOf(calls),
+    picture_ms: median(pictures),
+  };
+}
+
+/** Returns the first recorded sample's network calls, compared: the quick check before a provider is trusted. */
+export async function checkProvider(manifest: Manifest, files: BundleFiles, sampler: Sampler): Promise<Check[]> {
+  const golden = await readGolden(files, goldenPaths(files)[0]!);
+  const once = golden.calls.filter((call, i, all) => all.findIndex((c) => c.component === call.component) === i);
+  return checkCalls({ ...golden, calls: once }, sampler, limitsOf(manifest).component);
+}
+
+/**
+ * Returns the limits of a bundle: its recipe's, or its noise floor's where roundings of whole numbers decide.
+ *
+ * The rule is that of `fewstep.runtimes.quantized_parity`: medians over the same samples, not more than 1 dB below what
+ * two executions in PyTorch agree to, and nothing beyond the limit of float pictures.
+ */
+function limitsOf(manifest: Manifest): Limits {
+  const limits = (manifest.recipe.limits ?? {}) as { [name: string]: unknown };
+  const read = (name: string): number => {
+    const value = limits[name];
+    if (typeof value === "number") return value;
+    throw new FewstepError("unsupported", `the recipe's limit ${name} is ${JSON.stringify(value)}`, "update the app");
+  };
+  const [component, picture] = [read("component_sqnr_db"), read("picture_psnr_db")];
+  const integers = Object.keys(manifest.components).filter((name) => artifactOf(manifest, name).compute === INTEGERS);
+  if (integers.length === 0) return { component: () => component, picture, floor: null };
+  const known = manifest.parity?.floor as Floor | null | undefined;
+  if (!known) {
+    throw new FewstepError("bundle", "the bundle does not say what its noise floor is", "build the bundle again");
+  }
+  const floors = integers.map((name) => [name, Math.min(known.components[name]! - BELOW_FLOOR_DB, picture)]);
+  return {
+    component: (name) => (integers.includes(name) ? null : component),
+    picture: null,
+    floor: { components: Object.fromEntries(floors), picture: Math.min(known.picture - BELOW_FLOOR_DB, picture) },
+  };
+}
+
+function checkFloor(floor: Floor, checks: readonly Check[], samples: readonly string[]): Check[] {
+  const some = checks.filter((check) => samples.includes(check.sample!));
+  const common = { step: null, sample: null, tensor: null };
+  const calls = Object.entries(floor.components).map(([component, limit]) => {
+    const values = some.filter((c) => c.level === "component" && c.component === component).map((c) => c.value);
+    return judged({ ...common, level: "component", component, metric: "median SQNR dB", value: median(values), limit });
+  });
+  const pictures = some.filter((check) => check.level === "picture" && check.metric !== "spread (std)");
+  const [component, value] = [pictures[0]!.component, median(pictures.map((check) => check.value))];
+  return [
+    ...calls,
+    judged({ ...common, level: "picture", component, metric: "median agreement dB", value, limit: floor.picture }),
+  ];
+}
+
+const labelOf = (golden: GoldenSample): string => `${golden.prompt} #${golden.seed}, ${golden.steps} steps`;
+
+function judged(check: Omit<Check, "error" | "passed">): Check {
+  const passed = !Number.isNaN(check.value) && (check.limit === null || check.value >= check.limit);
+  return { error: "lowering", ...check, passed };
+}
+
+async function checkCalls(golden: GoldenSample, sampler: Sampler, limitOf: Limits["component"]): Promise<Check[]> {
+  const checks: Check[] = [];
+  for (const { component, step, branch, inputs, outputs } of golden.calls) {
+    const found = await sampler.runComponent(component, inputs);
+    for (const [name, reference] of Object.entries(outputs)) {
+      const tensor = branch === "cond" ? name : `${name} (${branch})`;
+      const result = found[name];
+      const value = result === undefined ? NaN : sqnrDb(numbers(reference), numbers(result));
+      const limit = limitOf(component);
+      checks.push(
+        judged({ level: "component", component, step, sample: labelOf(golden), tensor, metric: "SQNR dB", value, limit }),
+      );
+    }
+  }
+  return checks;
+}
+
+async function checkSample(
+  golden: GoldenSample,
+  manifest: Manifest,
+  sampler: Sampler,
+  limit: number | null,
+  cancelled: () => boolean,
+): Promise<{ checks: Check[]; calls: Call[] }> {
+  const { prompt, guidance, inputs, kind } = golden;
+  const schedule = scheduleOf(manifest, golden.steps);
+  const { output, latents, calls } = await sampler.sample({
+    prompt,
+    seed: BigInt(golden.seed),
+    guidance,
+    inputs,
+    schedule,
+    cancelled,
+  });
+  const sample = labelOf(golden);
+  const checks = golden.latents.map((reference, step) =>
+    judged({
+      level: "trajectory",
+      component: "denoiser",
+      step,
+      sample,
+      tensor: "latent",
+      metric: "SQNR dB",
+      value: sqnrDb(reference, latents[step] ?? []),
+      limit,
+    }),
+  );
+  const [reference, result] = [numbers(golden.output), numbers(output)];
+  const common = { level: "picture", step: null, sample, tensor: null } as const;
+  const picture = kind === "picture";
+  checks.push(
+    judged({
+      ...common,
+      component: kind,
+      metric: picture ? "PSNR dB" : "SQNR dB",
+      value: picture ? psnrDb(reference, result) : sqnrDb(reference, result),
+      limit,
+    }),
+    judged({ ...common, component: "picture", metric: "spread (std)", value: spread(result), limit: FLAT }),
+  );
+  return { checks, calls };
+}
+
+function timingsOf(calls: readonly Call[]): Timing[] {
+  const components = [...new Set(calls.map((call) => call.component))];
+  return components.map((component) => {
+    const times = calls.filter((call) => call.component === component).map((call) => call.ms);
+    return { component, calls: times.length, median_ms: median(times) };
+  });
+}
+
+function median(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  if (sorted.length === 0) return NaN;
+  return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
+}

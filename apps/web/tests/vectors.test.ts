@@ -1,0 +1,120 @@
+// The same numbers as Python: tests/vectors, written by `python -m tests.web.vectors` (and noise.json by hand).
+
+import { readFileSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { describe, expect, it } from "vitest";
+import { guidanceEmbedding } from "../src/lib/guidance";
+import type { Schedule } from "../src/lib/manifest";
+import { normal, philox4x32 } from "../src/lib/noise";
+import { sampleLoop, scaled } from "../src/lib/schedule";
+import { Tokenizer } from "../src/lib/tokenizer";
+
+const repository = fileURLToPath(new URL("../../../", import.meta.url));
+const read = (path: string): string => readFileSync(repository + path, "utf-8");
+const vectors = (name: string): any => JSON.parse(read(`tests/vectors/${name}.json`));
+
+const floatsOf = (hex: string): Float32Array => new Float32Array(Uint8Array.from(Buffer.from(hex, "hex")).buffer);
+const bitsOf = (values: Float32Array): Int32Array => new Int32Array(values.buffer, values.byteOffset, values.length);
+
+/** Expects float32 values that are equal but for the last bit: V8's log and sin are not those of the C library. */
+function expectEqualToTheLastBit(found: Float32Array, expected: Float32Array): void {
+  expect(found.length).toBe(expected.length);
+  const [a, b] = [bitsOf(found), bitsOf(expected)];
+  const worst = a.reduce((most, bits, i) => Math.max(most, Math.abs(bits - b[i]!)), 0);
+  expect(worst).toBeLessThanOrEqual(1);
+}
+
+describe("noise", () => {
+  // The known answers that Random123 1.14 ships in tests/kat_vectors.
+  it.each([
+    ["zeros", "00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"],
+    ["ones", "ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"],
+    ["digits of pi", "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"],
+  ])("philox4x32 of %s", (_, counter, key, expected) => {
+    const words = (text: string): number[] => text.split(" ").map((word) => parseInt(word, 16));
+    const block = philox4x32(words(counter) as never, words(key) as never);
+    expect(block).toEqual(words(expected));
+  });
+
+  it.each(vectors("noise").vectors as any[])("seed $seed offset $offset from $first", (vector) => {
+    const expected = Float32Array.from(vector.decimal as number[]);
+    const found = normal(BigInt(vector.seed), vector.offset, vector.first + expected.length).slice(vector.first);
+    expectEqualToTheLastBit(found, expected);
+  });
+
+  it("refuses what is no seed and no offset", () => {
+    expect(() => normal(-1n, 0, 1)).toThrow("seed is -1, expected 0 to 18446744073709551615");
+    expect(() => normal(1n << 64n, 0, 1)).toThrow("seed is 18446744073709551616");
+    expect(() => normal(0n, 2 ** 32, 1)).toThrow("offset is 4294967296, expected 0 to 4294967295");
+  });
+});
+
+describe("tokenizer", () => {
+  const { texts, cases } = vectors("tokenizer");
+  it.each(cases as any[])("$name", ({ spec, ids, real }) => {
+    const tokenizer = new Tokenizer(read(`${spec.folder}/tokenizer.json`), spec);
+    texts.forEach((text: string, i: number) => {
+      const found = tokenizer.encode(text);
+      expect({ text, ids: Array.from(found.ids, Number) }).toEqual({ text, ids: ids[i] });
+      expect(found.mask.filter((m) => m === 1n).length).toBe(real[i]);
+    });
+  });
+
+  it("takes half a surrogate pair for the replacement sign", () => {
+    const spec = cases[0].spec;
+    const tokenizer = new Tokenizer(read(`${spec.folder}/tokenizer.json`), spec);
+    expect(tokenizer.encode("a\ud83d b").ids).toEqual(tokenizer.encode("a\ufffd b").ids);
+  });
+
+  it("says which part of a tokenizer it does not know", () => {
+    const spec = cases[0].spec;
+    const config = JSON.parse(read(`${spec.folder}/tokenizer.json`));
+    const make = (change: object) => () => new Tokenizer(JSON.stringify({ ...config, ...change }), spec);
+    expect(make({ model: { ...config.model, type: "Unigram" } })).toThrow("tokenizer.json has a model of type Unigram");
+    expect(make({ normalizer: { type: "Precompiled" } })).toThrow("a normalizer Precompiled");
+    expect(make({ pre_tokenizer: { type: "Metaspace" } })).toThrow("a pre-tokenizer Metaspace");
+    expect(make({ post_processor: { type: "Other" } })).toThrow("a post-processor Other");
+  });
+});
+
+describe("schedule", () => {
+  it.each(vectors("schedule").cases as any[])("$name", async ({ seed, schedule, latents }) => {
+    const table = schedule as Schedule;
+    const [size, width] = [30, 5];
+    const draw = (offset: number): Float32Array => normal(BigInt(seed), offset, size);
+    const anchor = draw(2 ** 31);
+    const [first, added] = [scaled(table.init_scale, draw(0)), scaled(table.init_anchor, anchor)];
+    const found: Float32Array[] = [];
+    const f32 = Math.fround;
+    await sampleLoop(
+      table,
+      first.map((v, i) => v + added[i]!),
+      {
+        denoise: async (k, x) => {
+          const t = f32(f32(table.timesteps[k]!) / 1000);
+          const mirrored = (i: number): number => x[i - (i % width) + (width - 1 - (i % width))]!;
+          return x.map((v, i) => f32(v * f32(0.3)) - f32(mirrored(i) * t));
+        },
+        noise: (k) => draw(k + 1),
+        onStep: (_, x) => void found.push(x),
+        anchor,
+      },
+    );
+    expect(found.length).toBe(latents.length);
+    // One bit of the noise, of terms that are much larger than their sum, is a few units of the sum's last place.
+    found.forEach((x, k) => {
+      const expected = floatsOf(latents[k]);
+      x.forEach((v, i) => expect(Math.abs(v - expected[i]!)).toBeLessThanOrEqual(1e-5 * Math.max(1, Math.abs(v))));
+    });
+  });
+});
+
+describe("guidance", () => {
+  const { guidance, cases } = vectors("guidance");
+  it.each(cases as any[])("w = $scale", ({ scale, values }) => {
+    const found = guidanceEmbedding(guidance, scale);
+    // sin of an angle in the thousands: one bit of float64 in it is nothing to float32, unless right at a boundary.
+    const expected = floatsOf(values);
+    found.forEach((v, i) => expect(Math.abs(v - expected[i]!)).toBeLessThanOrEqual(2 ** -24));
+  });
+});

@@ -1,0 +1,34 @@
+"""Schedules that correct a quantized denoiser's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fewstep.calibration import CalibrationSet
+from fewstep.export import Programs
+from fewstep.manifest import DENOISER, LATENT
+from fewstep.optimize.correction import CorrectionFit
+from fewstep.optimize.quantize.apply import quantize
+from fewstep.optimize.quantize.plan import QuantPlan
+from fewstep.runtimes.pytorch_reference import open_program
+from fewstep.schedule import Schedule
+
+
+def corrected_schedules(programs: Programs, plan: QuantPlan, calls: CalibrationSet) -> Mapping[int, Schedule]:
+    """Returns the generator's schedules, that of the calibrated step count with the correction folded in.
+
+    A correction is fitted to the steps that were recorded: tables of other step counts are left as they are.
+    """
+    spec = programs.components[DENOISER]
+    latent = next(name for name, origin in spec.bindings.items() if origin == LATENT)
+    fit = CorrectionFit(calls.steps)
+    with open_program(quantize(programs.make(DENOISER), plan.components[DENOISER])) as session:
+        for sample in calls.samples():
+            for feed in (f for f in programs.restate([sample])[0].feeds if f.component == DENOISER):
+                name = spec.outputs[0].name
+                assert feed.step is not None
+                quantized = session.run(feed.inputs)[name]
+                fit.add(feed.step, feed.inputs[latent], quantized, feed.outputs[name])
+    schedules = dict(programs.described.schedules)
+    schedules[calls.steps] = fit.result().applied_to(schedules[calls.steps])
+    return schedules

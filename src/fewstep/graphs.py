@@ -1,0 +1,99 @@
+"""The programs of a bundle: one for each component, or several where shapes or tiles ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.errors import ExportError, RuntimeMissingError
+from fewstep.feeds import Sample
+from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.program import Program
+from fewstep.runtimes.base import Runtime
+from fewstep.runtimes.tiled import tile_spec, tile_variant
+
+if TYPE_CHECKING:
+    from fewstep.export import Programs
+    from fewstep.optimize.quantize import QuantizedPrograms
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One program of a component, not traced yet; ``tile`` is the height and width of the tiles that it takes."""
+
+    variant: str
+    component: str
+    programs: Programs | QuantizedPrograms
+    tile: tuple[int, int] | None = None
+
+    def program(self, samples: Iterable[Sample] = ()) -> Program:
+        """Returns the traced program, with the calls of these samples that have its shapes, or its first tile's."""
+        spec = self.programs.components[self.component]
+        calls = [feed.inputs for sample in samples for feed in sample.feeds if feed.component == self.component]
+        if self.tile is not None:
+            spec = tile_spec(spec, self.tile)
+            height, width = self.tile
+            calls = [{name: x[..., :height, :width] for name, x in call.items()} for call in calls]
+        shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
+        feeds = tuple(call for call in calls if {name: x.shape for name, x in call.items()} == shapes)
+        return replace(self.programs.make(self.component, spec), variant=self.variant, feeds=feeds)
+
+    def key(self) -> dict[str, Any]:
+        """Returns what determines the program beside the source and the versions of packages, JSON-ready."""
+        return {"variant": self.variant, **self.programs.key(self.component)}
+
+
+def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Mapping[str, Programs]) -> list[Graph]:
+    """Returns the graphs of a component, the first of which brings the weights.
+
+    A shape has a graph of its own only where that is another one.
+
+    Raises:
+        ExportError: the generator has other components at another shape.
+    """
+    for shape, at in others.items():
+        if list(at.components) != list(programs.components):
+            raise ExportError(
+                f"at {shape} the generator consists of {', '.join(at.components)}, expected "
+                f"{', '.join(programs.components)} as at its first shape",
+                hint="build a bundle for each of these shapes",
+            )
+    spec = programs.components[component]
+    if spec.tiles is not None:
+        specs = [spec, *(at.components[component] for at in others.values())]
+        return [Graph(tile_variant(tile), component, programs, tile) for tile in _tile_shapes(specs)]
+    first = Graph("", component, programs)
+    further = [Graph(shape, component, at) for shape, at in others.items()]
+    return [first, *(graph for graph in further if graph.key() | {"variant": ""} != first.key())]
+
+
+def _tile_shapes(specs: Iterable[ComponentSpec]) -> list[tuple[int, int]]:
+    """Returns the sizes of tiles that any of these specifications needs, the largest first."""
+    found: set[tuple[int, int]] = set()
+    for spec in specs:
+        assert spec.tiles is not None
+        height, width = spec.inputs[0].shape[2:]
+        found.update(spec.tiles.shapes(height, width))
+    return sorted(found, reverse=True)
+
+
+def compile_graphs(
+    runtime: Runtime, graphs: Sequence[Graph], folder: Path, weights: str, samples: Sequence[Sample] = ()
+) -> list[Artifact]:
+    """Returns the artifacts of a component's graphs, which are traced one after the other.
+
+    ``samples`` are recorded runs, for a runtime that chooses a precision by the values in them.
+
+    Raises:
+        RuntimeMissingError: there are several, and the runtime cannot let them share weights.
+    """
+    if len(graphs) == 1:
+        return [runtime.compile(graphs[0].program(samples), folder, weights)]
+    if runtime.compile_variants is None:
+        raise RuntimeMissingError(
+            f"runtime {runtime.name} cannot compile several graphs of one component",
+            hint="give one shape and no tiles for this target",
+        )
+    return runtime.compile_variants((graph.program(samples) for graph in graphs), folder, weights)

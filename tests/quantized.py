@@ -1,0 +1,99 @@
+"""Small networks traced as programs, and calibration calls for them: what tests of quantization start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.manifest import LATENT, LOOP, ComponentSpec, TensorSpec
+from fewstep.optimize.quantize import ComponentPlan, find_sites
+from fewstep.optimize.quantize.apply import float_graph
+from fewstep.optimize.quantize.planner import plan_component
+from fewstep.profiles import get_profile
+from fewstep.program import Program
+from fewstep.quantization import Quantization
+
+Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
+# What most tests ask for: 8 bits, no calibration beyond the ranges, nothing spared for being at an end.
+W8A8 = Quantization(activations=8, rounding="nearest", ranges="minmax")
+
+
+class _Wired(torch.nn.Module):
+    """A module as the export stage wires it: its result in a tuple."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.module(*inputs),)
+
+
+def program_of(module: torch.nn.Module, *inputs: torch.Tensor, origins: Sequence[str] = ()) -> Program:
+    """Returns a module traced with inputs ``x0``, ``x1``, ... (of the latent unless ``origins`` says) and output ``y``.
+
+    Its parameters are named as the export stage names them, ``module.`` before their own names.
+    """
+    wired = _Wired(module).eval().requires_grad_(False)
+    with torch.no_grad():
+        (output,) = wired(*inputs)
+        exported = torch.export.export(wired, inputs)
+    names = [f"x{i}" for i in range(len(inputs))]
+    spec = ComponentSpec(
+        tuple(
+            TensorSpec(n, str(x.dtype).removeprefix("torch."), tuple(x.shape))
+            for n, x in zip(names, inputs, strict=True)
+        ),
+        (TensorSpec("y", "float32", tuple(output.shape)),),
+        dict(zip(names, origins or [LATENT] * len(inputs), strict=True)),
+        LOOP,
+    )
+    return Program("denoiser", "unet", exported, spec)
+
+
+def calls_of(*inputs: torch.Tensor, count: int = 3) -> Calls:
+    """Returns calls of one step with values like those of ``inputs``, the same each time."""
+
+    def calls() -> Iterable[tuple[int, tuple[torch.Tensor, ...]]]:
+        yield 0, inputs
+        for i in range(1, count):
+            shift = torch.Generator().manual_seed(i)
+            yield (
+                0,
+                tuple(x + 0.1 * torch.randn(x.shape, generator=shift) if x.is_floating_point() else x for x in inputs),
+            )
+
+    return calls
+
+
+def plan_of(program: Program, quantization: Quantization, calls: Calls, profile: str = "x86") -> ComponentPlan:
+    """Returns a component's plan."""
+    return plan_component(program, quantization, get_profile(profile), calls)[0]
+
+
+def sites_of(program: Program) -> dict[str, Any]:
+    """Returns a program's sites by name."""
+    module, sites = float_graph(program)
+    assert sites == find_sites(program, module)
+    return {site.name: site for site in sites}
+
+
+def run(program: Program, *inputs: torch.Tensor) -> torch.Tensor:
+    """Returns what a program computes."""
+    with torch.no_grad():
+        (result,) = program.exported.module()(*inputs)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Returns normal values, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def feeds(program: Program, *inputs: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """Returns inputs by name, as a session takes them."""
+    return {spec.name: x.numpy() for spec, x in zip(program.spec.inputs, inputs, strict=True)}

@@ -1,0 +1,57 @@
+"""One ONNX file that samples: its picture is the stepwise one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from fewstep import stages
+from fewstep.errors import ContractError, ParityError
+from fewstep.progress import Silent
+from fewstep.runtimes.ort_loop import loop_feeds
+from tests.bundles import STEPS, built, plain
+
+
+@pytest.mark.parametrize("kind", ["lcm", "turbo"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_same_picture_from_one_file(kind: str, steps: int, tmp_path: Path) -> None:
+    made = stages.loop(built(kind).bundle, tmp_path / "x.onnx", steps=steps, runtime=None, progress=Silent())
+    assert made.output_psnr_db >= 100  # the same kernels: only the sampler's sums are ONNX Runtime's own
+    onnx.checker.check_model(str(tmp_path / "x.onnx"))
+
+
+def test_weights_are_stored_once(tmp_path: Path) -> None:
+    bundle = built("lcm").bundle
+    one, four = (
+        stages.loop(bundle, tmp_path / f"{n}.onnx", steps=n, runtime=None, progress=Silent()).bytes for n in (1, 4)
+    )
+    # Steps are calls of one function; a copy of these tiny weights for each would be megabytes.
+    assert four - one < 50_000
+
+
+def test_a_generator_without_a_prompt(tmp_path: Path) -> None:
+    made = stages.loop(plain(), tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
+    assert made.output_psnr_db >= 100
+
+
+def test_a_file_that_draws_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_noise(*arguments: Any) -> dict[str, Any]:
+        return {name: -array if name == "noise_0" else array for name, array in loop_feeds(*arguments).items()}
+
+    monkeypatch.setattr("fewstep.runtimes.ort_loop.loop_feeds", other_noise)
+    with pytest.raises(ParityError, match="one file of 2 steps draws a picture at"):
+        stages.loop(built("turbo").bundle, tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_passes_are_refused(tmp_path: Path) -> None:
+    bundle = built("turbo").bundle
+    contract = bundle.manifest.contract
+    guided = replace(contract, guidance=replace(contract.guidance, kind="two_pass"))
+    changed = replace(bundle, manifest=replace(bundle.manifest, contract=guided))
+    with pytest.raises(ContractError, match="guided with two passes"):
+        stages.loop(changed, tmp_path / "x.onnx", steps=1, runtime=None, progress=Silent())

@@ -1,0 +1,22 @@
+"""The vectors that JavaScript is tested against are what Python computes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.web.vectors import FOLDER, files, texts
+
+
+@pytest.mark.parametrize(("name", "content"), [pytest.param(*file, id=file[0]) for file in files()])
+def test_vectors_are_current(name: str, content: dict[str, Any]) -> None:
+    found = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    assert found == json.loads(json.dumps(content)), f"tests/vectors/{name}: python -m tests.web.vectors"
+
+
+def test_the_corpus_is_odd() -> None:
+    joined = "".join(texts())
+    assert "" in texts() and max(map(len, texts())) > 300
+    assert all(c in joined for c in "\x00é😀ت\u202e\u200d\ufeff\u0085")

@@ -1,0 +1,263 @@
+"""What Python computes, for tests of other languages: ``python -m tests.web.vectors`` writes tests/vectors again."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fewstep import noise
+from fewstep.guidance import guidance_embedding
+from fewstep.manifest import Guidance, TokenizerSpec
+from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.schedule import Schedule, sample_loop
+
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = REPOSITORY / "tests" / "vectors"
+STICKERS = "apps/stickers/weights/tokenizer"
+BYTES = "tests/vectors/byte-tokenizer"
+
+PLAIN = TokenizerSpec(STICKERS, length=24, pad_id=2047)
+SPECS = {
+    "stickers": PLAIN,
+    "long": replace(PLAIN, length=77),
+    "around": replace(PLAIN, length=40, prefix="Sticker: ", suffix=" END", clean=True),
+    "left": replace(PLAIN, length=16, padding_side="left", pad_id=0),
+    "bytes": TokenizerSpec(BYTES, length=77, pad_id=513),
+}
+
+TEXTS = (
+    "",
+    " ",
+    "red apple",
+    "RED APPLE",
+    "  red \t apple\n",
+    "a" * 200,
+    "red apple " * 40,
+    "don't they'll I'm we've he'd",
+    "'s 't ''s 's's",
+    "cat-face_v2.0!",
+    "3.14159 1234567890",
+    "½ ² ⅷ ٣ ๓",
+    "café",
+    "cafe\u0301",
+    "Å \u212b A\u030a",
+    "straße ẞ",
+    "İstanbul I ı",
+    "ΣΑΣ ΟΔΟΣ",
+    "ﬁre ﬂy",
+    "Ｆｕｌｌ ｗｉｄｔｈ",
+    "日本語の林檎",
+    "红苹果",
+    "빨간 사과",
+    "ᄇ\u1161ᆯ",
+    "تفاحة حمراء",
+    "תפוח אדום",
+    "\u202eright to left\u202c",
+    "सेब लाल",
+    "แอปเปิ้ล",
+    "😀",
+    "👩‍👩‍👧‍👦 family",
+    "🏳️‍🌈🇩🇪",
+    "👍🏽 thumbs",
+    "red❤️heart",
+    "a\u200db",
+    "zero\u200bwidth",
+    "\ufeffbom",
+    "no\u00a0break",
+    "next\u0085line",
+    "sep\u2028ara\u2029tor",
+    "\u180emongol",
+    "a\x00b",
+    "\x00",
+    "\x1c\x1d\x1e\x1f",
+    "tab\tvt\x0bff\x0c",
+    "\x7f\x80\x9f",
+    "\ue000\U000f0000",
+    "\ufffd\ufffe\uffff",
+    "\U0010ffff",
+    "<|endoftext|>",
+    "<|startoftext|>red<|endoftext|>apple",
+    "<|ENDOFTEXT|>",
+    "<|endof text|>",
+    "<|endoftext|",
+    "< | >",
+    "e\u0301\u0301\u0301\u0301",
+    "\u0301",
+    "z̷̨̛̤a̸l̶g̵o̴",
+    "𝔣𝔯𝔞𝔨𝔱𝔲𝔯 𝟙𝟚",
+    "𐐀𐐨",
+    "ǅ ǆ",
+    "ꙮ",
+    "…—“quotes”’s",
+    "C'EST L'ÉTÉ",
+    "x'S 'LL",
+    "emoji😀text😀😀",
+    "\\ / \" ' `",
+    "{}[]()<>",
+    "a.b.c...d",
+    "http://example.org/?q=1&r=2#x",
+    "aaa aaaa aaaaa",
+    "Ⱥⱦ Ω ω",
+    "K \u212a",
+    "ŉ ǰ ΐ",
+    "ﷺ",
+    "0\u20e3",
+    "ß\u0307",
+    "ſ",
+    "Dž",
+    "i\u0307",
+    "\u1e9e\u0130",
+    "ゔ か\u3099",
+    "क\u093c",
+    "\u0958",
+)
+
+
+def texts() -> list[str]:
+    """Returns the corpus: odd texts by hand, and random ones over odd alphabets."""
+    source = random.Random(7)
+    alphabets = [
+        "abc ABC'123.!-",
+        "  \t\n\u00a0\u0085\u2028\ufeff\u200bab'",
+        "éèüñçøßÅłşğıİΣσς",
+        "😀👍🏽\u200d\ufe0f❤🇩🇪👩",
+        "نصحم אבג\u202e\u202cab",
+        "漢字かなカナ한글\u1161ᄀ\u3099",
+        "".join(chr(c) for c in range(128)),
+        "".join(chr(c) for c in range(0x300, 0x370)) + "aeiou",
+    ]
+    drawn = ["".join(source.choices(alphabet, k=source.randint(1, 30))) for alphabet in alphabets for _ in range(24)]
+    anywhere = (source.randrange(0x110000) for _ in range(4000))
+    some = [chr(c) for c in anywhere if not 0xD800 <= c < 0xE000]
+    return [*TEXTS, *drawn, *("".join(some[i : i + 8]) for i in range(0, 800, 8))]
+
+
+def tokenizer_vectors() -> dict[str, Any]:
+    """Returns the ids of every text by every tokenizer."""
+    cases = []
+    for name, spec in SPECS.items():
+        tokenizer = Tokenizer(REPOSITORY / spec.folder, spec)
+        encoded = [tokenizer(text) for text in texts()]
+        ids = [values[0].tolist() for values, _ in encoded]
+        cases.append({"name": name, "spec": asdict(spec), "ids": ids, "real": [int(mask.sum()) for _, mask in encoded]})
+    about = "Token ids by fewstep.runtimes.tokenizer; `real` counts the ids that are not padding."
+    return {"about": about, "texts": texts(), "cases": cases}
+
+
+def _hex(values: npt.NDArray[np.float32]) -> str:
+    """Returns float32 values as hex, little-endian."""
+    return struct.pack(f"<{values.size}f", *values.reshape(-1).tolist()).hex()
+
+
+def schedules() -> dict[str, Schedule]:
+    """Returns tables with every kind of term."""
+    third = 1 / 3
+    lcm = Schedule(
+        (999.0, 499.0),
+        "int64",
+        1.0000000000000002,
+        (1.0, 1.0),
+        (0.068, 0.527),
+        (-0.9977, -0.8499),
+        (0.0, 0.0),
+        (0.5269, 1.0),
+        (0.8499, 0.0),
+        ((), ()),
+        None,
+        "LCM",
+    )
+    multi = Schedule(
+        (999.0, 666.6, 333.3, 1.5),
+        "float32",
+        14.6,
+        (0.1, 0.3, third, 1.0),
+        (1.0, 0.0, third, 2.0),
+        (-14.6, 1.0, -third, 0.1),
+        (0.7, 0.0, third, 1e-3),
+        (1.1, -0.2, third, 1.0),
+        (0.0, 0.25, 1e-6, 0.5),
+        ((), (0.5,), (0.1, -0.3), (0.2, 0.1, third)),
+        1.25,
+        "everything",
+        {"r": (0.75, 0.5, 0.25, 0.0)},
+        (0.0, 0.3, third, -0.5),
+        0.125,
+    )
+    return {"lcm": lcm, "everything": multi}
+
+
+def schedule_vectors() -> dict[str, Any]:
+    """Returns the latents of a network that is plain arithmetic, in float32."""
+    shape, cases = (1, 2, 3, 5), []
+    for name, schedule in schedules().items():
+        seed = 2**64 - 3
+        anchor = noise.normal(seed, 1 << 31, shape)
+        x_init = schedule.init_scale * noise.normal(seed, 0, shape) + schedule.init_anchor * anchor
+        latents: list[str] = []
+
+        def denoise(k: int, x: npt.NDArray[Any], schedule: Schedule = schedule) -> npt.NDArray[np.float32]:
+            t = np.float32(schedule.timesteps[k])
+            return np.asarray(x * np.float32(0.3) - x[..., ::-1] * (t / np.float32(1000)), dtype=np.float32)
+
+        def on_step(_: int, x: npt.NDArray[Any], __: npt.NDArray[Any], latents: list[str] = latents) -> None:
+            latents.append(_hex(x))
+
+        draw = functools.partial(_step_noise, seed, shape)
+        sample_loop(schedule, x_init, denoise, draw, on_step, anchor=anchor)
+        cases.append({"name": name, "seed": str(seed), "schedule": schedule.to_json(), "latents": latents})
+    return {"about": "fewstep.schedule.sample_loop on [1, 2, 3, 5]: float32, little-endian hex.", "cases": cases}
+
+
+def _step_noise(seed: int, shape: tuple[int, ...], k: int) -> npt.NDArray[np.float32]:
+    return noise.normal(seed, k + 1, shape)
+
+
+def guidance_vectors() -> dict[str, Any]:
+    """Returns embeddings of guidance scales."""
+    frequencies = tuple(float(np.float32(10000 ** (-i / 15))) for i in range(16))
+    guidance = Guidance("embedded", 3.0, frequencies)
+    cases = [
+        {"scale": w, "values": _hex(guidance_embedding(guidance, w))} for w in (0.0, 1.0, 1.5, 3.0, 7.5, 8.4, 14.9)
+    ]
+    return {"about": "fewstep.guidance.guidance_embedding.", "guidance": asdict(guidance), "cases": cases}
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """Returns a ``tokenizer.json`` in CLIP's form with bytes alone: no merges."""
+    found: dict[str, Any] = json.loads((REPOSITORY / STICKERS / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = dict(list(found["model"]["vocab"].items())[:512]) | {"<|startoftext|>": 512, "<|endoftext|>": 513}
+    found["model"] |= {"vocab": vocab, "merges": []}
+    for token in found["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+    found["post_processor"] |= {"cls": ["<|startoftext|>", 512], "sep": ["<|endoftext|>", 513]}
+    found["padding"] = None
+    return found
+
+
+def files() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the names and contents of the files, each after those that it is made from."""
+    yield "byte-tokenizer/tokenizer.json", byte_tokenizer()
+    yield "tokenizer.json", tokenizer_vectors()
+    yield "schedule.json", schedule_vectors()
+    yield "guidance.json", guidance_vectors()
+
+
+def write() -> None:
+    """Writes the vectors."""
+    for name, content in files():
+        path = FOLDER / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
