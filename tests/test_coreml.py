@@ -105,12 +105,14 @@ def test_fp16_package_keeps_both_limits(program: Program, package: Path) -> None
     assert package.parent.name == "Unet.mlpackage"
 
 
+@pytest.mark.slow
 def test_fp32_package(program: Program, tmp_path: Path) -> None:
     artifact = lower(program, tmp_path, "fp32")
     assert (artifact.weights, artifact.compute) == ("fp32", "fp32")
     assert quality(program, tmp_path / artifact.path) >= 100
 
 
+@pytest.mark.slow
 def test_ios17_package(program: Program, tmp_path: Path) -> None:
     artifact = lower(program, tmp_path, "fp16", target="iOS17")
     assert open_package((tmp_path / artifact.path).parent).specification == 8
@@ -123,6 +125,7 @@ def test_the_time_path_stays_in_fp32(program: Program, package: Path) -> None:
     assert types == {"sin": "fp32", "cos": "fp32", "conv": "fp16"}
 
 
+@pytest.mark.slow
 def test_the_same_program_gives_the_same_bytes(program: Program, package: Path, tmp_path: Path) -> None:
     again = tmp_path / lower(program, tmp_path, "fp16").path
     assert again.read_bytes() == package.read_bytes()
@@ -281,6 +284,7 @@ def test_a_dropped_bias_is_found(program: Program, package: Path, tmp_path: Path
     assert (found.op_type, found.module_path) == ("linear", "project")
 
 
+@pytest.mark.slow
 def test_swapped_axes_are_found(program: Program, package: Path, tmp_path: Path) -> None:
     path = faulty(package, tmp_path)
 
@@ -335,7 +339,7 @@ def test_a_flipped_palette_entry_is_found(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- compression
 
 
-@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+@pytest.mark.parametrize("bits", [4, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (8, 6, 2))])
 def test_palettes_are_stored_without_loss(bits: int, tmp_path: Path) -> None:
     program = palette_program(bits)
     path = tmp_path / lower(program, tmp_path, "fp16").path
@@ -403,6 +407,7 @@ def test_packed_weights_decode_to_the_same_bits(entries: int, zeros: float, seed
     assert np.array_equal(dense, weight)
 
 
+@pytest.mark.slow
 def test_sparse_weights_with_palettes(tmp_path: Path) -> None:
     program = palette_program(4)
     state = program.exported.state_dict
@@ -449,6 +454,7 @@ class _Annotate:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [False, True], ids=["w8", "w8a8"])
 @pytest.mark.filterwarnings("ignore")  # of torchao, about its own internals
 def test_a_quantized_graph_converts(program: Program, tmp_path: Path, activations: bool) -> None:

@@ -60,7 +60,10 @@ def page(folder: Path, most: int) -> str:
     """Returns the page for a folder of results."""
     done = {path.stem for path in folder.glob("*.json")}
     wanted = {f"{path.parent.name}-{path.stem}" for path in test_files()}
-    records = [record for name in sorted(done & wanted) for record in json.loads((folder / f"{name}.json").read_text())]
+    by_file = {name: json.loads((folder / f"{name}.json").read_text()) for name in sorted(done & wanted)}
+    records = [record for found in by_file.values() for record in found]
+    # Records of before the arithmetic was chosen by the case's backend do not name it.
+    former = [name for name, found in by_file.items() if any("arithmetic" not in record for record in found)]
     groups = Counter(classify(record) for record in records)
     compared = groups["passed"] + groups["failed"]
     by_operation: dict[str, Counter[str]] = defaultdict(Counter)
@@ -75,6 +78,7 @@ def page(folder: Path, most: int) -> str:
         "compare predictions on macOS only. Here our evaluator predicts in Core ML's place, from the saved package,",
         f"rounding to fp16 in cases of an fp16 backend ({how_many}). `make coreml-operators` writes this page.",
         "",
+        *_reservations(len(by_file), len(wanted), former),
         "| cases | |",
         "|---|---|",
         f"| evaluated and compared | {compared} |",
@@ -102,6 +106,22 @@ def page(folder: Path, most: int) -> str:
     names = sorted({name for r in records if classify(r) == "unknown" for name in _unknown_names(r)})
     lines += [", ".join(f"`{name}`" for name in names) + "." if names else "None."]
     return "\n".join(lines) + "\n"
+
+
+def _reservations(done: int, wanted: int, former: list[str]) -> list[str]:
+    """Returns what a reader must know before the figures, as lines of Markdown."""
+    lines = []
+    if done < wanted:
+        lines += [f"**Partial: {done} of {wanted} test files were run.** The figures say nothing of the others.", ""]
+    if former:
+        lines += [
+            "**Two scoring rules are mixed.** The results of these files do not say in which arithmetic their cases were",
+            "evaluated; some are of an earlier rule, which rounded to fp16 in cases of fp32 backends as well, and so",
+            f"failed cases whose tolerances are for fp32: {', '.join(former)}. Delete them from `{RESULTS}` to run",
+            "them again.",
+            "",
+        ]
+    return lines
 
 
 def classify(record: dict[str, Any]) -> str:

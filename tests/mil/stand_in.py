@@ -163,6 +163,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
                 "predictions": _LOG.predictions if report.when == "call" else 0,
                 "unknown": _LOG.unknown if report.when == "call" else None,
                 "reason": reason or error,
+                "arithmetic": _LOG.precision,
             }
         )
     return report

@@ -140,7 +140,7 @@ def folded(name: str, parameters: Case) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), shape=st.lists(st.integers(1, 5), min_size=2, max_size=4))
 def test_agrees_with_constant_folding(name: str, seed: int, shape: list[int]) -> None:
     parameters = _parameters(name, np.random.default_rng(seed), tuple(shape))
