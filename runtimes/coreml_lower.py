@@ -66,7 +66,7 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAUL
     path = folder / f"{package_name(program.folder)}.mlpackage"
     save(model, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Artifact(NAME, program.component, f"{path.name}/{ENTRY}", weights, compute, size)
+    return Artifact(NAME, program.component, f"{path.name}/{ENTRY}", weights, compute, size, program.variant)
 
 
 def package_name(folder: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fewstep
 from fewstep.errors import ContractError, ExportError, RuntimeMissingError
 from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.metrics import sqnr_db
@@ -22,6 +23,8 @@ from fewstep.runtimes.coreml_lower import convert, lower, quiet_coremltools
 from fewstep.runtimes.coreml_precision import choose_fp32_operations
 from fewstep.runtimes.mil import open_package
 from fewstep.runtimes.mil.program import Constant
+from fewstep.runtimes.parity import COMPRESSION, LOWERING, LOWERING_FP16
+from tests import tiny
 
 with quiet_coremltools() as ct:
     from fewstep.runtimes.coreml_bisect import bisect
@@ -470,3 +473,31 @@ def test_a_quantized_graph_converts(program: Program, tmp_path: Path, activation
     assert any(kind.startswith("constexpr_") for kind in kinds)
     # Scales are halves in a package that computes in fp16: 2^-12 of each weight, 60 dB and more.
     assert quality(quantized, path) >= (40 if activations else 60)
+
+
+# ---------------------------------------------------------------------------------------------------------------- builds
+
+
+def test_a_bundle_in_table_form_decodes_in_tiles_and_is_verified(tmp_path: Path) -> None:
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    source = str(tiny.turbo_folder(tmp_path / "source"))
+    out = tmp_path / "bundle"
+    # Latents of 6 x 6 fit in one tile: several graphs of a component are refused for this target.
+    bundle = fewstep.build(
+        source, "fp16", ("coreml",), out, steps=[1, 2], shape="12x12", decoder_tile=16, options=options
+    )
+    manifest = bundle.manifest
+    assert manifest.contract.form == "table"
+    assert {"denoiser", "denoiser_conditions"} <= manifest.components.keys()
+    assert {artifact.compute for artifact in manifest.artifacts} == {"fp16"}
+    assert manifest.artifact("coreml", "decoder", "tile-6x6").path.startswith("coreml/VAEDecoder")
+    verified = fewstep.verify(fewstep.Bundle.open(out), prompts=1, seeds=1)
+    assert verified.report
+    assert {check.error for check in verified.report.checks} == {LOWERING, LOWERING_FP16, COMPRESSION}
+
+
+def test_several_graphs_of_a_component_are_refused(tmp_path: Path) -> None:
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    source = str(tiny.turbo_folder(tmp_path / "source"))
+    with pytest.raises(RuntimeMissingError, match="coreml cannot compile several graphs of one component"):
+        fewstep.build(source, "fp32", ("coreml",), tmp_path / "bundle", steps=[1], shape="16x24,16x16", options=options)

@@ -115,9 +115,9 @@ def _reservations(done: int, wanted: int, former: list[str]) -> list[str]:
         lines += [f"**Partial: {done} of {wanted} test files were run.** The figures say nothing of the others.", ""]
     if former:
         lines += [
-            "**Two scoring rules are mixed.** The results of these files do not say in which arithmetic their cases were",
-            "evaluated; some are of an earlier rule, which rounded to fp16 in cases of fp32 backends as well, and so",
-            f"failed cases whose tolerances are for fp32: {', '.join(former)}. Delete them from `{RESULTS}` to run",
+            "**Two scoring rules are mixed.** The results of these files do not say in which arithmetic their cases",
+            "were evaluated; some are of an earlier rule, which rounded to fp16 in cases of fp32 backends as well, and",
+            f"so failed cases whose tolerances are for fp32: {', '.join(former)}. Delete them from `{RESULTS}` to run",
             "them again.",
             "",
         ]
