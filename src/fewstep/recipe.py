@@ -122,6 +122,7 @@ PRESETS = {
     "w8a8": _quantized("w8a8", 30.0, activations=8),
     "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
     "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
+    "mixed": _quantized("mixed", 20.0, bits=5.0),
     # Palettes are halves and stored without loss, so lowering keeps what fp16 keeps.
     **{
         f"palette{bits}": Recipe(
@@ -129,7 +130,6 @@ PRESETS = {
         )
         for bits, compression_psnr_db in ((8, 30.0), (6, 25.0), (4, 15.0), (2, 5.0))
     },
-    "mixed": _quantized("mixed", 20.0, bits=5.0),
 }
 
 
