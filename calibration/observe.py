@@ -43,7 +43,10 @@ def observe(
     seen = {step for _, step in extremes}
     expected = tuple(range(max(seen, default=-1) + 1 if steps is None else steps))
     if not seen:
-        raise CalibrationError("there is no calibration call, expected at least one for each step")
+        raise CalibrationError(
+            "there is no calibration call, expected at least one for each step",
+            hint="calibrate with at least one prompt",
+        )
     if seen != set(expected):
         raise CalibrationError(
             f"calibration has calls of steps {sorted(seen)}, expected every one of {list(expected)}",

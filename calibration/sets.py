@@ -213,7 +213,9 @@ def collect(
 
 def _refused(prompts: Sequence[str], size: int, steps: int, described: Description) -> CalibrationError:
     if not prompts:
-        return CalibrationError("there are no prompts to calibrate with, expected at least one")
+        return CalibrationError(
+            "there are no prompts to calibrate with, expected at least one", hint="give the generator prompts"
+        )
     if size < 1:
         return CalibrationError(f"size is {size}, expected at least one call")
     known = ", ".join(map(str, described.schedules))

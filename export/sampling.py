@@ -174,10 +174,16 @@ def _coefficients(target: torch.Tensor, columns: Sequence[torch.Tensor], what: s
 
     Raises:
         ScheduleError: none do, to float32 rounding.
+        ExportError: one of them has values that are not finite.
     """
     if any(column.shape != target.shape for column in columns):
         shapes = [list(column.shape) for column in columns]
         raise ScheduleError(f"{what} is {list(target.shape)}, what it should be made of is {shapes}")
+    if not all(torch.isfinite(tensor).all() for tensor in (target, *columns)):
+        raise ExportError(
+            f"{what or 'what the network takes and gives'} is not finite in the reference's own run",
+            hint="does the generator draw pictures in float32 on its own? check its weights for NaN",
+        )
     matrix = torch.stack([c.double().reshape(-1) for c in columns], dim=1)
     wanted = target.double().reshape(-1)
     solution = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fewstep.manifest import LATENT, LOOP, ComponentSpec, TensorSpec
+import fewstep
+from fewstep.export import Generator
+from fewstep.export.loop import Draw, Networks
+from fewstep.manifest import LATENT, LOOP, ComponentSpec, InputSpec, TensorSpec
 from fewstep.optimize.quantize import ComponentPlan, find_sites
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.planner import plan_component
 from fewstep.profiles import get_profile
 from fewstep.program import Program
 from fewstep.quantization import Quantization
+from fewstep.recipe import Recipe, load_recipe
 
 Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
 # What most tests ask for: 8 bits, no calibration beyond the ranges, nothing spared for being at an end.
@@ -97,3 +105,63 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def feeds(program: Program, *inputs: torch.Tensor) -> dict[str, np.ndarray[Any, Any]]:
     """Returns inputs by name, as a session takes them."""
     return {spec.name: x.numpy() for spec, x in zip(program.spec.inputs, inputs, strict=True)}
+
+
+class _Denoiser(torch.nn.Module):
+    """Convolutions, a linear layer over places and a time path, of a size that 8 and 4 bits are worth it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label = torch.nn.Embedding(5, 64)
+        self.time, self.mix = torch.nn.Linear(16, 64), torch.nn.Linear(64, 64)
+        self.first = torch.nn.Conv2d(3, 64, 3, padding=1)
+        self.middle = torch.nn.Conv2d(64, 64, 3, padding=1)
+        self.last = torch.nn.Conv2d(64, 3, 3, padding=1)
+
+    def forward(self, x_NCHW: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        angles = t[:, None] * torch.arange(1, 17, dtype=torch.float32)
+        seen = self.first(x_NCHW) + (self.label(label) + self.time(torch.sin(angles)))[:, :, None, None]
+        hidden = torch.tanh(self.middle(torch.nn.functional.silu(seen)))
+        tokens = self.mix(hidden.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (8, 8))
+        result: torch.Tensor = self.last(hidden + tokens)
+        return result
+
+
+def _flow(
+    nets: Networks, inputs: Mapping[str, torch.Tensor], *, steps: int, guidance: float, noise: Draw
+) -> torch.Tensor:
+    x = noise((1, 3, 8, 8))
+    for k in range(steps):
+        x = x - nets["denoiser"](x, torch.tensor([1 - k / steps]), inputs["class_label"]) / steps
+    return x
+
+
+def painter(seed: int = 0) -> Generator:
+    """Returns a generator in plain PyTorch that takes a class: small enough to be built in seconds."""
+    torch.manual_seed(seed)
+    inputs = (InputSpec("class_label", "class", (1,), 5),)
+    return Generator.assemble("painter", {"denoiser": _Denoiser()}, _flow, inputs=inputs, steps=(2,))
+
+
+def small(recipe: str) -> Recipe:
+    """Returns a preset that calibrates with four samples."""
+    preset = load_recipe(recipe)
+    assert preset.quantization is not None
+    return replace(preset, quantization=replace(preset.quantization, samples=4))
+
+
+@dataclass(frozen=True)
+class BuiltPainter:
+    """A bundle of `painter`, and what it was built with."""
+
+    bundle: fewstep.Bundle
+    options: fewstep.Options
+
+
+@functools.cache
+def painted(recipe: str) -> BuiltPainter:
+    """Returns the bundle of `painter` by a preset; tests must not change it."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fewstep-painter-{recipe}-"))
+    options = fewstep.Options(prompts=1, seeds=3, cache_root=folder / "cache", profile=False)
+    chosen = load_recipe(recipe) if recipe.startswith("fp") else small(recipe)
+    return BuiltPainter(fewstep.build(painter(), chosen, out=folder / "bundle", options=options), options)

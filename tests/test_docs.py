@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import tomllib
@@ -13,7 +14,12 @@ import pytest
 
 import fewstep
 from fewstep import cli
-from fewstep.recipe import parse_recipe
+from fewstep.optimize.quantize import ComponentPlan
+from fewstep.optimize.quantize.planner import _OUTERMOST_SHARE, _SMALLEST_WEIGHT
+from fewstep.profiles import PROFILES
+from fewstep.quantization import FLOAT_BITS, RANGES, ROUNDINGS
+from fewstep.recipe import PRESETS, parse_recipe
+from fewstep.runtimes.quantized_parity import BELOW_FLOOR_DB, EQUAL_SHARE, MEAN_DB, OUTPUT_SQNR_DB
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -51,6 +57,33 @@ def test_recipe_of_the_page_loads() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     assert parse_recipe(tomllib.loads(block), where="recipes.md", name="page").weights == "fp16"
+
+
+def test_quantization_page_shows_what_the_code_does() -> None:
+    text = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    q = parse_recipe(tomllib.loads(block), where="quantization.md", name="page").quantization
+    assert q is not None
+    assert q.at("linear", "denoiser/x").weights == 4
+    assert q.at("conv2d", "decoder/x").weights == FLOAT_BITS
+    for comment, known in (("ranges", RANGES), ("rounding", ROUNDINGS), ("profile", PROFILES)):
+        line = next(line for line in block.splitlines() if line.startswith(comment))
+        assert set(known) <= set(re.findall(r"\w+", line.partition("#")[2])), comment
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
+    quantizing = {name: preset for name, preset in PRESETS.items() if preset.quantization is not None}
+    assert dict(rows) == {name: f"{preset.limits.compression_psnr_db:.0f}" for name, preset in quantizing.items()}
+    for number in (f"fewer than {_SMALLEST_WEIGHT} values", f"at most {_OUTERMOST_SHARE:.0%}".replace("%", " %"),
+                   f"{EQUAL_SHARE:.1%}".replace("%", " %"), f"no more than {BELOW_FLOOR_DB:.0f} dB",
+                   f"within {MEAN_DB} dB", f"at {OUTPUT_SQNR_DB:.0f} dB"):  # fmt: skip
+        assert number in " ".join(text.split()), number
+    keys = re.findall(r"^\| `(\w+)` \| [a-z]", text.partition("## Reading the plan")[2], re.MULTILINE)
+    assert set(keys) == {f.name for f in dataclasses.fields(ComponentPlan)}
+
+
+def test_presets_of_the_recipes_page() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
+    assert dict(rows) == {name: f"{preset.limits.compression_psnr_db:.0f}" for name, preset in PRESETS.items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -249,7 +249,7 @@ def test_whole_numbers_are_multiplied_where_the_plan_says(lowered: dict[str, Low
     plan, ops = net.plan, [n.op_type for n in net.model.graph]
     assert plan.outputs == ("grouped",), "what cannot be unfolded puts out whole numbers"
     assert set(plan.computes) == {"first", "strided", "grouped", "linear", "grid", "back", "last"}
-    assert ops.count("MatMulIntegerToFloat") == 2, "strided and last"
+    assert ops.count("MatMulIntegerToFloat") == 5, "strided and last, and three linear layers"
     assert ops.count("Conv") == 2, "first and grouped, whose results go onto a grid at once"
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(net.path.with_suffix(".optimized"))
@@ -401,8 +401,8 @@ def test_one_wrong_number_is_found_and_named(lowered: dict[str, Lowered], tmp_pa
     report = ParityReport(tuple(operation_checks("denoiser", _sample(), 0, points)), "r", "e")
     assert not report
     named = {check.tensor for check in report.failures}
-    # Every point is given the reference's own inputs: one wrong number shows in one operation, or in those on one grid.
-    assert len(named) <= 3, named
+    # Every point is given the reference's own inputs: a wrong number shows where it is read, and no further.
+    assert len(named) <= 4, named
     assert all("(" in str(tensor) for tensor in named), "module path, then the tensor"
     assert "denoiser, step 0" in report.failures[0].where
 

@@ -28,7 +28,7 @@ def parse(text: str) -> Quantization:
         ("w8a8", 8, 8, "channel", False),
         ("w4", 4, FLOAT_BITS, "group", False),
         ("w4a8", 4, 8, "channel", False),
-        ("mixed", 8, FLOAT_BITS, "channel", True),
+        ("mixed", 8, FLOAT_BITS, "group", True),
     ],
 )
 def test_presets(name: str, weights: int, activations: int, granularity: str, mixed: bool) -> None:

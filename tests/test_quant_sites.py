@@ -41,7 +41,6 @@ def test_time_path_is_found_by_dependence(origin: str) -> None:
     inputs = random(1, 4, 8, 8), random(1, 1), random(1, 8)
     sites = sites_of(program_of(_Conditioned(), *inputs, origins=[LATENT, origin, CONDITIONS]))
     assert [name for name, site in sites.items() if site.on_time_path] == ["anything", "scale"]
-    assert [name for name, site in sites.items() if site.per_prompt] == ["text"]
     assert sites["joint"].depends == {origin, CONDITIONS}
     # Nothing comes before the layer that reads the text: it is at an end too.
     assert [name for name, site in sites.items() if site.outermost] == ["anything", "text", "first", "last"]

@@ -90,7 +90,7 @@ def test_build_and_verify_with_everything(run: Run, tmp_path: Path) -> None:
 def test_decoder_brings_its_own_contract(tmp_path: Path) -> None:
     folder = tiny_decoder(tmp_path / "taesd")
     options = fewstep.Options(prompts=1, seeds=1, profile=False, cache_root=built("turbo").options.cache_root)
-    recipe = fewstep.Recipe("mine", decoder=str(folder))
+    recipe = fewstep.Recipe("mine", decoder=str(folder), form="step")
     bundle = fewstep.build(str(built("turbo").source), recipe, out=tmp_path / "bundle", steps=[1], options=options)
     assert bundle.manifest.contract.latent_scale == 0.5
     assert built("turbo").bundle.manifest.contract.latent_scale == 0.18215

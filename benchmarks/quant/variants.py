@@ -50,6 +50,7 @@ def measure(variant: Variant, variants: Mapping[str, Variant], bundle: Bundle, c
         "changes": dict(variant.changes),
         "steps": variant.steps,
         "size_of": variant.size_of,
+        "form": variant.form,
         "missing": variant.missing,
         "code": code_sha256(),
         "prompts": list(PROMPTS),
@@ -94,6 +95,8 @@ def write_recipe(variant: Variant, max_bytes: int | None, path: Path) -> Path:
     if max_bytes is not None:
         changes["max_bytes"] = max_bytes
     lines = [f'base = "{variant.base}"', f"steps = [{variant.steps}]", "", "[limits]", "compression_psnr_db = -100.0"]
+    if variant.form is not None:
+        lines.insert(1, f'form = "{variant.form}"')
     lines += ["", "[quantization]", *(f"{key} = {json.dumps(value)}" for key, value in changes.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

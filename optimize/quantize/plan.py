@@ -21,9 +21,10 @@ from safetensors.numpy import load_file, save_file
 from fewstep.errors import QuantizationError
 from fewstep.hashing import value_sha256
 from fewstep.manifest import INTEGERS, Artifact
+from fewstep.manifest import PLAN as PLAN
 from fewstep.optimize.quantize.sites import Site
 
-PLAN, ARRAYS = "plan.json", "plan.safetensors"
+ARRAYS = "plan.safetensors"
 VERSION = 1
 Array = npt.NDArray[Any]
 

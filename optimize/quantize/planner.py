@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,9 @@ from fewstep.manifest import BEFORE, LOOP
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.grids import activation_grid, weight_grid
+from fewstep.optimize.quantize.mixed import Bought, Candidate, share_out
+from fewstep.optimize.quantize.options import Option, Weight, gather
+from fewstep.optimize.quantize.pictures import Pictures
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
 from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
@@ -24,6 +28,7 @@ from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
 from fewstep.progress import Progress, Silent
 from fewstep.quantization import FLOAT_BITS, Quantization
+from fewstep.runtimes.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fewstep.calibration import CalibrationSet
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 _SMALLEST_WEIGHT = 256
 # The first and the last operations of a network get at least this many bits (PTQ4DM, arXiv:2211.15736).
 _OUTERMOST_BITS = 8
+# Trajectories whose calls, and samples whose pictures, a weight's damage is measured in.
+_TRIALS, _PICTURES = 2, 4
 # Calls whose second moments say how to round: with a few hundred rows each, more than any layer has inputs.
 _ROUNDING_CALLS = 32
 # And compute in float where that takes no more than this share of the component's products (MixDQ, arXiv:2405.17873,
@@ -86,7 +93,7 @@ def _of_prompt(site: Site, early: frozenset[str]) -> bool:
 
 def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: float, *, of_prompt: bool) -> Decision:
     bits, reason = choice.weights, None
-    if site.on_time_path:
+    if site.on_time_path and choice.exact_time:
         bits, reason = FLOAT_BITS, "on the time path, which few steps take through few values: kept exact"
     elif bits == FLOAT_BITS:
         reason = "the recipe keeps it in float"
@@ -145,7 +152,12 @@ def _has_output_grid(site: Site, profile: TargetProfile) -> bool:
 
 
 def make_plan(
-    programs: Programs, quantization: Quantization, calls: CalibrationSet, progress: Progress | None = None
+    programs: Programs,
+    quantization: Quantization,
+    calls: CalibrationSet,
+    progress: Progress | None = None,
+    *,
+    tokenizers: Mapping[str, Tokenizer] | None = None,
 ) -> QuantPlan:
     """Returns the plan of every component.
 
@@ -154,28 +166,137 @@ def make_plan(
         quantization: what the recipe asks for.
         calls: recorded calls of the generator.
         progress: told of each component.
+        tokenizers: the generator's; mixed precision samples pictures with them.
 
     Raises:
         CalibrationError: the calls are not finite, or a step has none.
         QuantizationError: a budget cannot be met.
     """
     profile = get_profile(quantization.profile)
-    advance = (progress or Silent()).task("plan quantization", len(programs.components))
-    early = frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
-    plans = {}
-    for component in programs.components:
-        recorded = partial(_calls, programs, calls, component)
-        steps = _steps(calls) if programs.components[component].phase == LOOP else 1
-        program = programs.make(component)
-        plans[component], _ = plan_component(program, quantization, profile, recorded, early, steps=steps)
+    advance = (progress or Silent()).task("plan quantization", len(programs.components) * (1 + quantization.mixed))
+    parts = (
+        _Part.of(
+            programs.make(name),
+            quantization,
+            profile,
+            partial(_calls, programs, calls, name),
+            _early(programs),
+            _steps(calls) if programs.components[name].phase == LOOP else 1,
+        )
+        for name in programs.components
+    )
+    plans, quality = {}, {}
+    if quantization.mixed:
+        kept = list(parts)
+        bought = _share_out(kept, programs, quantization, profile, calls, tokenizers or {}, advance)
+        quality = bought.quality
+        parts = (part.with_options(bought.options[part.component]) for part in kept)
+    for part in parts:
+        plans[part.component], _ = part.plan(quantization, profile)
         advance()
-    return QuantPlan(programs.generator.source.sha256, profile.name, plans)
+    return QuantPlan(programs.generator.source.sha256, profile.name, plans, quality)
 
 
-def _calls(programs: Programs, calls: CalibrationSet, component: str) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+def _early(programs: Programs) -> frozenset[str]:
+    return frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A component between the recipe and its plan; ``options`` are of mixed precision, by parameter name."""
+
+    component: str
+    module: GraphModule
+    sites: tuple[Site, ...]
+    decisions: list[Decision]
+    calls: Calls
+    steps: int | None = None
+    options: Mapping[str, Option] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        program: Program,
+        quantization: Quantization,
+        profile: TargetProfile,
+        calls: Calls,
+        early: frozenset[str],
+        steps: int | None,
+    ) -> _Part:
+        """Returns a component with what the recipe and the profile make of it."""
+        module, sites = float_graph(program, split=quantization.split)
+        decisions = decide(program, sites, quantization, profile, early)
+        return cls(program.component, module, sites, decisions, calls, steps)
+
+    def weights(self, usual: int) -> list[Weight]:
+        """Returns all weights that the recipe puts onto a grid; their bits are open unless it says other than usual."""
+        choices = {
+            d.site.name: (d.choice, d.computes, None if d.choice.weights == usual else d.choice.weights)
+            for d in self.decisions
+            if d.weights < FLOAT_BITS
+        }
+        return gather(self.sites, choices)
+
+    def with_options(self, options: Mapping[str, Option]) -> _Part:
+        """Returns the component with an option chosen for every open weight."""
+        decisions = [_chosen(d, options[d.site.weight]) if d.site.weight in options else d for d in self.decisions]
+        return replace(self, decisions=decisions, options=options)
+
+    def plan(self, quantization: Quantization, profile: TargetProfile) -> tuple[ComponentPlan, StepRanges | None]:
+        """Returns the plan, and the ranges that it was made from."""
+        ranges = observe_sites(self.module, self.decisions, profile, self.calls, steps=self.steps)
+        grids = {name: o.grid for name, o in (self.options or {}).items() if o.grid is not None}
+        plan = draw_up(self.module, self.sites, self.decisions, ranges, profile, grids)
+        plan = replace(plan, split=quantization.split)
+        if self.options is not None:
+            found = {name: o.integers for name, o in self.options.items() if o.integers is not None}
+            return replace(plan, rounded=found), ranges
+        methods = {d.site.name: d.choice.rounding for d in self.decisions if d.choice.rounding != "nearest"}
+        return round_weights(plan, self.module, self.sites, methods, some(self.calls, _ROUNDING_CALLS)), ranges
+
+
+def _chosen(decision: Decision, option: Option) -> Decision:
+    if option.grid is not None:
+        return replace(decision, weights=option.bits)
+    reason = "more sensitive than what its bytes would buy elsewhere"
+    return replace(decision, weights=FLOAT_BITS, computes=False, weight_reason=reason, activation_reason=reason)
+
+
+def _share_out(
+    parts: Iterable[_Part],
+    programs: Programs,
+    quantization: Quantization,
+    profile: TargetProfile,
+    calls: CalibrationSet,
+    tokenizers: Mapping[str, Tokenizer],
+    advance: Callable[[], None],
+) -> Bought:
+    parts = list(parts)
+    # The calls of whole trajectories: every step counts the same.
+    trials = {part.component: partial(_calls, programs, calls, part.component, _TRIALS) for part in parts}
+    candidates = {
+        part.component: Candidate(
+            part.module,
+            part.weights(quantization.weights),
+            some(part.calls, _ROUNDING_CALLS),
+            trials[part.component],
+            _early(programs),
+        )
+        for part in parts
+    }
+    modules = {part.component: part.module for part in parts}
+    samples = list(itertools.islice(calls.samples(), _PICTURES))
+    return share_out(
+        candidates, quantization, profile, lambda: Pictures(programs, modules, tokenizers, samples), advance
+    )
+
+
+def _calls(
+    programs: Programs, calls: CalibrationSet, component: str, trajectories: int | None = None
+) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
     names = [spec.name for spec in programs.components[component].inputs]
-    for sample in calls.samples():
+    for sample in itertools.islice(calls.samples(), trajectories):
         for feed in programs.restate([sample])[0].feeds:
             if feed.component == component:
                 yield (
@@ -199,12 +320,7 @@ def plan_component(
     steps: int | None = None,
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
-    module, sites = float_graph(program, split=quantization.split)
-    decisions = decide(program, sites, quantization, profile, early)
-    ranges = observe_sites(module, decisions, profile, calls, steps=steps)
-    plan = replace(draw_up(module, sites, decisions, ranges, profile), split=quantization.split)
-    methods = {d.site.name: d.choice.rounding for d in decisions if d.choice.rounding != "nearest"}
-    return round_weights(plan, module, sites, methods, some(calls, _ROUNDING_CALLS)), ranges
+    return _Part.of(program, quantization, profile, calls, early, steps).plan(quantization, profile)
 
 
 def draw_up(
@@ -213,8 +329,9 @@ def draw_up(
     decisions: Iterable[Decision],
     ranges: StepRanges | None,
     profile: TargetProfile,
+    grids: Mapping[str, Grid] | None = None,
 ) -> ComponentPlan:
-    """Returns the plan that follows from decisions and ranges."""
+    """Returns the plan that follows from decisions and ranges; ``grids`` are weights' that are known already."""
     weights: dict[str, Grid] = {}
     activations: dict[str, Grid] = {}
     reasons: dict[str, str] = {}
@@ -227,7 +344,7 @@ def draw_up(
             reasons[site.node] = d.activation_reason
         if d.weights == FLOAT_BITS:
             continue
-        weights[site.weight] = weight_grid(
+        weights[site.weight] = (grids or {}).get(site.weight) or weight_grid(
             attribute(module, site.weight),
             d.weights,
             axis=site.channel_axis,

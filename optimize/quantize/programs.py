@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fewstep.calibration import SampleRequest
+from fewstep.calibration import CalibrationSet, SampleRequest
 from fewstep.export import Generator, Programs
 from fewstep.feeds import Sample
 from fewstep.manifest import Artifact, ComponentSpec
@@ -37,6 +37,8 @@ class QuantizedPrograms:
     plan: QuantPlan
     tokenizers: Mapping[str, Tokenizer]
     schedules: Mapping[int, Schedule]
+    calibration: CalibrationSet | None = None
+    """The calls that the plan was made from, where it was made now."""
 
     @property
     def generator(self) -> Generator:

@@ -192,7 +192,7 @@ def build(
             verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)
@@ -243,11 +243,11 @@ def quantize_programs(
         folder=cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps}),
         progress=progress,
     )
-    plan = make_plan(programs, q, calls, progress)
-    plan.save(folder / PLAN_FOLDER)
     tokenizers = open_tokenizers(folder, described.tokenizers)
+    plan = make_plan(programs, q, calls, progress, tokenizers=tokenizers)
+    plan.save(folder / PLAN_FOLDER)
     schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
-    return QuantizedPrograms(programs, plan, tokenizers, schedules)
+    return QuantizedPrograms(programs, plan, tokenizers, schedules, calls)
 
 
 def compile_targets(

@@ -26,7 +26,8 @@ from fewstep.devices import read_device_report
 from fewstep.errors import FewstepError
 from fewstep.inputs import example_inputs
 from fewstep.progress import Advance, Progress
-from fewstep.recipe import FORMS
+from fewstep.quantization import parse_size, with_budget
+from fewstep.recipe import FORMS, load_recipe
 from fewstep.runtimes import RUNTIMES
 from fewstep.source import Lora, Replacement, SourceSpec
 
@@ -162,6 +163,8 @@ def cli() -> None:
     "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
 )
 @click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
+@click.option("--bits", type=float, help="Bits of a weight in the mean, scales included; for mixed recipes.")
+@click.option("--max-size", metavar="SIZE", help="Size of all components together, such as 12MB; for mixed recipes.")
 @click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
@@ -178,6 +181,8 @@ def build(
     guidance: float | None,
     shape: str | None,
     decoder_tile: int | None,
+    bits: float | None,
+    max_size: str | None,
     form: str | None,
     out: Path,
     prompts: int,
@@ -186,11 +191,14 @@ def build(
     as_json: bool,
 ) -> None:
     """Build a verified bundle from SOURCE."""
+    chosen = load_recipe(recipe)
+    most = None if max_size is None else parse_size(max_size, "--max-size")
+    budgeted = with_budget(chosen.quantization, f"recipe {chosen.name}", bits=bits, max_bytes=most)
     options = fewstep.Options(prompts=prompts, seeds=seeds, check_fp16=check_fp16)
     with _progress() as progress:
         bundle = fewstep.build(
             source,
-            recipe,
+            replace(chosen, quantization=budgeted),
             targets,
             out,
             steps=steps,

@@ -17,7 +17,7 @@ from fewstep.tiles import Tiles
 
 SCHEMA_VERSION = 1
 # Folder of a bundle with the plan of its quantization, if it has one.
-PLAN_FOLDER = "quantization"
+PLAN_FOLDER, PLAN = "quantization", "plan.json"
 # What `Artifact.compute` says of a component that multiplies whole numbers.
 INTEGERS = "int8"
 DENOISER = "denoiser"

@@ -13,9 +13,11 @@ A recipe's ``[quantization]`` table::
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own
+    exact_time = true           # the time path stays in float, where the form leaves it in the networks
     protect = true              # what depends on the prompt alone computes in float: its first token is an outlier
     correction = false          # the schedule corrects each step's output, in closed form
-    bits = 5.0                  # mixed precision: weights' average, shared out by sensitivity
+    bits = 5.0                  # mixed precision: bits a weight takes in the mean, scales included, by sensitivity
+    max_bytes = 12_000_000      # or: bytes that all components take together
 
     [quantization.ops.linear]   # overrides for an operation: conv2d, linear, embedding, ...
     granularity = "group"
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -82,6 +85,8 @@ class Quantization:
     sampler: str = "own"
     samples: int = 32
     seed: int = 0
+    exact_time: bool = True
+    """Whether the time path, where it is left in the networks, stays in float."""
     protect: bool = True
     """Whether what depends on the prompt alone computes in float (MixDQ's outlier token)."""
     correction: bool = False
@@ -148,6 +153,38 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
     return found
 
 
+def parse_size(text: str, where: str) -> int:
+    """Returns the bytes of a size such as ``12MB`` or ``11.5MiB``.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?i?B)", text.strip())
+    if match is None or match[2] == "iB" or float(match[1]) == 0:
+        raise RecipeError(f"{where} is {text!r}, expected a size", hint="for example 12MB (of 10^6 bytes) or 11.5MiB")
+    unit = 1024 if "i" in match[2] else 1000
+    return int(float(match[1]) * unit ** " kMG".index(match[2][0] if len(match[2]) > 1 else " "))
+
+
+def with_budget(
+    quantization: Quantization | None, where: str, *, bits: float | None, max_bytes: int | None
+) -> Quantization | None:
+    """Returns the choices with another budget for mixed precision; as they are if none is given.
+
+    Raises:
+        RecipeError: the recipe is not of mixed precision, or there are two budgets or impossible ones.
+    """
+    given = {key: value for key, value in (("bits", bits), ("max_bytes", max_bytes)) if value is not None}
+    if not given:
+        return quantization
+    if quantization is None or not quantization.mixed:
+        raise RecipeError(
+            f"{where} gives every weight the same bits, and a budget is for mixed precision",
+            hint="use --recipe mixed, or add bits or max_bytes to the recipe's [quantization]",
+        )
+    return parse_quantization(given, "the command line", dataclasses.replace(quantization, bits=None, max_bytes=None))
+
+
 def refuse_unknown(values: Mapping[str, object], known: Collection[str], where: str) -> None:
     """Raises RecipeError for the first key that is none of the known ones, with what it may have been meant as."""
     for key in values:
@@ -183,7 +220,7 @@ def _value(key: str, value: object, where: str) -> object:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
-    if key in ("split", "protect", "correction"):
+    if key in ("split", "exact_time", "protect", "correction"):
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value

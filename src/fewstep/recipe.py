@@ -122,7 +122,7 @@ PRESETS = {
     "w8a8": _quantized("w8a8", 30.0, activations=8),
     "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
     "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
-    "mixed": _quantized("mixed", 20.0, bits=5.0),
+    "mixed": _quantized("mixed", 20.0, bits=5.0, granularity="group"),
     # Palettes are halves and stored without loss, so lowering keeps what fp16 keeps.
     **{
         f"palette{bits}": Recipe(

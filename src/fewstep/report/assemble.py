@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fewstep.feeds import Sample
-from fewstep.manifest import Artifact, Manifest
+from fewstep.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
 from fewstep.report import images
+from fewstep.report.bought import Bought, bought_of
 from fewstep.report.charts import CurveChart, CurveSeries
 from fewstep.report.page import (
     CheckRow,
@@ -24,35 +27,46 @@ from fewstep.report.page import (
     SizeRow,
     write_report,
 )
+from fewstep.report.quantized import quantization_facts
 from fewstep.runtimes.measure import Latency, Profile
-from fewstep.runtimes.parity import Check
+from fewstep.runtimes.parity import Check, agreement_db, label
 from fewstep.schedule import Schedule
 from fewstep.verify import Verification
+
+if TYPE_CHECKING:
+    from fewstep.optimize.quantize import QuantizedPrograms
 
 _SHOWN_PICTURES = 16
 
 
 def write_bundle_report(
-    folder: Path, manifest: Manifest, verified: Verification, profiles: Sequence[Profile] = ()
+    folder: Path,
+    manifest: Manifest,
+    verified: Verification,
+    profiles: Sequence[Profile] = (),
+    quantized: QuantizedPrograms | None = None,
 ) -> Path:
     """Writes ``index.html``, ``parity.json``, ``profile.json`` and ``grid.png``, and returns the page's path."""
-    page = write_report(report_data(manifest, verified, profiles), folder)
+    data = report_data(manifest, verified, profiles, quantized)
+    page = write_report(replace(data, bought=_bought(folder.parent / PLAN_FOLDER / PLAN)), folder)
     (folder / "parity.json").write_text(json.dumps(verified.report.to_json(), indent=1))
     (folder / "profile.json").write_text(json.dumps([profile.to_json() for profile in profiles], indent=1))
     (folder / "grid.png").write_bytes(images.png_bytes(picture_grid(verified)))
     return page
 
 
-def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[Profile]) -> ReportData:
+def _bought(plan: Path) -> Bought | None:
+    """Returns what mixed precision bought, from the plan in the bundle; None where there is none."""
+    return bought_of(json.loads(plan.read_text(encoding="utf-8"))["quality"]) if plan.is_file() else None
+
+
+def report_data(
+    manifest: Manifest,
+    verified: Verification,
+    profiles: Sequence[Profile],
+    quantized: QuantizedPrograms | None = None,
+) -> ReportData:
     """Returns what the page shows."""
-    main = [
-        (a, b) for a, b in zip(verified.references, verified.results, strict=True) if a.steps == manifest.default_steps
-    ]
-    psnr = {
-        c.sample: c.value
-        for c in verified.report.checks
-        if (c.error, c.level) == ("lowering", "picture") and c.sample is not None and c.metric.endswith("dB")
-    }
     profile = profiles[0] if profiles else None
     counts = ", ".join(str(n) for n in sorted(manifest.schedules))
     return ReportData(
@@ -61,10 +75,7 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         checks=[_check_row(check) for check in verified.report.checks],
         caveats=verified.caveats,
-        pictures=[
-            PictureRow(f"{a.label}, {a.steps} steps", _signed(a), _signed(b), psnr[f"{a.label}, {a.steps} steps"])
-            for a, b in main[:_SHOWN_PICTURES]
-        ],
+        pictures=_pictures(manifest, verified),
         curves=_curves(verified, manifest.default_steps),
         sizes=[SizeRow(_size_label(a), f"{a.weights} weights", a.bytes) for a in manifest.artifacts],
         latencies=[_latency_row(latency) for latency in profile.latencies] if profile else (),
@@ -81,7 +92,26 @@ def report_data(manifest: Manifest, verified: Verification, profiles: Sequence[P
             Section("recipe", json.dumps(manifest.recipe)),
         ],
         licences=[Section(name, text) for name, text in manifest.licences.items()],
+        quantization=None
+        if quantized is None
+        else quantization_facts(manifest.recipe["quantization"], quantized.plan, quantized.calibration),
     )
+
+
+def _pictures(manifest: Manifest, verified: Verification) -> list[PictureRow]:
+    """Returns the pictures of the default step count, of each runtime, with the original's where there is another."""
+    rows = []
+    for name, of_one in (verified.each or {"": verified}).items():
+        originals = verified.uncompressed or (None,) * len(of_one.references)
+        shown = 0
+        for a, b, original in zip(of_one.references, of_one.results, originals, strict=True):
+            if a.steps != manifest.default_steps or shown == _SHOWN_PICTURES:
+                continue
+            shown += 1
+            caption = f"{label(a)} ({name})" if name else label(a)
+            before = None if original is None else _signed(original)
+            rows.append(PictureRow(caption, _signed(a), _signed(b), agreement_db(a, b), before))
+    return rows
 
 
 def picture_grid(verified: Verification, *, most: int = 8) -> images.Pixels:
@@ -104,6 +134,7 @@ def _check_row(check: Check) -> CheckRow:
     metric = check.metric.removesuffix(" dB")
     unit = "dB" if metric != check.metric else ""
     component = check.component if check.tensor is None else f"{check.component}: {check.tensor}"
+    component += "" if check.runtime is None else f" ({check.runtime})"
     return CheckRow(
         check.error,
         check.level,

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from fewstep.report import images
+from fewstep.report.bought import Bought
 from fewstep.report.charts import (
     SERIES_COLOURS,
     CurveChart,
@@ -113,6 +114,8 @@ class PictureRow:
     reference_HWC: images.FloatPicture
     bundle_HWC: images.FloatPicture
     psnr_db: float
+    original_HWC: images.FloatPicture | None = None
+    """The picture of the original network, where the reference is a compressed one."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,54 @@ class Section:
 
 
 @dataclass(frozen=True)
+class PlanRow:
+    """What quantization makes of one component: how many weights at which bits, and how many tensors on grids."""
+
+    component: str
+    weights: str
+    granularity: str
+    activations: int
+    computes: int
+    """Operations that multiply whole numbers; the others dequantize their weight and compute in float."""
+    floats: int
+    """Weights that stay in float."""
+
+
+@dataclass(frozen=True)
+class ReasonRow:
+    """Why tensors of a kind stay in float: how many, and the name of the first."""
+
+    component: str
+    kind: str
+    count: int
+    example: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """Calibration calls of one component at one step in one branch of guidance."""
+
+    component: str
+    step: int | None
+    branch: str
+    count: int
+    prompts: int
+    seeds: int
+    timesteps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class QuantizationFacts:
+    """How a bundle was quantized."""
+
+    methods: Sequence[Section]
+    plans: Sequence[PlanRow]
+    reasons: Sequence[ReasonRow]
+    coverage: Sequence[CoverageRow]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """All that the page shows. What is left empty is shown as not checked or not measured, never left out."""
 
@@ -176,8 +227,11 @@ class ReportData:
     """What precision really runs, one sentence each."""
     contract: Sequence[Section] = ()
     schedules: Sequence[ScheduleTable] = ()
+    bought: Bought | None = None
     environment: Sequence[Section] = ()
     licences: Sequence[Section] = ()
+    quantization: QuantizationFacts | None = None
+    """None where nothing is quantized: the page then has no such section."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +268,7 @@ class _Shown:
     width: int
     height: int
     is_worst: bool
+    original: str | None
 
 
 def verdict(
@@ -369,7 +424,11 @@ def _shown_pictures(rows: Sequence[PictureRow]) -> tuple[list[_Shown], int, int]
         uris = [images.data_uri(images.png_bytes(p)) for p in (*pictures, images.reduce_max(difference, factor))]
         height, width, _ = pictures[0].shape
         is_worst = row is worst and len(rows) > 1 and math.isfinite(row.psnr_db)
-        shown.append(_Shown(row.caption, row.psnr_db, uris[0], uris[1], uris[2], width, height, is_worst))
+        original = None
+        if row.original_HWC is not None:
+            small_HWC = images.reduce_mean(images.to_uint8(row.original_HWC), factor)
+            original = images.data_uri(images.png_bytes(small_HWC))
+        shown.append(_Shown(row.caption, row.psnr_db, uris[0], uris[1], uris[2], width, height, is_worst, original))
     return shown, amplification, factor
 
 
