@@ -81,6 +81,11 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 	$(BIN)/python -W ignore -m tests.families > docs/families.new
 	mv docs/families.new docs/families.md
 
+.PHONY: coreml-operators
+coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (an hour or more)
+	$(BIN)/python -W ignore -m tests.mil.operators > docs/coreml-operators.new
+	mv docs/coreml-operators.new docs/coreml-operators.md
+
 # The other world of versions: Optimum and transformers 4, in an environment of its own.
 INTEROP := .venv-interop
 

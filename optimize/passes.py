@@ -28,11 +28,14 @@ class Pass(Protocol):
 
 def optimize(generator: Generator, recipe: Recipe) -> tuple[Generator, list[PassNote]]:
     """Returns the generator after every pass of the recipe, with their notes in order."""
+    from fewstep.optimize.palettes import Palettize
     from fewstep.optimize.round_weights import RoundWeights
 
     passes: list[Pass] = []
     if recipe.weights == "fp16":
         passes.append(RoundWeights())
+    if recipe.palette is not None:
+        passes.append(Palettize(recipe.palette))
     notes = []
     for apply in passes:
         generator, note = apply(generator)

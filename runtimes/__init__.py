@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import ort
+from fewstep.runtimes import coreml, ort
 from fewstep.runtimes.base import Runtime
 
-RUNTIMES: dict[str, Runtime] = {ort.NAME: ort.RUNTIME}
+RUNTIMES: dict[str, Runtime] = {ort.NAME: ort.RUNTIME, coreml.NAME: coreml.RUNTIME}
 
 
 def get_runtime(name: str) -> Runtime:

@@ -56,6 +56,10 @@ class Runtime:
     """(quantized program, artifact path, inputs) -> how every quantized tensor compares with the program's own."""
     compile_variants: Callable[[Iterable[Program], Path, str], list[Artifact]] | None = None
     """(programs of one component, runtime folder, weights) -> artifacts that share one set of weights."""
+    open_exact: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
+    """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
+    executor: Callable[[], str] | None = None
+    """What runs artifacts here, where that is not the runtime itself."""
 
 
 @dataclass(frozen=True)

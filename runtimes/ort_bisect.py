@@ -9,34 +9,19 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import torch
 
 from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
+from fewstep.runtimes.departure import Departure, traced_values
 from fewstep.runtimes.ort_lower import translate
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-
-
-@dataclass(frozen=True)
-class Departure:
-    """Where an ONNX model first departs: the value, its module in PyTorch, and the node that computes it."""
-
-    tensor: str
-    module_path: str
-    node: str
-    op_type: str
-    sqnr_db: float
-    compared: int
 
 
 def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float) -> Departure | None:
@@ -69,31 +54,10 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
     return None
 
 
-class _Recorder(torch.fx.Interpreter):
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[str, Array] = {}
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        """Runs a node and keeps its result."""
-        result = super().run_node(n)
-        if isinstance(result, torch.Tensor):
-            self.values[n.name] = result.detach().numpy().copy()
-        elif isinstance(result, (tuple, list)):
-            tensors = {f"{n.name}.{i}": r for i, r in enumerate(result) if isinstance(r, torch.Tensor)}
-            self.values.update({name: t.detach().numpy().copy() for name, t in tensors.items()})
-        return result
-
-
-@torch.no_grad()
 def _torch_values(program: Program, feeds: Mapping[str, Array]) -> dict[str, Array]:
     decomposed = translate(program).exported_program
     assert decomposed is not None
-    module = decomposed.module()
-    assert isinstance(module, torch.fx.GraphModule)
-    recorder = _Recorder(module)
-    recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
-    return recorder.values
+    return traced_values(decomposed, program.spec, feeds)
 
 
 def _onnx_values(model: ir.Model, path: Path, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:

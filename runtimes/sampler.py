@@ -203,15 +203,24 @@ class Sampler:
 
 
 def open_sampler(
-    bundle: Bundle, *, runtime: str | None = None, threads: int | None = None, keep_open: bool = True
+    bundle: Bundle,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    keep_open: bool = True,
+    exact: bool = False,
 ) -> Sampler:
-    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named)."""
+    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named).
+
+    ``exact`` computes in fp32 where the runtime can tell that apart from its own arithmetic.
+    """
     manifest = bundle.manifest
     name = runtime or manifest.runtimes[0]
     backend = get_runtime(name)
+    opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
 
     def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
-        return backend.open(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
+        return opened(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
 
     def open_session(component: str) -> CheckedSession:
         spec = manifest.components[component]

@@ -18,6 +18,10 @@ LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../app
 COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
+    "fewstep.runtimes.coreml_bisect",
+    "fewstep.runtimes.coreml_lower",
+    "fewstep.runtimes.coreml_pack",
+    "fewstep.runtimes.departure",
     "fewstep.runtimes.ort_edit",
     "fewstep.runtimes.ort_integer_conv",
     "fewstep.runtimes.ort_integer_linear",

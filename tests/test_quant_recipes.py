@@ -128,7 +128,10 @@ def test_refusals(text: str, message: str, hint: str) -> None:
 
 def test_unknown_preset_and_base(tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match=re.escape("expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed or a .toml")
+        RecipeError,
+        match=re.escape(
+            "expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2 or a .toml"
+        ),
     ):
         load_recipe("w8a9")
     (tmp_path / "mine.toml").write_text('base = "w6"\n')

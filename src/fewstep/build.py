@@ -19,6 +19,7 @@ from fewstep.graphs import Graph, compile_graphs, graphs_of
 from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
+from fewstep.runtimes.parity import label
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
 
 PROMPTS, SEEDS = 8, 2
+# How many recorded samples backends see that choose a precision by values.
+COMPILE_SAMPLES = 1
 # How many samples each further shape is verified with: its graphs have the weights that the first shape's have shown.
 SHAPE_SAMPLES = 1
 # How many samples are decoded again to look for values beyond fp16.
@@ -90,6 +93,7 @@ def build(
     from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_targets
 
@@ -110,8 +114,8 @@ def build(
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
             spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
-            # Quantization looks at every weight several times: it holds them all.
-            original = load(spec, guidance=w, eager=recipe.quantization is not None)
+            # Quantization and palettes look at every weight several times: they hold them all.
+            original = load(spec, guidance=w, eager=recipe.quantization is not None or recipe.palette is not None)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = sized(original, recipe)
@@ -125,9 +129,7 @@ def build(
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
         quantized = quantize_programs(programs, recipe, folder, cache, progress)
-        artifacts = compile_targets(quantized or programs, recipe, targets, folder, cache, progress, others)
-        if "onnxruntime" in targets and programs.contract.form == "step":
-            _write_layout(diffusers_files(optimized), described.tokenizers, folder)
+        _check_comparable(targets, quantized)
         changed = quantized is not None or any(note.modified for note in notes)
 
         def reference(
@@ -141,6 +143,14 @@ def build(
             return at.restate(_record(at.generator, at.described, requests, recipe, cache, progress)), uncompressed
 
         lowered_from, uncompressed = reference(programs, original)
+        shown = lowered_from[:COMPILE_SAMPLES]
+        artifacts = compile_targets(
+            quantized or programs, recipe, targets, folder, cache, progress, others, samples=shown
+        )
+        if "onnxruntime" in targets and programs.contract.form == "step":
+            _write_layout(diffusers_files(optimized), described.tokenizers, folder)
+        if "coreml" in targets:
+            write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
         _write_golden(lowered_from, folder / "golden")
         at_shapes = {
             name: reference(at, original.shaped(*size), SHAPE_SAMPLES)
@@ -248,10 +258,13 @@ def compile_targets(
     cache: StageCache,
     progress: Progress,
     others: Mapping[str, Programs] | None = None,
+    *,
+    samples: Sequence[Sample] = (),
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first.
+    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first. ``samples`` are
+    recorded runs at the first shape, for backends that choose a precision by the values in them.
     """
     from fewstep.runtimes import get_runtime
 
@@ -264,12 +277,14 @@ def compile_targets(
                 "source": programs.generator.source.sha256,
                 "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
+                "palette": recipe.palette,
                 "runtime": target,
+                "samples": [[label(sample), sample.guidance] for sample in samples],
                 "versions": versions(),
             }
 
             def make(entry: Path, target: str = target, graphs: Sequence[Graph] = graphs) -> None:
-                made = compile_graphs(get_runtime(target), graphs, entry / "files", recipe.weights)
+                made = compile_graphs(get_runtime(target), graphs, entry / "files", recipe.weights, samples)
                 (entry / "artifacts.json").write_text(json.dumps([asdict(artifact) for artifact in made]))
 
             entry, _ = cache.get_or_make("compile", key, make)
@@ -291,6 +306,20 @@ def check_targets(targets: Sequence[str]) -> None:
             raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
 
 
+def _check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:
+    """Raises RuntimeMissingError unless every target's whole numbers could be compared with those of the plan."""
+    from fewstep.runtimes import get_runtime
+
+    if quantized is None or not any(plan.computes for plan in quantized.plan.components.values()):
+        return
+    for target in targets:
+        if get_runtime(target).compare_integers is None:
+            raise RuntimeMissingError(
+                f"runtime {target} has no comparison of whole numbers, which this recipe computes with",
+                hint="choose a recipe that quantizes weights only, a palette for coreml, or another target",
+            )
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of everything that shapes a bundle, and the machine that built it."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
@@ -304,6 +333,7 @@ def versions() -> dict[str, str]:
         "onnx",
         "onnxscript",
         "onnxruntime",
+        "coremltools",
         "numpy",
     ):
         try:
@@ -345,6 +375,7 @@ def _record(
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
         "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
+        "palette": recipe.palette,
         "original": recipe.name == "original",
         "versions": versions(),
     }

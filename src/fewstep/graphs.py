@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import ExportError, RuntimeMissingError
+from fewstep.feeds import Sample
 from fewstep.manifest import Artifact, ComponentSpec
 from fewstep.program import Program
 from fewstep.runtimes.base import Runtime
@@ -27,11 +28,17 @@ class Graph:
     programs: Programs | QuantizedPrograms
     tile: tuple[int, int] | None = None
 
-    def program(self) -> Program:
-        """Returns the traced program."""
+    def program(self, samples: Iterable[Sample] = ()) -> Program:
+        """Returns the traced program, with the calls of these samples that have its shapes, or its first tile's."""
         spec = self.programs.components[self.component]
-        spec = spec if self.tile is None else tile_spec(spec, self.tile)
-        return replace(self.programs.make(self.component, spec), variant=self.variant)
+        calls = [feed.inputs for sample in samples for feed in sample.feeds if feed.component == self.component]
+        if self.tile is not None:
+            spec = tile_spec(spec, self.tile)
+            height, width = self.tile
+            calls = [{name: x[..., :height, :width] for name, x in call.items()} for call in calls]
+        shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
+        feeds = tuple(call for call in calls if {name: x.shape for name, x in call.items()} == shapes)
+        return replace(self.programs.make(self.component, spec), variant=self.variant, feeds=feeds)
 
     def key(self) -> dict[str, Any]:
         """Returns what determines the program beside the source and the versions of packages, JSON-ready."""
@@ -72,17 +79,21 @@ def _tile_shapes(specs: Iterable[ComponentSpec]) -> list[tuple[int, int]]:
     return sorted(found, reverse=True)
 
 
-def compile_graphs(runtime: Runtime, graphs: Sequence[Graph], folder: Path, weights: str) -> list[Artifact]:
+def compile_graphs(
+    runtime: Runtime, graphs: Sequence[Graph], folder: Path, weights: str, samples: Sequence[Sample] = ()
+) -> list[Artifact]:
     """Returns the artifacts of a component's graphs, which are traced one after the other.
+
+    ``samples`` are recorded runs, for a runtime that chooses a precision by the values in them.
 
     Raises:
         RuntimeMissingError: there are several, and the runtime cannot let them share weights.
     """
     if len(graphs) == 1:
-        return [runtime.compile(graphs[0].program(), folder, weights)]
+        return [runtime.compile(graphs[0].program(samples), folder, weights)]
     if runtime.compile_variants is None:
         raise RuntimeMissingError(
             f"runtime {runtime.name} cannot compile several graphs of one component",
             hint="give one shape and no tiles for this target",
         )
-    return runtime.compile_variants((graph.program() for graph in graphs), folder, weights)
+    return runtime.compile_variants((graph.program(samples) for graph in graphs), folder, weights)

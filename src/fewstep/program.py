@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from fewstep.manifest import ComponentSpec
 
@@ -25,3 +27,5 @@ class Program:
     """Where the values of ``exported`` are read from, by name, if its parameters are fake."""
     variant: str = ""
     """Which of the component's graphs this is, see `fewstep.manifest.Artifact`."""
+    feeds: Sequence[Mapping[str, npt.NDArray[Any]]] = ()
+    """Recorded inputs, for backends that choose a precision by what they see; may be empty."""

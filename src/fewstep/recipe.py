@@ -1,11 +1,12 @@
 """What to do to a generator: precision, step counts and the limits that a build must keep.
 
-A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``) or a TOML file::
+A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``, ``palette8`` to ``palette2``) or a TOML file::
 
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
     form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
+    palette = 6                 # Core ML: weights as indices of 1, 2, 3, 4, 6 or 8 bits into palettes of halves
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
@@ -36,6 +37,7 @@ from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
 FORMS = ("step", "table")
+PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 MAX_STEPS = 64
 
 
@@ -68,6 +70,8 @@ class Recipe:
     decoder_tile: int | None = None
     """Decode in overlapping tiles of this many pixels to a side."""
     quantization: Quantization | None = None
+    palette: int | None = None
+    """Bits of an index into a weight's palette, one of `PALETTE_BITS`; Core ML stores them so."""
     form: str | None = None
     """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
     limits: Limits = field(default_factory=Limits)
@@ -119,6 +123,13 @@ PRESETS = {
     "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
     "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
     "mixed": _quantized("mixed", 20.0, bits=5.0, granularity="group"),
+    # Palettes are halves and stored without loss, so lowering keeps what fp16 keeps.
+    **{
+        f"palette{bits}": Recipe(
+            f"palette{bits}", weights="fp16", palette=bits, limits=Limits(compression_psnr_db=compression_psnr_db)
+        )
+        for bits, compression_psnr_db in ((8, 30.0), (6, 25.0), (4, 15.0), (2, 5.0))
+    },
 }
 
 
@@ -181,6 +192,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
         decoder_tile=_tile(values.get("decoder_tile"), where),
         quantization=quantization,
+        palette=_palette(values.get("palette", base.palette), f"{where}: palette"),
         form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
@@ -221,6 +233,13 @@ def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
             )
         counts.append(count)
     return tuple(sorted(set(counts)))
+
+
+def _palette(value: object, where: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or value not in PALETTE_BITS):
+        bits = ", ".join(str(b) for b in PALETTE_BITS)
+        raise RecipeError(f"{where} is {value!r}, expected one of {bits}", hint="edit the recipe")
+    return value if isinstance(value, int) else None
 
 
 def _steps(value: object, where: str) -> tuple[int, ...] | None:

@@ -186,7 +186,8 @@ def compile(
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            original = sized(load(spec, guidance=w, eager=chosen.quantization is not None), chosen)
+            eager = chosen.quantization is not None or chosen.palette is not None
+            original = sized(load(spec, guidance=w, eager=eager), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]

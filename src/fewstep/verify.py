@@ -13,9 +13,11 @@ from fewstep.feeds import Sample, load_samples
 from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits, Recipe, parse_shapes
-from fewstep.runtimes import get_runtime
+from fewstep.runtimes import coreml, get_runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
+    FP16_LIMITS,
+    LOWERING_FP16,
     Check,
     Floor,
     ParityReport,
@@ -32,7 +34,7 @@ from fewstep.source import SourceInfo, SourceSpec
 if TYPE_CHECKING:
     from fewstep.export import Generator, Programs
     from fewstep.optimize.quantize import QuantizedPrograms
-    from fewstep.runtimes.ort_bisect import Departure
+    from fewstep.runtimes.departure import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
 # How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
@@ -215,7 +217,7 @@ def verify_against(
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
     notes = [*caveats, *_compute_notes(name, artifacts.values())]
-    sampler = open_sampler(bundle, runtime=name)
+    sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
             checks = compare_components(
@@ -229,6 +231,10 @@ def verify_against(
     finally:
         sampler.close()
     checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
+    if get_runtime(name).open_exact is not None and any(a.compute == "fp16" for a in artifacts.values()):
+        # What conversion changed was compared in fp32; now what the device's own arithmetic makes of it.
+        shipped, results = _compare_shipped(bundle, name, references, progress)
+        checks += shipped
     if integers:
         some = references[:FLOOR_SAMPLES]
         floor = floor or _floor(bundle, quantized, some, progress)
@@ -246,6 +252,8 @@ def verify_against(
             checks.append(mean_check(uncompressed, references, results))
     first = next(iter(artifacts.values()))
     executor = f"{name}, {first.weights} weights, {first.compute} compute"
+    said = get_runtime(name).executor
+    executor += f", run by {said()}" if said is not None else ""
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
         tuple(references),
@@ -308,6 +316,27 @@ def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
     ]
 
 
+def _compare_shipped(
+    bundle: Bundle, runtime: str, references: Sequence[Sample], progress: Progress
+) -> tuple[list[Check], list[Sample]]:
+    """Returns the checks of what the device makes of a bundle in its own arithmetic, and the samples."""
+    sampler = open_sampler(bundle, runtime=runtime)
+    try:
+        with stage(progress, "compare components in fp16"):
+            limit = FP16_LIMITS.component_sqnr_db
+            checks = compare_components(references, sampler.session, lambda _: limit, error=LOWERING_FP16)
+        advance = progress.task("compare samples in fp16", len(references))
+        results = []
+        for r in references:
+            schedule = bundle.manifest.schedule(r.steps)
+            results.append(sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs))
+            advance()
+    finally:
+        sampler.close()
+    checks += compare_samples(references, results, FP16_LIMITS.picture_psnr_db, error=LOWERING_FP16)
+    return checks, results
+
+
 def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[SourceSpec | None, str]:
     """Returns the source to compare with, or None and why there is none."""
     built_from = bundle.manifest.source
@@ -338,7 +367,8 @@ def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
     from fewstep.export import load
 
     with stage(progress, f"load {source}"):
-        eager = bundle.manifest.recipe["quantization"] is not None
+        recipe = bundle.manifest.recipe
+        eager = recipe["quantization"] is not None or recipe.get("palette") is not None
         original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
         _check_same(bundle.manifest.source, original.source)
     return original
@@ -387,7 +417,12 @@ def _prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, 
     from fewstep.optimize.quantize import QuantizedPrograms, QuantPlan
 
     manifest = bundle.manifest
-    recipe = Recipe("", weights=manifest.recipe["weights"], form=manifest.contract.form)
+    recipe = Recipe(
+        "",
+        weights=manifest.recipe["weights"],
+        palette=manifest.recipe.get("palette"),
+        form=manifest.contract.form,
+    )
     optimized, notes = optimize(original, recipe)
     programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
     changed = any(note.modified for note in notes)
@@ -419,7 +454,11 @@ def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
     from fewstep.export import load
-    from fewstep.runtimes.ort_bisect import bisect
+
+    if runtime == coreml.NAME:
+        from fewstep.runtimes.coreml_bisect import bisect
+    else:
+        from fewstep.runtimes.ort_bisect import bisect
 
     manifest = bundle.manifest
     original = load(source, guidance=manifest.contract.guidance.scale, eager=True)

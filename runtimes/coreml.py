@@ -1,0 +1,190 @@
+"""Core ML: opens the bundle's ``.mlpackage`` folders, with Core ML itself on macOS and with our evaluator elsewhere."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.errors import ContractError, RuntimeMissingError
+from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
+from fewstep.program import Program
+from fewstep.runtimes.base import Array, Availability, CheckedSession, Runtime
+from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
+from fewstep.runtimes.mil.program import Feature
+
+NAME = "coreml"
+# The file of a package that the manifest of a bundle lists as its artifact: a package is a folder.
+ENTRY = "Manifest.json"
+COMPUTE_UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
+_COMPILER_PACKAGES = ("torch", "coremltools")
+# Core ML has no 64-bit whole numbers at its interface.
+_INTERFACE = {"int64": "int32", "bool": "int32"}
+
+
+def availability() -> Availability:
+    """Returns whether packages can be made here; they can be evaluated anywhere."""
+    missing = [name for name in _COMPILER_PACKAGES if util.find_spec(name) is None]
+    version = metadata.version("coremltools") if util.find_spec("coremltools") is not None else None
+    detail = executor()
+    if missing:
+        detail += f"; cannot compile without {', '.join(missing)}"
+    return Availability(NAME, not missing, True, version, detail, "pip install 'fewstep[coreml]'" if missing else None)
+
+
+def runs_core_ml() -> bool:
+    """Returns whether Core ML itself runs packages here."""
+    return platform.system() == "Darwin" and util.find_spec("coremltools") is not None
+
+
+def executor() -> str:
+    """Returns what runs packages here, for reports."""
+    if runs_core_ml():
+        return f"Core ML on macOS {platform.mac_ver()[0]}"
+    return "MIL evaluator, fp16 results rounded (Core ML itself runs on macOS only)"
+
+
+def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+    """Returns a session on a package as it ships: Core ML itself on macOS, else the evaluator rounding to fp16.
+
+    Args:
+        path: the package's ``Manifest.json``.
+        spec: what the manifest says of the component.
+        threads: refused on macOS, where Core ML chooses; ignored by the evaluator, whose BLAS has been told by now.
+
+    Raises:
+        BundleError: the package is damaged or of a newer specification.
+        ContractError: its inputs or outputs are not those of the manifest, or it has an operation that the evaluator
+            does not know.
+    """
+    if runs_core_ml():
+        return open_core_ml(path, spec)
+    return open_evaluator(path, spec, "fp16")
+
+
+def open_exact(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+    """Returns a session that evaluates a package with fp32 arithmetic: what is left is what conversion changed."""
+    return open_evaluator(path, spec, "fp32")
+
+
+def open_evaluator(path: Path, spec: ComponentSpec, precision: Precision) -> CheckedSession:
+    """Returns a session on our evaluator."""
+    package = path.parent
+    program = open_package(package)
+    _check_contract(package, program, spec)
+    return CheckedSession(package.stem, spec, _EvaluatorSession(Evaluator(program, precision=precision), spec))
+
+
+def open_core_ml(path: Path, spec: ComponentSpec, compute_units: str = "ALL") -> CheckedSession:
+    """Returns a session on Core ML itself.
+
+    Args:
+        path: the package's ``Manifest.json``.
+        spec: what the manifest says of the component.
+        compute_units: one of `COMPUTE_UNITS`.
+
+    Raises:
+        RuntimeMissingError: this is not macOS, or coremltools is not installed.
+        ContractError: unknown compute units, a package that Core ML refuses, or another interface than the manifest's.
+    """
+    if compute_units not in COMPUTE_UNITS:
+        raise ContractError(
+            f"unknown compute units {compute_units!r}, expected one of {', '.join(COMPUTE_UNITS)}",
+            hint="ALL lets Core ML choose",
+        )
+    if not runs_core_ml():
+        raise RuntimeMissingError(
+            "Core ML runs on macOS with coremltools only", hint="elsewhere packages are evaluated: open_evaluator"
+        )
+    import coremltools
+
+    package = path.parent
+    _check_contract(package, open_package(package), spec)
+    try:
+        model = coremltools.models.MLModel(str(package), compute_units=coremltools.ComputeUnit[compute_units])
+    except Exception as error:  # Core ML's errors arrive as RuntimeError and as plain Exception
+        raise ContractError(f"{package}: Core ML cannot load it: {error}", hint="build the bundle again") from error
+    return CheckedSession(package.stem, spec, _CoreMLSession(model, spec))
+
+
+def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns inputs in the types that Core ML has at its interface.
+
+    Raises:
+        ContractError: a whole number does not fit in 32 bits.
+    """
+    found = {}
+    for name, array in feeds.items():
+        dtype = _INTERFACE.get(str(array.dtype), str(array.dtype))
+        if array.dtype == np.int64 and array.size and np.abs(array).max() > np.iinfo(np.int32).max:
+            raise ContractError(f"{name} has {np.abs(array).max()}, beyond Core ML's int32", hint="check the inputs")
+        found[name] = array.astype(dtype)
+    return found
+
+
+class _EvaluatorSession:
+    def __init__(self, evaluator: Evaluator, spec: ComponentSpec) -> None:
+        self._evaluator: Evaluator | None = evaluator
+        self._outputs = {output.name: output.dtype for output in spec.outputs}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the outputs by name."""
+        if self._evaluator is None:
+            raise ContractError("the session is closed")
+        results = self._evaluator.run(to_interface(feeds))
+        return {name: results[name].astype(dtype) for name, dtype in self._outputs.items()}
+
+    def close(self) -> None:
+        """Drops the program."""
+        self._evaluator = None
+
+
+class _CoreMLSession:
+    """Works with whatever has ``predict``, so that it can be tested where Core ML is not."""
+
+    def __init__(self, model: Any, spec: ComponentSpec) -> None:
+        self._model = model
+        self._outputs = spec.outputs
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Returns the outputs by name."""
+        if self._model is None:
+            raise ContractError("the session is closed")
+        results = self._model.predict(to_interface(feeds))
+        return {o.name: np.asarray(results[o.name], dtype=o.dtype).reshape(o.shape) for o in self._outputs}
+
+    def close(self) -> None:
+        """Drops the model."""
+        self._model = None
+
+
+def _check_contract(package: Path, program: MilProgram, spec: ComponentSpec) -> None:
+    features = program.inputs[program.default], program.outputs[program.default]
+    for given, expected in zip(features, (spec.inputs, spec.outputs), strict=True):
+        names, wanted = [g.name for g in given], [e.name for e in expected]
+        if names != wanted:
+            raise ContractError(f"{package}: model has {names}, the manifest has {wanted}", hint="build it again")
+        for value, tensor in zip(given, expected, strict=True):
+            _check_tensor(package, value, tensor)
+
+
+def _check_tensor(package: Path, value: Feature, tensor: TensorSpec) -> None:
+    if value.dtype is None:
+        raise ContractError(
+            f"{package}: {value.name} is no array, expected {tensor.dtype} {list(tensor.shape)}", hint="build it again"
+        )
+    interface = TensorSpec(tensor.name, _INTERFACE.get(tensor.dtype, tensor.dtype), tensor.shape or (1,))
+    interface.check(value.shape or interface.shape, value.dtype.numpy.name, str(package))
+
+
+def _compile(program: Program, folder: Path, weights: str) -> Artifact:
+    from fewstep.runtimes import coreml_lower  # needs torch, which running a bundle does not
+
+    return coreml_lower.lower(program, folder, weights)
+
+
+RUNTIME = Runtime(NAME, availability, _compile, open_session, open_exact=open_exact, executor=executor)

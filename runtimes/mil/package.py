@@ -1,0 +1,54 @@
+"""Opens an ``.mlpackage``: a manifest, the model's specification and its weight files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from fewstep.bundle import resolve_inside
+from fewstep.errors import BundleError
+from fewstep.runtimes.mil.blobs import BlobFile
+from fewstep.runtimes.mil.dtypes import Array, DType
+from fewstep.runtimes.mil.program import MilProgram
+from fewstep.runtimes.mil.specification import parse_model
+
+MANIFEST = "Manifest.json"
+_DATA = "Data"
+# How programs name the folder of the model's specification.
+_MODEL_PATH = "@model_path"
+
+
+def open_package(path: Path) -> MilProgram:
+    """Returns the program of a package; weights are read when they are wanted.
+
+    Raises:
+        BundleError: a file is missing, cut off or damaged, or of a newer specification.
+        ContractError: the model is no ML program, or has a type that the evaluator does not know.
+    """
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        relative = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+    except OSError as error:
+        raise BundleError(f"{path} is no .mlpackage: cannot read {MANIFEST} ({error.strerror})", hint=_HINT) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise BundleError(f"{manifest_path} does not say which file is the model", hint=_HINT) from error
+    specification = resolve_inside(path / _DATA, relative)
+    try:
+        data = specification.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot read {relative}: {error.strerror}", hint=_HINT) from error
+    blobs: dict[str, BlobFile] = {}
+
+    def read_blob(file: str, offset: int, dtype: DType, count: int) -> Array:
+        if file not in blobs:
+            parts = PurePosixPath(file).parts
+            if not parts or parts[0] != _MODEL_PATH:
+                raise BundleError(f"{path}: weights in {file!r}, expected a path under {_MODEL_PATH}", hint=_HINT)
+            blobs[file] = BlobFile(resolve_inside(specification.parent, "/".join(parts[1:])))
+        return blobs[file].read(offset, dtype, count)
+
+    return parse_model(data, str(path), read_blob)
+
+
+_HINT = "copy the whole package again or build the bundle again"

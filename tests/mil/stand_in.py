@@ -1,0 +1,174 @@
+"""A pytest plugin that lets coremltools' own tests run off macOS: our evaluator predicts in Core ML's place.
+
+coremltools compares predictions with expected values on macOS only; elsewhere its tests convert and compare nothing.
+Here every comparison runs. What each test evaluated is kept beside its outcome, so that a test which passed without a
+prediction is not taken for a proof.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Read by coremltools' tests when they are imported.
+os.environ["PYMIL_TEST_TARGETS"] = "mlprogram"
+os.environ["INCLUDE_MIL_FP32_UNIT_TESTS"] = "1"
+
+import coremltools as ct
+import numpy as np
+import pytest
+from coremltools.converters.mil import testing_utils
+from coremltools.models import MLModel
+from PIL import Image
+
+from fewstep.errors import ContractError
+from fewstep.runtimes.mil import Evaluator, Precision, open_package
+from fewstep.runtimes.mil.program import Feature, Function, TensorType
+
+# Beside every operation of interest: constants and the casts at a program's ends say nothing of it.
+_PLUMBING = {"const", "cast", "identity"}
+
+
+class _Log:
+    """What the test that is running has evaluated."""
+
+    def __init__(self) -> None:
+        self.operations: set[str] = set()
+        self.predictions = 0
+        self.unknown: str | None = None
+        self.precision: Precision = "fp16"
+
+
+_LOG = _Log()
+_RESULTS: list[dict[str, Any]] = []
+
+
+def _operations(function: Function) -> set[str]:
+    found: set[str] = set()
+    blocks = [function.block]
+    while blocks:
+        for operation in blocks.pop().operations:
+            found.add(operation.type)
+            blocks += operation.blocks
+    return found
+
+
+def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[str, Any]:
+    """Returns what Core ML's ``predict`` would, from the saved package."""
+    if model.package_path is None:
+        _LOG.unknown = "no ML program, but a neural network of before iOS 15"
+        raise ContractError(_LOG.unknown)
+    program = open_package(Path(model.package_path))
+    name = model.function_name or program.default
+    function = program.functions[name]
+    _LOG.operations |= _operations(function)
+    try:
+        evaluator = Evaluator(program, precision=_LOG.precision)
+    except ContractError as error:
+        _LOG.unknown = error.message
+        raise
+    declared = dict(function.inputs)
+    features = {feature.name: feature for feature in program.inputs[name]}
+    feeds = {key: _fed(value, features[key], declared[key]) for key, value in data.items()}
+    outputs = evaluator.run(feeds, function=name, state=None if state is None else state.values)
+    _LOG.predictions += 1
+    shown = {feature.name: feature for feature in program.outputs[name]}
+    return {key: _shown(value, shown[key]) for key, value in outputs.items()}
+
+
+def _fed(value: Any, feature: Feature, type_: Any) -> Any:
+    assert isinstance(type_, TensorType)
+    if isinstance(value, Image.Image):
+        array = np.asarray(value)
+        array = array[None, None] if array.ndim == 2 else array[..., :3].transpose(2, 0, 1)[None]
+        return (array[:, ::-1] if feature.image == "BGR" else array).astype(type_.dtype.numpy)
+    array = np.asarray(value)
+    return (array.reshape(()) if type_.shape == () else array).astype(type_.dtype.numpy)
+
+
+def _shown(value: Any, feature: Feature) -> Any:
+    if feature.image is not None:
+        picture = np.clip(np.round(value[0]), 0, 255).astype(np.uint8)
+        return Image.fromarray(picture[0] if len(picture) == 1 else picture.transpose(1, 2, 0))
+    # Core ML has no scalars at its interface.
+    return np.atleast_1d(value).astype(feature.dtype.numpy) if feature.dtype is not None else value
+
+
+class _State:
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def read_state(self, name: str) -> Any:
+        """Returns a state's value."""
+        return self.values[name]
+
+    def write_state(self, name: str, value: Any) -> None:
+        """Sets a state's value."""
+        self.values[name] = np.asarray(value, dtype=self.values[name].dtype)
+
+
+def _make_state(model: MLModel) -> _State:
+    program = open_package(Path(model.package_path))
+    return _State(Evaluator(program).make_state(model.function_name))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Puts the evaluator in Core ML's place."""
+    testing_utils._IS_MACOS = True
+    ct.models.utils._macos_version = lambda: (15, 0)
+    MLModel.predict = _predict
+    MLModel.make_state = _make_state
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps at most ``FEWSTEP_MIL_CASES`` cases of each test function, spread over its parameters; 0 keeps all."""
+    most = int(os.environ.get("FEWSTEP_MIL_CASES", "0"))
+    if not most:
+        return
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_function.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {id(cases[i * len(cases) // most]) for cases in by_function.values() for i in range(most)}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Starts a record for the test, and chooses the arithmetic that its tolerances are for."""
+    global _LOG
+    _LOG = _Log()
+    # Cases of an fp32 backend have the tolerances of fp32 arithmetic, whatever types their values are stored in.
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend", ("mlprogram", "fp16"))
+    _LOG.precision = getattr(backend, "precision", None) or backend[1]
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+    """Keeps the outcome with what was evaluated."""
+    report: pytest.TestReport = yield
+    if report.when == "call" or (report.when == "setup" and report.skipped):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        error = str(call.excinfo.value).strip().split("\n")[0][:200] if call.excinfo is not None else ""
+        _RESULTS.append(
+            {
+                "test": item.nodeid.split("/ops/tests/")[-1],
+                "outcome": report.outcome,
+                "operations": sorted(_LOG.operations - _PLUMBING),
+                "predictions": _LOG.predictions if report.when == "call" else 0,
+                "unknown": _LOG.unknown if report.when == "call" else None,
+                "reason": reason or error,
+                "arithmetic": _LOG.precision,
+            }
+        )
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the records where the caller wants them."""
+    Path(os.environ["FEWSTEP_MIL_RESULTS"]).write_text(json.dumps(_RESULTS), encoding="utf-8")
