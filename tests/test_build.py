@@ -156,7 +156,8 @@ def test_interrupted_build_leaves_nothing_and_resumes(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fewstep.verify.compare_components", interrupt)
+        # `fewstep.verify` is the function of that name.
+        patch.setattr(sys.modules["fewstep.verify"], "compare_components", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fewstep.build(str(lcm.source), out=out, steps=[1], options=options)
     assert list(out.parent.iterdir()) == []
