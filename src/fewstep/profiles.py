@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewstep.errors import RecipeError
 
@@ -51,46 +51,24 @@ _ORT_FLOATS = {
     "add": "the residual stream is kept in float",
 }
 
-PROFILES: Mapping[str, TargetProfile] = {
-    profile.name: profile
-    for profile in (
-        # Products of unsigned activations and signed weights: the one pair with a VNNI instruction.
-        TargetProfile(
-            name="x86",
-            activation="uint8",
-            symmetric=False,
-            computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
-            outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
-            unfolded=1 << 20,
-            min_rows=2,
-            weight_bits=(4, 8),
-            floats=_ORT_FLOATS,
-        ),
-        # Signed by signed: as fast on ARM, and the same integers on every processor.
-        TargetProfile(
-            name="arm",
-            activation="int8",
-            symmetric=False,
-            computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
-            outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
-            unfolded=1 << 20,
-            min_rows=2,
-            weight_bits=(4, 8),
-            floats=_ORT_FLOATS,
-        ),
-        TargetProfile(
-            name="tensorrt",
-            activation="int8",
-            symmetric=True,
-            computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
-            outputs=frozenset(),
-            unfolded=0,
-            min_rows=1,
-            weight_bits=(4, 8),
-            floats={},
-        ),
-    )
-}
+# Products of unsigned activations and signed weights: the one pair with a VNNI instruction.
+_X86 = TargetProfile(
+    name="x86",
+    activation="uint8",
+    symmetric=False,
+    computes=frozenset({"linear", "conv1d", "conv2d", "conv3d"}),
+    outputs=frozenset({"conv1d", "conv2d", "conv3d"}),
+    unfolded=1 << 20,
+    min_rows=2,
+    weight_bits=(4, 8),
+    floats=_ORT_FLOATS,
+)
+# Signed by signed: as fast on ARM, and the same integers on every processor.
+_ARM = replace(_X86, name="arm", activation="int8")
+# Explicit, symmetric Q/DQ; what is fused is the builder's decision.
+_TENSORRT = replace(_ARM, name="tensorrt", symmetric=True, outputs=frozenset(), unfolded=0, min_rows=1, floats={})
+
+PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT)}
 
 
 def get_profile(name: str) -> TargetProfile:
