@@ -7,8 +7,9 @@ noise floor, which is the same graph under another kernel of PyTorch; and in the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from statistics import median, stdev
 
 from fewstep.feeds import Sample
 from fewstep.recipe import Limits
@@ -27,6 +28,8 @@ OUTPUT_SQNR_DB = 80.0
 BELOW_FLOOR_DB = 1.0
 # How much worse than the quantized reference an artifact may be, in its mean distance from the original.
 MEAN_DB = 0.5
+# What equal arrays count as: beyond float32.
+_EQUAL_DB = 150.0
 
 
 def operation_checks(component: str, sample: Sample, step: int | None, points: Iterable[PointResult]) -> list[Check]:
@@ -87,15 +90,34 @@ def floor_of(
     components: Mapping[str, Sequence[float]], references: Sequence[Sample], others: Sequence[Sample]
 ) -> Floor:
     """Returns the noise floor from a second execution: SQNR of each call by component, and the same samples."""
-    picture = median(agreement_db(a, b) for a, b in zip(references, others, strict=True))
-    return Floor({name: median(values) for name, values in components.items()}, picture)
+    pictures = [agreement_db(a, b) for a, b in zip(references, others, strict=True)]
+    return Floor({name: _at_least(values) for name, values in components.items()}, _at_least(pictures))
+
+
+def _at_least(values: Sequence[float]) -> float:
+    """Returns the median less two of its standard errors: what a few samples know of it.
+
+    The standard error of a median is 1.25 times a mean's. The spread is 1.48 times the median distance from the median,
+    which is the standard deviation of normal values and does not mind the calls that agree to 100 dB.
+    """
+    middle = median(values)
+    spread = 1.4826 * median(abs(min(value, _EQUAL_DB) - middle) for value in values)
+    return middle - 2 * 1.2533 * spread / math.sqrt(len(values))
 
 
 def mean_check(originals: Sequence[Sample], references: Sequence[Sample], results: Sequence[Sample]) -> Check:
-    """Returns the check that the artifact is as near to the original as the quantized reference is."""
-    reference = mean_db(agreement_db(a, b) for a, b in zip(originals, references, strict=True))
-    result = mean_db(agreement_db(a, b) for a, b in zip(originals, results, strict=True))
-    return _one("picture", originals[0].kind, "mean agreement with the original dB", result, reference - MEAN_DB)
+    """Returns the check that the artifact is as near to the original as the quantized reference is, in the mean.
+
+    The two fall to either side of one another sample by sample; two standard errors of the mean difference are what
+    the samples leave unsure.
+    """
+    pairs = zip(originals, references, results, strict=True)
+    both = [(min(agreement_db(o, a), _EQUAL_DB), min(agreement_db(o, b), _EQUAL_DB)) for o, a, b in pairs]
+    differences = [result - reference for reference, result in both]
+    unsure = 2 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    reference, result = (mean_db(values) for values in zip(*both, strict=True))
+    limit = reference - MEAN_DB - unsure
+    return _one("picture", originals[0].kind, "mean agreement with the original dB", result, limit)
 
 
 def _one(level: str, component: str, metric: str, value: float, limit: float) -> Check:

@@ -216,8 +216,9 @@ def test_floor_is_of_medians_and_mean_check_of_the_distance() -> None:
     def distant(by: float) -> object:
         return sample(PICTURE + by * noise)
 
-    floor = floor_of({"denoiser": [20.0, 31.0, 150.0]}, [sample(PICTURE)], [distant(0.01)])  # type: ignore[list-item]
-    assert floor.components == {"denoiser": 31.0}
+    floor = floor_of({"denoiser": [30.0, 31.0, 150.0]}, [sample(PICTURE)], [distant(0.01)])  # type: ignore[list-item]
+    # The median less two standard errors: 2 x 1.2533 x 1.4826 x 1 / sqrt(3).
+    assert floor.components == {"denoiser": pytest.approx(31.0 - 2.1456, abs=1e-3)}
     assert floor.picture == pytest.approx(40.0, abs=1.0), "PSNR of noise of a hundredth"
     original, reference = [sample(PICTURE)], [distant(0.01)]
     nearer, further = ([distant(0.01 * 10 ** (db / 20))] for db in (MEAN_DB - 0.1, MEAN_DB + 0.1))
