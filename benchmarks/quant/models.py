@@ -96,7 +96,8 @@ def build_recipe(recipe: str, out: str) -> dict[str, Any]:
 
     started = time.perf_counter()
     options = fewstep.Options(prompts=2, seeds=1, profile=False)
-    bundle = fewstep.build("stickers", recipe, out=out, options=options)
+    # In step form, whose networks take what the peers' do: calls recorded for one fit all.
+    bundle = fewstep.build("stickers", recipe, out=out, form="step", options=options)
     quantization = load_recipe(recipe).quantization
     if quantization is not None:
         check_quantized(bundle, mixed=quantization.mixed)
