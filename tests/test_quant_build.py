@@ -224,6 +224,11 @@ def test_floor_is_of_medians_and_mean_check_of_the_distance() -> None:
     nearer, further = ([distant(0.01 * 10 ** (db / 20))] for db in (MEAN_DB - 0.1, MEAN_DB + 0.1))
     assert mean_check(original, reference, nearer).passed  # type: ignore[arg-type]
     assert not mean_check(original, reference, further).passed  # type: ignore[arg-type]
+    # One broken sample among many must not make the others' spread its excuse.
+    near = [distant(0.01 * (1 + 0.01 * i)) for i in range(15)]
+    broken = [*near[:-1], distant(1.0)]
+    assert mean_check(original * 15, reference * 15, near).passed  # type: ignore[arg-type]
+    assert not mean_check(original * 15, reference * 15, broken).passed  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
