@@ -25,6 +25,7 @@ from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_nbits import multiply_packed
 from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
+from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -134,6 +135,7 @@ def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgr
                 output_names=names_out,
                 verbose=False,
                 optimize=program.weights is None,
+                custom_translation_table=dict(TRANSLATIONS),
             )
             assert result is not None
             if program.weights is not None:
