@@ -180,7 +180,7 @@ def make_plan(
             programs.make(name),
             quantization,
             profile,
-            partial(_calls, programs, calls, name),
+            partial(calls_of, programs, calls, name),
             _early(programs),
             _steps(calls) if programs.components[name].phase == LOOP else 1,
             StepGrids.of(programs, quantization, calls, name),
@@ -277,7 +277,7 @@ def _share_out(
 ) -> Bought:
     parts = list(parts)
     # The calls of whole trajectories: every step counts the same.
-    trials = {part.component: partial(_calls, programs, calls, part.component, _TRIALS) for part in parts}
+    trials = {part.component: partial(calls_of, programs, calls, part.component, _TRIALS) for part in parts}
     candidates = {
         part.component: Candidate(
             part.module,
@@ -295,7 +295,7 @@ def _share_out(
     )
 
 
-def _calls(
+def calls_of(
     programs: Programs, calls: CalibrationSet, component: str, trajectories: int | None = None
 ) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""

@@ -69,8 +69,8 @@ class StepGrids:
         rows = [[k for k, row in enumerate(read) if row == i] for i in range(len(contract.rows))]
         return cls(rows, quantization.step_grids == "grouped")
 
-    def grid(self, ranges: StepRanges, name: str, method: str, profile: TargetProfile) -> Grid:
-        """Returns the 8-bit grid of an activation: one for all steps, or one for each row.
+    def grid(self, ranges: StepRanges, name: str, method: str, profile: TargetProfile, bits: int = 8) -> Grid:
+        """Returns the grid of an activation: one for all steps, or one for each row.
 
         A row that no calibrated step reads has the grid of all steps together.
 
@@ -79,12 +79,13 @@ class StepGrids:
             name: of the activation.
             method: how a range is chosen from what was seen.
             profile: of the target.
+            bits: of the integers.
         """
-        finder = _Finder(ranges, name, method, profile)
+        finder = _Finder(ranges, name, method, profile, bits)
         groups = _groups(finder, ranges.steps) if self.grouped else [(step,) for step in ranges.steps]
         of_step = {step: group for group in groups for step in group}
         read = [_steps_of(row, of_step, ranges.steps) for row in self.rows or ((),)]
-        grids = {steps: activation_grid(finder.range(steps), profile) for steps in dict.fromkeys(read)}
+        grids = {steps: activation_grid(finder.range(steps), profile, bits) for steps in dict.fromkeys(read)}
         first, *others = [grids[steps] for steps in (read if len(grids) > 1 else read[:1])]
         return replace(
             first,
@@ -101,8 +102,9 @@ def _steps_of(row: Sequence[int], of_step: dict[int, tuple[int, ...]], steps: Se
 class _Finder:
     """Ranges of one activation over any steps, each found once."""
 
-    def __init__(self, ranges: StepRanges, name: str, method: str, profile: TargetProfile) -> None:
-        self._ranges, self._name, self._method, self._profile = ranges, name, method, profile
+    def __init__(self, ranges: StepRanges, name: str, method: str, profile: TargetProfile, bits: int) -> None:
+        self._ranges, self._name, self._method = ranges, name, method
+        self._bits, self._symmetric = bits, profile.symmetric
         self._found: dict[tuple[int, ...], Range] = {}
 
     def range(self, steps: Sequence[int]) -> Range:
@@ -110,13 +112,13 @@ class _Finder:
         key = tuple(steps)
         if key not in self._found:
             merged = self._ranges.merged(self._name, key)
-            self._found[key] = estimate(merged, self._method, bits=8, symmetric=self._profile.symmetric)
+            self._found[key] = estimate(merged, self._method, bits=self._bits, symmetric=self._symmetric)
         return self._found[key]
 
     def error(self, step: int, steps: Sequence[int]) -> float:
         """Returns the mean squared error of a step's values on the grid of some steps."""
         histogram = self._ranges.at(self._name, step)
-        return squared_error(histogram, self.range(steps), bits=8, symmetric=self._profile.symmetric)
+        return squared_error(histogram, self.range(steps), bits=self._bits, symmetric=self._symmetric)
 
 
 def _groups(finder: _Finder, steps: Sequence[int]) -> list[tuple[int, ...]]:
