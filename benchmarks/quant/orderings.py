@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quant.orderings", description=__doc__)
     parser.add_argument("orderings", nargs="*", metavar="ORDERING", help=f"of {', '.join(known)}; all by default")
     parser.add_argument(
-        "--bundle", type=Path, default=Path("build/stickers-step"), help="the fp32 bundle of stickers in step form"
+        "--bundle", type=Path, default=Path("build/stickers-step"), help="stickers in fp32 and step form"
     )
     parser.add_argument("--table-only", action="store_true", help="write the table of what has been measured")
     options = parser.parse_args()
