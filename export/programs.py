@@ -6,6 +6,7 @@ Forms:
   bundle can sample with any schedule.
 - ``table``: the steps of the bundle's schedules are the rows of a table, and the networks of the loop take a row's
   number: see `fewstep.export.static`.
+- ``specialized``: the same programs, of which backends compile one graph for each row: see `fewstep.export.row`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from fewstep.manifest import (
 from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.rows import RowSession, has_rows, row_spec, row_variant
 from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
@@ -224,6 +225,12 @@ def open_sampler(
 
     def open_session(component: str) -> CheckedSession:
         spec = manifest.components[component]
+        if has_rows(manifest.contract, spec):
+
+            def open_row(row: int) -> CheckedSession:
+                return open_graph(component, row_variant(row), row_spec(spec))
+
+            return CheckedSession(component, spec, RowSession(spec, open_row, keep_open=keep_open))
         if spec.tiles is None:
             return open_graph(component, None, spec)
 

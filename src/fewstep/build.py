@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_comparable, check_targets, compile_targets, record_reference, versions
+from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
@@ -78,7 +78,7 @@ def build(
         shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
             first is the default; None takes the recipe's, then the generator's.
         decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
-        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
+        form: ``step``, ``table`` or ``specialized``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -145,6 +145,7 @@ def build(
         artifacts = compile_targets(
             quantized or programs, recipe, targets, folder, cache, progress, others, samples=shown
         )
+        check_size(artifacts, recipe)
         if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         if "coreml" in targets:

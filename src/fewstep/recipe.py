@@ -5,7 +5,8 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``, ``palette8`` to ``pal
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
-    form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
+    form = "table"              # step (any step count) | table (the listed ones, faster) | specialized (a graph
+                                # for each of their steps on one set of weights); see docs/static.md
     palette = 6                 # Core ML: weights as indices of 1, 2, 3, 4, 6 or 8 bits into palettes of halves
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
@@ -36,7 +37,7 @@ from fewstep.quantization import Quantization, parse_quantization, refuse_unknow
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
-FORMS = ("step", "table")
+FORMS = ("step", "table", "specialized")
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 MAX_STEPS = 64
 
@@ -77,7 +78,16 @@ class Recipe:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared with PyTorch yet: quantized operations, tile by tile or at several shapes."""
+        """Refuses what is not compiled together.
+
+        Quantized operations cannot be compared with PyTorch tile by tile or at several shapes; several shapes of several
+        rows would be as many graphs as both together.
+        """
+        if self.form == "specialized" and len(self.shape) > 1:
+            raise RecipeError(
+                f"{self.name}: several shapes and the form specialized are both given, expected one of them",
+                hint="build with --form table, whose graph is the same in every step",
+            )
         for what, given in (("decoder_tile", self.decoder_tile is not None), ("several shapes", len(self.shape) > 1)):
             if self.quantization is not None and given:
                 raise RecipeError(
