@@ -59,13 +59,19 @@ def write_loop(bundle: Bundle, path: Path, *, runtime: str = "onnxruntime", step
         steps: the schedule; None takes the bundle's default.
 
     Raises:
-        ContractError: the bundle guides with two passes: it needs tokens of the prompt and of the empty one at once.
+        ContractError: the bundle guides with two passes, which needs tokens of the prompt and of the empty one at once,
+            or has a graph for each step.
     """
     manifest = bundle.manifest
     if manifest.contract.guidance.kind == "two_pass":
         raise ContractError(
             f"{manifest.name} is guided with two passes, expected a generator with one call in each step",
             hint="a loop of two passes is not written yet: sample with the components",
+        )
+    if manifest.contract.form == "specialized":
+        raise ContractError(
+            f"{manifest.name} has a graph for each step, expected one that all steps call",
+            hint="build it with --form table: grids of activations by step are rows of its table too",
         )
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
     models = {name: ir.load(bundle.file(manifest.artifact(runtime, name).path)) for name in manifest.components}

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
@@ -56,7 +57,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
     """Returns the artifacts of several graphs of one component, all of them on the weights of the first.
 
     The first is ``model.onnx`` with its weights in ``model.onnx.data``; the others are ``model-<variant>.onnx``, which
-    hold what the first has not.
+    hold what the first has not, and none of what only helps to read a graph.
 
     Args:
         programs: looked at one after the other.
@@ -72,6 +73,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
             shared = SharedWeights(folder / program.folder / MODEL)
             continue
         _shrink(model, weights)
+        strip(model, notes=True)
         shared.attach(model)
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
@@ -107,6 +109,7 @@ def _shrink(model: ir.Model, weights: str) -> None:
     widen_weights(model)
     pack_int4(model)
     strip(model)
+    DeduplicateInitializersPass(size_limit=_SMALLEST_HALF_TENSOR)(model)
 
 
 def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:

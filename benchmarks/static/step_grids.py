@@ -1,7 +1,7 @@
 """What a grid of activations for each step is worth: pictures of the built-in generator, its denoiser quantized.
 
-The other components stay in float, so that nothing else is in the figures. Activations of fewer than 8 bits are no recipe:
-they show what step grids are worth where activations, and not weights, make the error.
+The other components stay in float, so that nothing else is in the figures. Activations of fewer than 8 bits are no
+recipe: they show what step grids are worth where activations, and not weights, make the error.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def markdown(figures: Mapping[str, Any]) -> list[str]:
     pictures = len(next(iter(psnr.values())))
     lines = [
         f"Mean PSNR in dB of {pictures} held-out pictures at N = {figures['steps']} against the float denoiser's, "
-        "computed in PyTorch; only the denoiser is quantized. *Margin* is of *each* over *shared*, picture by picture, with "
-        "its standard error.",
+        "computed in PyTorch; only the denoiser is quantized. *Margin* is of *each* over *shared*, picture by picture, "
+        "with its standard error.",
         "",
         "| weights, activations | shared | grouped | each | margin |",
         "|---|---|---|---|---|",

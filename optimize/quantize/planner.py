@@ -25,7 +25,7 @@ from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, netwo
 from fewstep.optimize.quantize.precision import kept_in_float
 from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
-from fewstep.optimize.quantize.step_grids import StepGrids
+from fewstep.optimize.quantize.step_grids import SHARED, StepGrids
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
 from fewstep.progress import Progress, Silent
@@ -214,7 +214,7 @@ class _Part:
     decisions: list[Decision]
     calls: Calls
     steps: int | None = None
-    step_grids: StepGrids = StepGrids()
+    step_grids: StepGrids = SHARED
     options: Mapping[str, Option] | None = None
 
     @classmethod
@@ -342,7 +342,7 @@ def plan_component(
     early: frozenset[str] = frozenset(),
     *,
     steps: int | None = None,
-    step_grids: StepGrids = StepGrids(),
+    step_grids: StepGrids = SHARED,
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
     return _Part.of(program, quantization, profile, calls, early, steps, step_grids).plan(quantization, profile)
@@ -355,7 +355,7 @@ def draw_up(
     ranges: StepRanges | None,
     profile: TargetProfile,
     grids: Mapping[str, Grid] | None = None,
-    step_grids: StepGrids = StepGrids(),
+    step_grids: StepGrids = SHARED,
 ) -> ComponentPlan:
     """Returns the plan that follows from decisions and ranges; ``grids`` are weights' that are known already."""
     weights: dict[str, Grid] = {}

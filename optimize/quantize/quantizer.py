@@ -132,9 +132,7 @@ def spread(parameters: torch.Tensor, grid: Grid, shape: torch.Size) -> torch.Ten
 class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
     """Observes nothing: it stands where a tensor goes onto a grid, and puts the operations there when converted."""
 
-    def __init__(
-        self, grid: Grid, constant: Callable[[], torch.Tensor] | None, step: str | None, **_: object
-    ) -> None:
+    def __init__(self, grid: Grid, constant: Callable[[], torch.Tensor] | None, step: str | None, **_: object) -> None:
         # What torchao adds to the arguments says again what the grid says.
         super().__init__(MappingType.ASYMMETRIC, _DTYPES[grid.dtype], PerTensor(), grid.low, grid.high)
         self._grid = grid

@@ -1,8 +1,8 @@
 """Grids of activations for the steps of a schedule: one for all of them, one for groups, or one for each.
 
-Values of a diffusion network move from step to step, and with a few known steps nothing forces them onto one grid: a row
-of the table of steps has room for a scale and a zero point of every tensor (per-step scales as in Q-DM's and TDQ's
-temporal quantizers, and TFMQ-DM's finite-set calibration, arXiv:2311.16503, without anything to compute on the device).
+Values of a diffusion network move from step to step, and with a few known steps nothing forces them onto one grid: a
+row of the table of steps has room for a scale and a zero point of every tensor. (A scale for each step, as in TFMQ-DM's
+finite set calibration, Huang et al. 2024, arXiv:2311.16503.)
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from fewstep.calibration import CalibrationSet
 
 # Steps share a grid while its squared error is no more than this many times that of a grid for each. It is 0.2 dB, less
-# than half of what parity lets an artifact lose to its reference in the mean; a range found from other samples of the same
-# generator differs by as much.
+# than half of what parity lets an artifact lose to its reference in the mean (`fewstep.runtimes.quantized_parity`).
 SHARED_LOSS = 1.05
 
 Rows = Sequence[Sequence[int]]
@@ -92,6 +91,9 @@ class StepGrids:
             scale=np.concatenate([first.scale, *(grid.scale for grid in others)]),
             zero_point=np.concatenate([first.zero_point, *(grid.zero_point for grid in others)]),
         )
+
+
+SHARED = StepGrids()
 
 
 def _steps_of(row: Sequence[int], of_step: dict[int, tuple[int, ...]], steps: Sequence[int]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Graph:
     """One program of a component, not traced yet.
 
-    ``tile`` is the height and width of the tiles that it takes, ``row`` the one row of the table of steps that it is for.
+    ``tile`` is the height and width of the tiles that it takes, ``row`` the row of the table of steps that it is for.
     """
 
     variant: str
