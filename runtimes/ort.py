@@ -56,6 +56,20 @@ def open_session(
         raise RuntimeMissingError("onnxruntime is not installed", hint="pip install 'fewstep[onnxruntime]'")
     import onnxruntime
 
+    options = session_options(threads, mapped=mapped)
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exception classes are private and many
+        raise ContractError(f"{path}: ONNX Runtime cannot load it: {error}", hint="build the bundle again") from error
+    for given, expected in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
+        _check_contract(path, given, expected)
+    return CheckedSession(path.parent.name, spec, _OrtSession(session))
+
+
+def session_options(threads: int | None, *, mapped: bool = False) -> onnxruntime.SessionOptions:
+    """Returns the options of `open_session`."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
@@ -66,13 +80,7 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
         # The level above lays the weights of convolutions out anew.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exception classes are private and many
-        raise ContractError(f"{path}: ONNX Runtime cannot load it: {error}", hint="build the bundle again") from error
-    for given, expected in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
-        _check_contract(path, given, expected)
-    return CheckedSession(path.parent.name, spec, _OrtSession(session))
+    return options
 
 
 @functools.cache

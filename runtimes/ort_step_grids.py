@@ -13,14 +13,18 @@ _ops = torch.ops.quantized_decomposed
 
 def _quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: int) -> Any:
     """Returns QuantizeLinear with parameters of no axis; the range of q is that of its type, one of onnx.proto's."""
-    return op.QuantizeLinear(x, op.Squeeze(scale), op.Cast(op.Squeeze(zero_point), to=dtype))
+    return op.QuantizeLinear(x, *_numbers(scale, zero_point, dtype))
 
 
 def _dequantize(
     q: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: int, out_dtype: int | None = None
 ) -> Any:
     """Returns DequantizeLinear with parameters of no axis."""
-    return op.DequantizeLinear(q, op.Squeeze(scale), op.Cast(op.Squeeze(zero_point), to=dtype))
+    return op.DequantizeLinear(q, *_numbers(scale, zero_point, dtype))
+
+
+def _numbers(scale: Any, zero_point: Any, dtype: int) -> tuple[Any, Any]:
+    return op.Squeeze(scale), op.Cast(op.Squeeze(zero_point), to=dtype)
 
 
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.quant.prompts import CALIBRATION, CALIBRATION_SEED, HELD_OUT
 from fewstep.calibration import SampleRequest, collect
 from fewstep.calibration.ranges import StepRanges
-from fewstep.export import Programs, describe, load, programs_of
+from fewstep.export import Programs, describe, load, programs_of, write_tokenizers
 from fewstep.feeds import Sample
 from fewstep.manifest import BEFORE, DENOISER
 from fewstep.metrics import psnr_db
@@ -34,11 +34,11 @@ from fewstep.runtimes.sampler import Sampler, open_tokenizers
 BITS = {8: (8, 6, 4), 4: (8, 6, 4)}
 
 
-def measure(folder: str, *, steps: int = 4, prompts: int = 8, seeds: int = 2, samples: int = 32) -> dict[str, Any]:
+def measure(work: Path, *, steps: int = 4, prompts: int = 8, seeds: int = 2, samples: int = 32) -> dict[str, Any]:
     """Returns the PSNR of every picture against the float denoiser's, by bits and by how steps share grids.
 
     Args:
-        folder: of the bundle of stickers, whose tokenizers are used; calibration samples are kept beside it.
+        work: folder for tokenizers and calibration samples.
         steps: N.
         prompts: held-out prompts to draw.
         seeds: of each.
@@ -56,12 +56,13 @@ def measure(folder: str, *, steps: int = 4, prompts: int = 8, seeds: int = 2, sa
         seed=CALIBRATION_SEED,
         steps=steps,
         guidance=generator.guidance,
-        folder=Path(folder).with_name("calibration"),
+        folder=work / "calibration",
     )
     early = frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
     floats = {name: programs.make(name) for name in programs.components}
     requests = SampleRequest.grid(generator, HELD_OUT[:prompts], range(seeds), steps, generator.guidance)
-    tokenizers = open_tokenizers(Path(folder), described.tokenizers)
+    write_tokenizers(generator, described.tokenizers, work / "tokenizers")
+    tokenizers = open_tokenizers(work / "tokenizers", described.tokenizers)
 
     def draw(denoiser: Program) -> Iterable[Sample]:
         opened = floats | {DENOISER: denoiser}

@@ -192,7 +192,7 @@ def build(
             verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized, programs.removed)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)

@@ -201,8 +201,8 @@ class Artifact:
     """What one runtime runs for one component.
 
     A component with several graphs has an artifact for each, told apart by ``variant``: empty for the first or only
-    one, a shape (``512x768``), a size of tiles (``tile-32x16``), or a row of the table of steps (``row-2``). The weights
-    are those of the first.
+    one, a shape (``512x768``), a size of tiles (``tile-32x16``), or a row of the table of steps (``row-2``). The
+    weights are those of the first.
     """
 
     runtime: str
