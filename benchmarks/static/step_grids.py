@@ -34,7 +34,7 @@ from fewstep.runtimes.sampler import Sampler, open_tokenizers
 BITS = {8: (8, 6, 4), 4: (8, 6, 4)}
 
 
-def measure(work: Path, *, steps: int = 4, prompts: int = 8, seeds: int = 2, samples: int = 32) -> dict[str, Any]:
+def measure(work: Path, *, steps: int = 4, prompts: int = 16, seeds: int = 1, samples: int = 32) -> dict[str, Any]:
     """Returns the PSNR of every picture against the float denoiser's, by bits and by how steps share grids.
 
     Args:

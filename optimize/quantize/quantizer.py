@@ -151,7 +151,7 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
         """Replaces the observer by quantize and dequantize, or for a constant by its whole numbers and dequantize."""
         graph, source = model.graph, observer_node.args[0]
         assert isinstance(source, Node)
-        with graph.inserting_before(observer_node):
+        with graph.inserting_before(_after_inputs(observer_node)):
             if self._constant is None and self._grid.by_row:
                 parameters = self._row(model, source.name)
                 q = graph.call_function(_ops.quantize_per_tensor.tensor, (source, *parameters))
@@ -206,6 +206,13 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
         if g.group_size is not None:
             result = graph.call_function(torch.ops.aten.reshape.default, (result, list(values.shape)))
         return result
+
+
+def _after_inputs(node: Node) -> Node:
+    """Returns the node itself, or for one that stands between the inputs of its graph the first behind them."""
+    nodes = list(node.graph.nodes)
+    last = max((i for i, other in enumerate(nodes) if other.op == "placeholder"), default=-1)
+    return nodes[max(nodes.index(node), last + 1)]
 
 
 def _constant(grid: Grid, values: Callable[[], torch.Tensor]) -> QuantizationSpec:
