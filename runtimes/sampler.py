@@ -226,7 +226,7 @@ def open_sampler(
     name = runtime or manifest.runtimes[0]
     backend = get_runtime(name)
     opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
-    held = "one" if not keep_open else rows or manifest.recipe.get("row_graphs", "mapped")
+    held = rows or manifest.recipe.get("row_graphs", "mapped")
     open_of_several = backend.open_mapped if held == "mapped" and backend.open_mapped is not None else opened
 
     def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
