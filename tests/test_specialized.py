@@ -98,6 +98,8 @@ def test_every_way_to_hold_the_graphs_draws_the_same(rows: str) -> None:
     assert isinstance(held, RowSession) and len(held.open_rows) == (1 if rows == "one" else 4)
     sampler.close()
     assert not held.open_rows
+    with pytest.raises(ContractError, match="rows is 'all', expected one of mapped, packed, one"):
+        open_sampler(bundle, rows="all")
     # Packed or not, kernels sum in another order.
     assert psnr_db(bundle.generate("a cat", 3, steps=4).picture_HWC, found.picture_HWC) >= 100
 
