@@ -6,6 +6,8 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from fewstep.calibration.estimate import Range, estimate, squared_error
 from fewstep.calibration.histogram import BINS, Histogram, bin_of
 from fewstep.calibration.ranges import StepRanges
 from fewstep.errors import QuantizationError
+from fewstep.export.row import at_row
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize import ComponentPlan, QuantPlan, quantize
 from fewstep.optimize.quantize.grids import activation_grid
@@ -101,6 +104,19 @@ class _Net(torch.nn.Module):
         return result
 
 
+class _Grouped(torch.nn.Module):
+    """Convolutions whose kernel puts out whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (torch.nn.Conv2d(16, 16, 3, padding=1, groups=2) for _ in range(2))
+        self.register_buffer("table", torch.tensor(SCALES)[:, None, None, None])
+
+    def forward(self, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.b(torch.relu(self.a(x * self.table.index_select(0, step))))
+        return result
+
+
 @functools.cache
 def net() -> tuple[Program, Calls]:
     """Returns a program that takes a step, and calls of each."""
@@ -135,6 +151,28 @@ def test_every_backend_computes_with_the_grids_of_the_step(tmp_path: Path) -> No
         assert len(points) >= 5 and all(p.equal >= 0.999 and p.largest <= 1 for p in points), k
         with open_double(each) as session:
             assert sqnr_db(run(each, x, torch.tensor([k])).numpy(), session.run(given)["y"]) >= 35
+
+
+def test_kernels_that_want_constants_have_them_in_a_graph_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = random(1, 16, 16, 16)
+    program = program_of(_Grouped(), x, torch.tensor([0]), origins=["latent", "step"])
+    calls = [(k, (x, torch.tensor([k]))) for k in range(4)]
+    kinds = {}
+    for constant in (False, True):
+        made = plan_component(program, W8A8, X86, lambda: calls, step_grids=StepGrids(EACH.rows, constant=constant))[0]
+        assert all(grid.by_row == constant for grid in made.activations.values())
+        quantized = quantize(program, made)
+        for row in (0, 3):
+            alone = at_row(quantized, row)
+            np.testing.assert_array_equal(run(alone, x).numpy(), run(quantized, x, torch.tensor([row])).numpy())
+        model = tmp_path / ort_lower.lower(alone if constant else quantized, tmp_path, "fp32").path
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(model), options)
+        kinds[constant] = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert kinds[False].count("QLinearConv") == kinds[True].count("QLinearConv") == 2
 
 
 def test_a_plan_with_grids_by_step_is_read_back(tmp_path: Path) -> None:

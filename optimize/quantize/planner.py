@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -351,7 +351,7 @@ def plan_component(
 def draw_up(
     module: GraphModule,
     sites: tuple[Site, ...],
-    decisions: Iterable[Decision],
+    decisions: Sequence[Decision],
     ranges: StepRanges | None,
     profile: TargetProfile,
     grids: Mapping[str, Grid] | None = None,
@@ -362,6 +362,8 @@ def draw_up(
     activations: dict[str, Grid] = {}
     reasons: dict[str, str] = {}
     computes, outputs = [], []
+    whole = [d.site for d in decisions if d.computes and _has_output_grid(d.site, profile)]
+    of_whole = {name for site in whole for name in _activations(site, profile)}
     for d in decisions:
         site = d.site
         if d.weight_reason is not None:
@@ -384,7 +386,7 @@ def draw_up(
             for name in _activations(site, profile):
                 if name not in activations:
                     assert ranges is not None, "observe_sites finds ranges for whatever is computed in whole numbers"
-                    activations[name] = step_grids.grid(ranges, name, d.choice.ranges, profile)
+                    activations[name] = step_grids.beside(name in of_whole).grid(ranges, name, d.choice.ranges, profile)
     reasons |= {name: reason for name, reason in _float_reasons(module, profile).items() if name not in activations}
     return ComponentPlan(
         network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons

@@ -20,7 +20,7 @@ from fewstep.export import Programs
 from fewstep.manifest import LOOP, STEP
 from fewstep.optimize.quantize.grids import activation_grid
 from fewstep.optimize.quantize.plan import Grid
-from fewstep.profiles import TargetProfile
+from fewstep.profiles import TargetProfile, get_profile
 from fewstep.quantization import Quantization
 
 if TYPE_CHECKING:
@@ -41,17 +41,20 @@ class StepGrids:
     Attributes:
         rows: None for one grid for all steps.
         grouped: successive steps share a grid as long as that costs no more than `SHARED_LOSS`.
+        constant: each row has a graph of its own, in which its grids are constants.
     """
 
     rows: Rows | None = None
     grouped: bool = False
+    constant: bool = False
 
     @classmethod
     def of(cls, programs: Programs, quantization: Quantization, calls: CalibrationSet, component: str) -> StepGrids:
         """Returns what a recipe makes of a component; one that runs once, or is the same in all steps, has one grid.
 
         Raises:
-            QuantizationError: the recipe wants grids by step, and the networks are compiled for any step.
+            QuantizationError: the recipe wants grids by step, and the networks are compiled for any step, or the target
+                wants grids that are constants.
         """
         contract, spec = programs.contract, programs.components[component]
         if quantization.step_grids == "shared":
@@ -61,12 +64,22 @@ class StepGrids:
                 f"step_grids is {quantization.step_grids!r}, and networks in step form do not know which step it is",
                 hint="build with --form table, or with step_grids = 'shared'",
             )
+        constant = contract.form == "specialized"
+        if not (constant or get_profile(quantization.profile).computed_scales):
+            raise QuantizationError(
+                f"step_grids is {quantization.step_grids!r}, and {quantization.profile} wants constants for scales",
+                hint="build with --form specialized, or with step_grids = 'shared'",
+            )
         if spec.phase != LOOP or STEP not in spec.bindings.values():
             return cls()
         schedule = programs.described.schedules[calls.steps]
         read = [contract.row(schedule, k) for k in range(calls.steps)]
         rows = [[k for k, row in enumerate(read) if row == i] for i in range(len(contract.rows))]
-        return cls(rows, quantization.step_grids == "grouped")
+        return cls(rows, quantization.step_grids == "grouped", constant)
+
+    def beside(self, wants_constants: bool) -> StepGrids:
+        """Returns how the steps share the grid of an activation, whose kernel may want constants for its scales."""
+        return SHARED if wants_constants and not self.constant else self
 
     def grid(self, ranges: StepRanges, name: str, method: str, profile: TargetProfile, bits: int = 8) -> Grid:
         """Returns the grid of an activation: one for all steps, or one for each row.

@@ -23,6 +23,8 @@ class TargetProfile:
             kernel puts out floats: nothing of its result is lost to a grid. Above, memory traffic eats the gain.
         min_rows: a product of fewer rows than this reads more weights than it computes: whole numbers save nothing.
         weight_bits: which bits weights can be stored in.
+        computed_scales: whether a product that puts out floats takes a scale of its data that the graph computes. Those
+            that put out whole numbers never do: their kernels want constants.
         floats: why other operations stay in float, by name.
     """
 
@@ -35,6 +37,7 @@ class TargetProfile:
     min_rows: int
     weight_bits: tuple[int, ...]
     floats: Mapping[str, str]
+    computed_scales: bool = True
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
@@ -66,7 +69,16 @@ _X86 = TargetProfile(
 # Signed by signed: as fast on ARM, and the same integers on every processor.
 _ARM = replace(_X86, name="arm", activation="int8")
 # Explicit, symmetric Q/DQ; what is fused is the builder's decision.
-_TENSORRT = replace(_ARM, name="tensorrt", symmetric=True, outputs=frozenset(), unfolded=0, min_rows=1, floats={})
+_TENSORRT = replace(
+    _ARM,
+    name="tensorrt",
+    symmetric=True,
+    outputs=frozenset(),
+    unfolded=0,
+    min_rows=1,
+    floats={},
+    computed_scales=False,
+)
 
 PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT)}
 
