@@ -171,7 +171,7 @@ bench-quant: $(VENV)/.dev bundle-step ## Compares recipes with other tools' int8
 
 .PHONY: bench-static
 bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers --memory --step-grids
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

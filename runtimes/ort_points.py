@@ -22,7 +22,8 @@ from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
 
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_ops = torch.ops.quantized_decomposed
+_QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_tensor.tensor)
 _GIVEN = ".given"
 
 
@@ -92,7 +93,7 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> object:
         """Runs a node."""
         result = super().run_node(n)
-        if n.target is _QUANTIZE:
+        if n.target in _QUANTIZE:
             self.values[n.name] = result.numpy().copy()
         return result
 

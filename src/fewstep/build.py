@@ -78,7 +78,8 @@ def build(
         shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
             first is the default; None takes the recipe's, then the generator's.
         decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
-        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
+        form: ``step``, ``table`` or ``specialized``, see `fewstep.export.programs`; None takes the recipe's, then what
+            suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -191,7 +192,7 @@ def build(
             verified = verified.and_at(name, found)
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized, programs.removed)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)

@@ -5,7 +5,10 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``, ``palette8`` to ``pal
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
-    form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
+    form = "table"              # step (any step count) | table (the listed ones, faster) | specialized (a graph
+                                # for each of their steps on one set of weights); see docs/static.md
+    row_graphs = "mapped"       # how a device holds specialized graphs: all open on weights that are mapped into memory
+                                # once | packed, a copy each, faster | one open at a time
     palette = 6                 # Core ML: weights as indices of 1, 2, 3, 4, 6 or 8 bits into palettes of halves
     guidance = 3.0              # guidance scale that samples use unless told otherwise
     loras = ["lcm.safetensors=0.8"]  # FILE or FILE=SCALE, merged into the weights
@@ -36,7 +39,8 @@ from fewstep.quantization import Quantization, parse_quantization, refuse_unknow
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
-FORMS = ("step", "table")
+FORMS = ("step", "table", "specialized")
+ROW_GRAPHS = ("mapped", "packed", "one")
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 MAX_STEPS = 64
 
@@ -74,10 +78,21 @@ class Recipe:
     """Bits of an index into a weight's palette, one of `PALETTE_BITS`; Core ML stores them so."""
     form: str | None = None
     """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
+    row_graphs: str = "mapped"
+    """How runtimes hold the graphs of the specialized form, one of `ROW_GRAPHS`."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared with PyTorch yet: quantized operations, tile by tile or at several shapes."""
+        """Refuses what is not compiled together.
+
+        Quantized operations cannot be compared with PyTorch tile by tile or at several shapes; a graph for each step at
+        each of several shapes would be too many.
+        """
+        if self.form == "specialized" and len(self.shape) > 1:
+            raise RecipeError(
+                f"{self.name}: several shapes and the form specialized are both given, expected one of them",
+                hint="build with --form table, whose graph is the same in every step",
+            )
         for what, given in (("decoder_tile", self.decoder_tile is not None), ("several shapes", len(self.shape) > 1)):
             if self.quantization is not None and given:
                 raise RecipeError(
@@ -194,6 +209,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         quantization=quantization,
         palette=_palette(values.get("palette", base.palette), f"{where}: palette"),
         form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
+        row_graphs=_one_of(ROW_GRAPHS, values.get("row_graphs", "mapped"), f"{where}: row_graphs"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -233,6 +249,12 @@ def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
             )
         counts.append(count)
     return tuple(sorted(set(counts)))
+
+
+def _one_of(choices: Collection[str], value: object, where: str) -> str:
+    if value not in choices:
+        raise RecipeError(f"{where} is {value!r}, expected one of {', '.join(choices)}", hint="edit the recipe")
+    return str(value)
 
 
 def _palette(value: object, where: str) -> int | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError, RuntimeMissingError
 from fewstep.feeds import Sample
-from fewstep.manifest import INTEGERS, Artifact
+from fewstep.manifest import INTEGERS, Artifact, Manifest
+from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
 from fewstep.runtimes import coreml, get_runtime
+from fewstep.runtimes.base import Array
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -27,6 +29,7 @@ from fewstep.runtimes.parity import (
     label,
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
+from fewstep.runtimes.rows import has_rows, row_call, row_variant
 from fewstep.runtimes.sampler import open_sampler
 from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceSpec
@@ -298,11 +301,24 @@ def _compare_operations(
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
-            program = quantized.make(component)
-            path = bundle.file(bundle.manifest.artifact(runtime, component).path)
+            made = quantized.make(component)
             for feed in (f for f in sample.feeds if f.component == component):
-                checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
+                program, inputs, variant = _answering(bundle.manifest, made, feed.inputs)
+                path = bundle.file(bundle.manifest.artifact(runtime, component, variant).path)
+                checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
     return checks
+
+
+def _answering(
+    manifest: Manifest, program: Program, inputs: Mapping[str, Array]
+) -> tuple[Program, Mapping[str, Array], str | None]:
+    """Returns the program of the graph that answers a call of a component, what it takes, and its name."""
+    if not has_rows(manifest.contract, program.spec):
+        return program, inputs, None
+    from fewstep.export.row import at_row
+
+    row, left = row_call(program.spec, inputs)
+    return at_row(program, row), left, row_variant(row)
 
 
 def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
@@ -357,6 +373,8 @@ def _bisect(
         if spec.tiles is not None:
             spec, inputs, variant = first_tile(spec, inputs)
         program = (quantized or programs).make(component, spec)
+        if variant is None:
+            program, inputs, variant = _answering(manifest, program, inputs)
         path = bundle.file(manifest.artifact(runtime, component, variant).path)
         found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found
