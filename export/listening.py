@@ -163,10 +163,10 @@ def _is_number(value: Any) -> bool:
 
 
 class Draws:
-    """fewstep's noise: one offset for every draw of a run."""
+    """fewstep's noise: one offset for every draw of a run, one row for every sample of its batch."""
 
-    def __init__(self, draw: Callable[[int, tuple[int, ...]], torch.Tensor], recorded: Run) -> None:
-        self._draw, self._run = draw, recorded
+    def __init__(self, draw: Callable[[int, tuple[int, ...]], torch.Tensor], recorded: Run, batch: int = 1) -> None:
+        self._draw, self._run, self._batch = draw, recorded, batch
 
     def __call__(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Returns the next draw: offset 0 before the first step, 1 + k during step k."""
@@ -179,9 +179,20 @@ class Draws:
                 f"step {offset - 1} draws noise more than once, expected at most one array",
                 hint="draw all that a step needs as one array",
             )
-        run.draws[offset] = self._draw(offset, tuple(shape))
+        run.draws[offset] = self._draw(offset, self._rows(tuple(shape)))
         run.tape.leaf(f"{NOISE}{offset}", run.draws[offset])
         return run.draws[offset]
+
+    def _rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of a draw for the whole batch; a loop in plain PyTorch asks for one row, whatever it is."""
+        if self._batch == 1 or shape[:1] == (self._batch,):
+            return shape
+        if shape[:1] != (1,):
+            raise ExportError(
+                f"noise {list(shape)} is drawn in a batch of {self._batch}, expected one row for each sample",
+                hint="build it without a batch",
+            )
+        return (self._batch, *shape[1:])
 
 
 def noise_tensor(seed: int, offset: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -50,6 +50,12 @@ class Anatomy:
     clips: bool = False
 
 
+def example_prompts(generator: Generator) -> str | list[str]:
+    """Returns the prompt that a generator is described with; of a batch, one for each sample."""
+    prompts = generator.prompts or ("",)
+    return prompts[0] if generator.batch == 1 else [prompts[i % len(prompts)] for i in range(generator.batch)]
+
+
 def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, Stub]:
     """Returns a stub for every component of a recorded run: the denoiser's tensors are ``outputs(call, shape)``."""
 
@@ -79,8 +85,8 @@ def probe_run(
 ) -> Run:
     """Returns a run at another step count in which no network runs: its outputs are random numbers."""
     stubs = stand_ins(recorded, lambda number, shape: noise_tensor(_STUB_SEED, number, shape))
-    prompt = generator.prompts[0] if generator.prompts else ""
-    return run(generator, prompt, 0, steps=steps, guidance=guidance, inputs=inputs, stubs=stubs, clips=clips)
+    texts = example_prompts(generator)
+    return run(generator, texts, 0, steps=steps, guidance=guidance, inputs=inputs, stubs=stubs, clips=clips)
 
 
 def pipeline_schedule(
@@ -261,7 +267,7 @@ def loop_schedule(
     with _LoopWatch(numel, generator.name, lambda: len(symbolic[0].states) if symbolic else 0) as watch:
         traced = run(
             generator,
-            generator.prompts[0],
+            example_prompts(generator),
             0,
             steps=steps,
             guidance=anatomy.guidance,

@@ -14,6 +14,7 @@ from fewstep.errors import BundleError, ContractError
 from fewstep.schedule import Schedule
 from fewstep.source import SourceInfo
 from fewstep.tiles import Tiles
+from fewstep.variants import batch_of, nearest, variant
 
 SCHEMA_VERSION = 1
 # Folder of a bundle with the plan of its quantization, if it has one.
@@ -139,6 +140,8 @@ class Contract:
 
     ``form`` says what the networks of the loop are told of a step: its numbers (``step``), or which row of the table
     ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``.
+
+    ``batch`` is the number of samples that one call of every component draws, one row of its tensors for each.
     """
 
     latent_shape: tuple[int, ...]
@@ -153,6 +156,7 @@ class Contract:
     noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
     form: str = "step"
     rows: tuple[Mapping[str, float], ...] = ()
+    batch: int = 1
 
     def row(self, schedule: Schedule, k: int) -> int:
         """Returns the row of the table that holds the numbers of a schedule's step.
@@ -234,7 +238,7 @@ class Manifest:
     """The whole of ``manifest.json``.
 
     ``shape`` is the size of the pictures (``512x768``, height first) where the build chose it, None where it is the
-    generator's own; ``shapes`` are the others that the bundle can draw.
+    generator's own; ``shapes`` are the others that the bundle can draw, and batches: see `fewstep.variants`.
     """
 
     name: str
@@ -265,14 +269,35 @@ class Manifest:
         if shape == self.shape:
             return self
         if shape not in self.shapes:
-            have = ", ".join(name for name in (self.shape, *self.shapes) if name) or "the generator's own alone"
+            found = [name for name in (self.shape, *self.shapes) if name and batch_of(name) == 1]
+            have = ", ".join(found) or "the generator's own alone"
             raise ContractError(
                 f"bundle has no shape {shape}, it has {have}",
-                hint=f"build it with --shape {','.join([*filter(None, (self.shape, *self.shapes)), shape])}",
+                hint=f"build it with --shape {','.join([*found, shape])}",
             )
-        other = self.shapes[shape]
+        return self._at(shape)
+
+    def batched(self, batch: int) -> Manifest:
+        """Returns the manifest as it is for so many pictures at once, of the shape that this one is of.
+
+        Raises:
+            ContractError: the bundle was not built for this batch.
+        """
+        if batch == self.contract.batch:
+            return self
+        name = variant(self.shape, batch)
+        if name not in self.shapes:
+            sizes = sorted({1, *map(batch_of, self.shapes)})
+            raise ContractError(
+                f"bundle does not draw {batch} pictures at once, it draws {' or '.join(map(str, sizes))}",
+                hint=f"build it with --batch {batch}, or draw one after the other",
+            )
+        return self._at(name)
+
+    def _at(self, name: str) -> Manifest:
+        other = self.shapes[name]
         return replace(
-            self, shape=shape, contract=other.contract, components=other.components, schedules=other.schedules
+            self, shape=name, contract=other.contract, components=other.components, schedules=other.schedules
         )
 
     @property
@@ -280,14 +305,13 @@ class Manifest:
         """The runtimes that this bundle has artifacts for, in order."""
         return tuple(dict.fromkeys(artifact.runtime for artifact in self.artifacts))
 
-    def artifact(self, runtime: str, component: str, variant: str | None = None) -> Artifact:
+    def artifact(self, runtime: str, component: str, graph: str | None = None) -> Artifact:
         """Returns the artifact of a component for a runtime: of a variant, by default of the manifest's shape."""
         found = {a.variant: a for a in self.artifacts if (a.runtime, a.component) == (runtime, component)}
         # Of tiles, the first stands for all.
-        wanted = (self.shape or "", "", *found) if variant is None else (variant,)
-        for name in wanted:
-            if name in found:
-                return found[name]
+        name = nearest(self.shape or "", found) if graph is None else graph
+        if name in found:
+            return found[name]
         have = ", ".join(self.runtimes) or "none"
         raise BundleError(
             f"bundle has no {component} for runtime {runtime!r}, it has runtimes: {have}",
@@ -414,6 +438,7 @@ def _contract(values: Any) -> Contract:
         noise=values["noise"],
         form=values.get("form", "step"),
         rows=tuple(values.get("rows", ())),
+        batch=values.get("batch", 1),
     )
 
 
