@@ -19,6 +19,7 @@ from fewstep.manifest import (
     AFTER,
     BEFORE,
     DENOISER,
+    DRAW,
     GUIDANCE,
     INPUT,
     LATENT,
@@ -32,6 +33,7 @@ from fewstep.manifest import (
     Contract,
     TensorSpec,
     TokenizerSpec,
+    draw_offset,
     step_numbers,
 )
 from fewstep.output import to_output
@@ -139,7 +141,7 @@ class Sampler:
         def denoise(k: int, x: Array) -> Array:
             outputs = {}
             for branch in branches:
-                values[branch].update({LATENT: x, STEP: rows[k], **step_numbers(schedule, k)})
+                values[branch].update({LATENT: x, STEP: rows[k], **step_numbers(schedule, k), **self._draws(k, seeds)})
                 for component in self._phase(LOOP):
                     feeds.append(
                         self._call(component, values[branch], step=k, timestep=schedule.timesteps[k], branch=branch)
@@ -215,6 +217,15 @@ class Sampler:
                 values.setdefault(origin, self._value(values, origin, spec.shape, seeds))
             feeds.append(self._call(component, values, branch=branch))
         return values
+
+    def _draws(self, k: int, seeds: Sequence[int]) -> dict[str, Array]:
+        """Returns what the networks of a step are given of the seeds' noise, by origin."""
+        specs = [self._components[name] for name in self._phase(LOOP)]
+        wanted = {s.bindings[t.name]: t.shape for s in specs for t in s.inputs if s.bindings[t.name].startswith(DRAW)}
+        return {
+            origin: noise.rows(seeds, draw_offset(k, int(origin.removeprefix(DRAW))), shape)
+            for origin, shape in wanted.items()
+        }
 
     def _value(self, values: Mapping[str, Any], origin: str, shape: tuple[int, ...], seeds: Sequence[int]) -> Any:
         if origin not in values and origin.startswith(NOISE):

@@ -151,7 +151,7 @@ def test_on_the_command_line(guided: fewstep.Bundle, tmp_path: Path) -> None:
     arguments = ["generate", str(guided.path), "cat", "--seed", "7", "-o", str(tmp_path / "cat.png")]
     result = CliRunner().invoke(cli, [*arguments, "--batch", "2", "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output)["picture"] == [str(tmp_path / f"cat-{seed}.png") for seed in (7, 8)]
+    assert json.loads(result.stdout)["picture"] == [str(tmp_path / f"cat-{seed}.png") for seed in (7, 8)]
     alone = CliRunner().invoke(cli, [*arguments[:4], "8", "-o", str(tmp_path / "alone.png")])
     assert alone.exit_code == 0
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "cat-8.png").read_bytes()
@@ -212,7 +212,7 @@ def test_inputs_are_stacked() -> None:
 def test_recipes_name_a_batch() -> None:
     assert parse_recipe({"batch": 4}, where="r.toml", name="r").batch == 4
     for value in (1, 0, True, "4"):
-        with pytest.raises(RecipeError, match="r.toml: batch is .*, expected a whole number from 2 on"):
+        with pytest.raises(RecipeError, match=r"r.toml: batch is .*, expected a whole number from 2 on"):
             parse_recipe({"batch": value}, where="r.toml", name="r")
     with pytest.raises(RecipeError, match="batch and quantization are both given"):
         parse_recipe({"batch": 4, "base": "w8a8"}, where="r.toml", name="r")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fewstep.errors import ExportError
 from fewstep.feeds import Sample, StepFeed
+from fewstep.inputs import example_inputs
 from fewstep.manifest import ComponentSpec, Shaped, TensorSpec
 from fewstep.recipe import Recipe
 from fewstep.variants import variant
@@ -41,7 +42,7 @@ class Further:
         return Shaped(self.programs.contract, self.programs.components, self.programs.described.schedules)
 
     def requests(self) -> list[SampleRequest]:
-        """Returns what it is verified with: one batch, for its graphs have the weights that the default's have shown."""
+        """Returns what it is verified with: one batch: its graphs have the weights that the default's have shown."""
         return batch_requests(self.alone.generator, self.batch)
 
     def plain(self, original: Generator) -> Generator:
@@ -117,12 +118,13 @@ def _anatomy(components: Mapping[str, ComponentSpec]) -> dict[str, Any]:
 
 
 def batch_requests(generator: Generator, batch: int) -> list[SampleRequest]:
-    """Returns the requests of one batch at the default step count: other prompts, then other seeds."""
+    """Returns the requests of one batch at the default step count, all with prompts, seeds and inputs of their own."""
     from fewstep.calibration import SampleRequest
 
-    prompts = generator.prompts or ("",)
-    seeds = range(-(-batch // len(prompts)))
-    return SampleRequest.grid(generator, prompts, seeds, generator.default_steps, generator.guidance)[:batch]
+    prompts, steps, w = generator.prompts or ("",), generator.default_steps, generator.guidance
+    return [
+        SampleRequest(prompts[i % len(prompts)], i, steps, w, example_inputs(generator.inputs, i)) for i in range(batch)
+    ]
 
 
 def restate(samples: Sequence[Sample], programs: Programs) -> list[Sample]:

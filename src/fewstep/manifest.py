@@ -34,6 +34,7 @@ TOKENS = "tokens:"  # + tokenizer: the ids
 MASK = "mask:"  # + tokenizer: 1 for each id that is not padding
 INPUT = "input:"  # + name: what the user gave
 NOISE = "noise:"  # + offset: a draw of the seed's noise
+DRAW = "draw:"  # + number: a draw of the step for its networks, beside the one that its sampler adds
 LATENT = "latent"  # s_k x_k
 TIMESTEP = "timestep"  # t_k
 STEP = "step"  # the row of the contract's table of steps
@@ -47,8 +48,13 @@ BEFORE, LOOP, AFTER = "before", "loop", "after"
 # Kinds of inputs.
 TEXT, CLASS, IMAGE = "text", "class", "image"
 
-# Offsets of draws before the first step, beyond the first such draw; the steps of any sampler stay below.
-EARLY_DRAWS = 1 << 31
+# Offsets of draws beside the initial noise and the one that a step's sampler adds; the steps of any sampler stay below.
+EARLY_DRAWS, DRAWS_OF_A_STEP = 1 << 31, 1 << 16
+
+
+def draw_offset(k: int, number: int) -> int:
+    """Returns the offset of a further draw before network call k, numbered from 1."""
+    return EARLY_DRAWS + DRAWS_OF_A_STEP * k + number - 1
 
 
 @dataclass(frozen=True)

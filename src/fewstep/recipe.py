@@ -80,7 +80,7 @@ class Recipe:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared with PyTorch yet: quantized operations in tiles, several shapes or batches."""
+        """Refuses what cannot be compared with PyTorch yet: quantized operations in tiles, shapes or batches."""
         for what, given in (
             ("decoder_tile", self.decoder_tile is not None),
             ("several shapes", len(self.shape) > 1),
