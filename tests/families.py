@@ -29,9 +29,6 @@ REFUSED: Mapping[str, str] = {
     "hybrid-sd": "denoiser_small is called 2 times in a loop of 2 calls of denoiser",
 }
 
-# How many samples each family is asked to draw at once.
-BATCH = 2
-
 _KINDS = {"prompt": "text", "class": "class", "image": "image", "mask": "image"}
 # Of `Family.call_kwargs`, what is no option but the guidance scale.
 _GUIDANCE = ("guidance_scale", "guidance")
@@ -54,8 +51,6 @@ class Row:
     error: str = ""
     hint: str = ""
     note: str = ""
-    batch: str = ""
-    """How many samples it draws at once, or why it does not draw several."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Row:
@@ -105,8 +100,8 @@ def word_tokenizer(length: int, size: int) -> object:
     )
 
 
-def build_family(family: Family, *, recipe: str = "fp32", batch: int | None = None) -> Row:
-    """Returns how a family builds and verifies, in a batch too if asked; of an error not of fewstep's, nothing."""
+def build_family(family: Family, *, recipe: str = "fp32") -> Row:
+    """Returns how a family builds and verifies; of an error that is none of fewstep's, nothing."""
     started = time.perf_counter()
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -121,7 +116,7 @@ def build_family(family: Family, *, recipe: str = "fp32", batch: int | None = No
         }
         options = fewstep.Options(prompts=2, seeds=1, cache_root=folder / "cache", profile=False)
         try:
-            bundle, several = _build(generator, recipe, folder / "bundle", batch, options)
+            bundle = fewstep.build(generator, recipe, out=folder / "bundle", options=options)
         except FewstepError as error:
             nothing = Row(**row, components=(), guidance="", sqnr_db=None, output_db=None, checks=0, seconds=0.0)
             seconds = time.perf_counter() - started
@@ -137,20 +132,7 @@ def build_family(family: Family, *, recipe: str = "fp32", batch: int | None = No
             output_db=float(parity["worst"]["lowering.picture"]["value"]),
             checks=parity["checks"],
             seconds=time.perf_counter() - started,
-            batch=several,
         )
-
-
-def _build(
-    generator: Generator, recipe: str, out: Path, batch: int | None, options: fewstep.Options
-) -> tuple[fewstep.Bundle, str]:
-    """Returns the bundle, and the batch that it draws or the reason why it draws none."""
-    try:
-        return fewstep.build(generator, recipe, out=out, batch=batch, options=options), str(batch or "")
-    except FewstepError as error:
-        if batch is None:
-            raise
-        return fewstep.build(generator, recipe, out=out, options=options), f"no: {error.message}"
 
 
 def family_code(row: Row) -> int:
@@ -162,20 +144,14 @@ def family_code(row: Row) -> int:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the families as a table in Markdown."""
-    head = (
-        *("family", "group", "reference", "steps", "components", "guidance"),
-        "SQNR dB",
-        "output dB",
-        "own lines",
-        "batch",
-    )
+    head = "family", "group", "reference", "steps", "components", "guidance", "SQNR dB", "output dB", "own lines"
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         told = [row.family, row.group, row.reference, ", ".join(map(str, row.steps))]
         if row.error:
-            told += [f"refused: {row.error}", "", "", "", "", ""]
+            told += [f"refused: {row.error}", "", "", "", ""]
         else:
-            figures = [f"{row.sqnr_db:.0f}", f"{row.output_db:.0f}", str(family_code(row)), row.batch]
+            figures = [f"{row.sqnr_db:.0f}", f"{row.output_db:.0f}", str(family_code(row))]
             told += [", ".join(row.components), row.guidance.replace("_", "-"), *figures]
         lines.append("| " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"
@@ -194,7 +170,6 @@ lines of the compiler and the sampler that name the family or its pipeline class
 arithmetic is right; they show nothing of quality.
 
 {table(rows)}
-*Batch*: how many samples one call of the bundle draws too, each compared with what its seed draws alone.
 *Guidance*: `embedded`, the scale is an input of the network; `two-pass`, two calls a step; `none`, neither.
 [Any few-step generator](any-generator.md) says what is refused, and why.
 """
@@ -205,10 +180,8 @@ def main(names: Iterable[str]) -> None:
     rows = []
     for family in zoo.FAMILIES:
         if not names or family.name in names:
-            rows.append(build_family(family, batch=BATCH))
-            sys.stderr.write(
-                f"{family.name}: {rows[-1].error or 'verified'}, batch {rows[-1].batch}, {rows[-1].seconds:.0f} s\n"
-            )
+            rows.append(build_family(family))
+            sys.stderr.write(f"{family.name}: {rows[-1].error or 'verified'}, {rows[-1].seconds:.0f} s\n")
     sys.stdout.write(page(rows))
 
 

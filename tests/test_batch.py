@@ -25,6 +25,8 @@ from fewstep.manifest import Manifest
 from fewstep.recipe import PRESETS, parse_recipe
 from fewstep.variants import nearest, parts, variant
 from tests.bundles import built, plain_generator
+from tests.families import generator_of
+from tests.zoo import FAMILIES
 
 PROMPTS, SEEDS = ["a cat", "a house by the sea"], [5, 9]
 # ONNX Runtime sums in another order for another shape: some float32 roundings of values up to 1.
@@ -252,3 +254,36 @@ def test_manifests_from_before_batches_are_read(plain: fewstep.Bundle) -> None:
     del values["contract"]["batch"], values["shapes"]
     manifest = Manifest.from_json(values, where="manifest.json")
     assert manifest.contract.batch == 1 and not manifest.shapes
+
+
+# Added conditions and glue between two text encoders; packed latents; a picture to start from; a second network in every
+# step; folded frames; sound; classes; draws for the networks.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lcm-sdxl",
+        "sd3",
+        "flux-schnell",
+        "pixart-lcm",
+        "sana-sprint",
+        "dit",
+        "img2img-lcm",
+        "inpaint",
+        "controlnet",
+        "marigold-lcm",
+        "animatediff-lcm",
+        "flash-audio",
+        "consistency-model-class",
+        "meanflow",
+        "dd-gan",
+        "invsr",
+    ],
+)
+def test_families_in_a_batch(name: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    generator = generator_of(family, tmp_path / "source")
+    bundle = fewstep.build(
+        generator, out=tmp_path / "bundle", steps=family.steps[:1], batch=2, options=options(tmp_path)
+    )
+    assert bundle.batched(2).manifest.contract.batch == 2
