@@ -13,6 +13,7 @@ from fewstep.errors import ExportError
 from fewstep.export.embedding import is_embedding
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
+from fewstep.export.post import read_post
 from fewstep.export.recorded import Run, name_inputs
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
@@ -31,6 +32,9 @@ from fewstep.manifest import (
     CONDITIONS,
     DECODER,
     DENOISER,
+    DRAW,
+    DRAWS_OF_A_STEP,
+    EARLY_DRAWS,
     GUIDANCE,
     INITIAL,
     LATENT,
@@ -41,6 +45,7 @@ from fewstep.manifest import (
     TIMESTEP,
     Contract,
     Guidance,
+    draw_offset,
 )
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
@@ -60,6 +65,7 @@ class Reader:
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
         self._last = len(calls) - 1
         self._refuse_other_networks()
+        self._loop_post = read_post(recorded) if generator.is_loop else None
         self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
         self._initial: tuple[int | None, Any] = (0, None)
         self._initial = self._read_initial()
@@ -71,8 +77,10 @@ class Reader:
             initial_offset=self._initial[0],
             guidance=plain,
             clips=recorded.clips,
+            post_after=None if self._loop_post is None else self._loop_post.after,
         )
         self._refuse_other_shapes()
+        self._refuse_further_noise()
 
     # --- the loop
 
@@ -104,10 +112,31 @@ class Reader:
             return
         shape = self._run.states[0].shape
         name, F = next(iter(self._run.of(DENOISER)[0].outputs.items()))
+        F = F if self._loop_post is None else self._loop_post(F)
         if F.shape != shape:
             raise ExportError(
                 f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
                 hint=f"move what makes one of the other into the network {DENOISER!r}",
+            )
+
+    def _refuse_further_noise(self) -> None:
+        """Raises if a step draws beside its latent's noise what is not for a network of every step."""
+        run = self._run
+        further = {offset: draw for offset, draw in run.draws.items() if offset >= draw_offset(1, 1)}
+        if not further:
+            return
+        for component in self._loop_names():
+            for k in range(1, len(run.states)):
+                inputs = [t for name, t in self._originals(component, k).items() if name != self.anatomy.latent]
+                glue = run.tape.cut([t for t in inputs if run.tape.varies(t)], what=component)
+                for number in range(1, 1 + len(run.step_draws())):
+                    if f"{NOISE}{draw_offset(k, number)}" in glue.leaves:
+                        further.pop(draw_offset(k, number), None)
+        if further:
+            gap = (min(further) - EARLY_DRAWS) // DRAWS_OF_A_STEP
+            raise ExportError(
+                f"step {gap - 1} draws noise more than once, expected at most one array for the latent",
+                hint="draw all that a step adds to its latent as one array",
             )
 
     def _loop_names(self) -> list[str]:
@@ -150,7 +179,7 @@ class Reader:
         """The operations between the denoiser's first output and the scheduler, None where they are mere scaling."""
         run = self._run
         if not run.model_outputs:
-            return None
+            return None if self._loop_post is None else self._loop_post.glue
         k = self._last
         F = next(iter(run.of(DENOISER)[k].outputs.values()))
         if F.shape == run.model_outputs[k].shape:
@@ -242,7 +271,8 @@ class Reader:
         if latent is not None:
             direct[latent] = LATENT
         wiring = self._wire(call, LOOP, direct, self._since)
-        wiring = renamed(wiring, {SCALED: LATENT})
+        draws = {f"{NOISE}{draw_offset(k, int(n.removeprefix(DRAW)))}": n for n in self._run.step_draws()} if k else {}
+        wiring = renamed(wiring, {SCALED: LATENT, **draws})
         self._check_every_step(component, wiring)
         post = self._post() if component == DENOISER else None
         if post is not None:
@@ -270,6 +300,11 @@ class Reader:
         for k in range(self._last):
             originals = self._originals(component, k)
             for name, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
+                if direct is not None and direct.startswith(DRAW):
+                    if originals[name] is not self._run.step_draws()[direct][k]:
+                        raise refuse(
+                            f"{component}: input {name} is not the same draw of step {k} and step {self._last}"
+                        )
                 if direct is None or not direct.startswith(MADE):
                     continue
                 if not torch.equal(self._run.tape.tensor(direct), originals[name]):

@@ -79,8 +79,8 @@ def compile_targets(
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first. ``samples`` are
-    recorded runs at the first shape, for backends that choose a precision by the values in them.
+    ``others`` are the programs at further shapes and in batches, by name; their graphs share the weights of the first.
+    ``samples`` are recorded runs at the first shape, for backends that choose a precision by the values in them.
     """
     from fewstep.runtimes import get_runtime
 

@@ -15,6 +15,7 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``, ``palette8`` to ``pal
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
     shape = "512x512,512x768"   # heights and widths of the pictures, in pixels; the first is the default
     decoder_tile = 256          # decode in overlapping tiles of so many pixels to a side
+    batch = 4                   # draw so many pictures at once too, on the same weights
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -73,6 +74,8 @@ class Recipe:
     """Heights and widths of the pictures, in pixels; empty: the generator's own."""
     decoder_tile: int | None = None
     """Decode in overlapping tiles of this many pixels to a side."""
+    batch: int | None = None
+    """How many pictures the bundle can draw at once, beside one."""
     quantization: Quantization | None = None
     palette: int | None = None
     """Bits of an index into a weight's palette, one of `PALETTE_BITS`; Core ML stores them so."""
@@ -85,15 +88,21 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuses what is not compiled together.
 
-        Quantized operations cannot be compared with PyTorch tile by tile or at several shapes; a graph for each step at
-        each of several shapes would be too many.
+        Quantized operations cannot be compared with PyTorch in tiles, shapes or batches yet; a graph for each step of
+        each shape or batch would be too many.
         """
-        if self.form == "specialized" and len(self.shape) > 1:
-            raise RecipeError(
-                f"{self.name}: several shapes and the form specialized are both given, expected one of them",
-                hint="build with --form table, whose graph is the same in every step",
-            )
-        for what, given in (("decoder_tile", self.decoder_tile is not None), ("several shapes", len(self.shape) > 1)):
+        further = {
+            "decoder_tile": self.decoder_tile is not None,
+            "several shapes": len(self.shape) > 1,
+            "batch": self.batch is not None,
+        }
+        for what in ("several shapes", "batch"):
+            if self.form == "specialized" and further[what]:
+                raise RecipeError(
+                    f"{self.name}: {what} and the form specialized are both given, expected one of them",
+                    hint="build with --form table, whose graph is the same in every step",
+                )
+        for what, given in further.items():
             if self.quantization is not None and given:
                 raise RecipeError(
                     f"{self.name}: {what} and quantization are both given, expected one of them",
@@ -206,6 +215,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
         shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
         decoder_tile=_tile(values.get("decoder_tile"), where),
+        batch=None if values.get("batch") is None else check_batch(values["batch"], f"{where}: batch"),
         quantization=quantization,
         palette=_palette(values.get("palette", base.palette), f"{where}: palette"),
         form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
@@ -226,6 +236,15 @@ def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
             )
         found.append((int(match[1]), int(match[2])))
     return tuple(dict.fromkeys(found))
+
+
+def check_batch(batch: object, where: str) -> int:
+    """Returns the number of pictures of a batch; refuses what is none."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2:
+        raise RecipeError(
+            f"{where} is {batch!r}, expected a whole number from 2 on", hint="one picture at a time needs no batch"
+        )
+    return batch
 
 
 def check_form(form: object, where: str) -> str:

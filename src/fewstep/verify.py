@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError, RuntimeMissingError
 from fewstep.feeds import Sample
+from fewstep.further import batches
 from fewstep.manifest import INTEGERS, Artifact, Manifest
 from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
@@ -30,7 +31,7 @@ from fewstep.runtimes.parity import (
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.rows import has_rows, row_call, row_variant
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceSpec
 
@@ -226,10 +227,7 @@ def verify_against(
                 references, sampler.session, lambda c: None if c in integers else limits.component_sqnr_db
             )
         advance = progress.task("compare samples", len(references))
-        results = []
-        for r in references:
-            results.append(sampler(r.prompt, r.seed, manifest.schedule(r.steps), guidance=r.guidance, inputs=r.inputs))
-            advance()
+        results = _drawn(sampler, manifest, references, advance)
     finally:
         sampler.close()
     checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
@@ -263,6 +261,24 @@ def verify_against(
         tuple(notes),
         uncompressed=None if uncompressed is None else tuple(uncompressed),
     )
+
+
+def _drawn(
+    sampler: Sampler, manifest: Manifest, references: Sequence[Sample], advance: Callable[[], None]
+) -> list[Sample]:
+    """Returns what a bundle draws for the prompts and seeds of the references."""
+    results: list[Sample] = []
+    for rows in batches(references, manifest.contract.batch):
+        results += sampler.batch(
+            [r.prompt for r in rows],
+            [r.seed for r in rows],
+            manifest.schedule(rows[0].steps),
+            guidance=rows[0].guidance,
+            inputs=[r.inputs for r in rows],
+        )
+        for _ in rows:
+            advance()
+    return results
 
 
 def _floor(
@@ -341,11 +357,7 @@ def _compare_shipped(
             limit = FP16_LIMITS.component_sqnr_db
             checks = compare_components(references, sampler.session, lambda _: limit, error=LOWERING_FP16)
         advance = progress.task("compare samples in fp16", len(references))
-        results = []
-        for r in references:
-            schedule = bundle.manifest.schedule(r.steps)
-            results.append(sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs))
-            advance()
+        results = _drawn(sampler, bundle.manifest, references, advance)
     finally:
         sampler.close()
     checks += compare_samples(references, results, FP16_LIMITS.picture_psnr_db, error=LOWERING_FP16)
