@@ -40,6 +40,13 @@ class Availability:
     version: str | None
     detail: str
     remedy: str | None = None
+    stand_in: str | None = None
+    """What computes the artifacts here in place of a runtime that cannot run."""
+
+    @property
+    def builds(self) -> bool:
+        """Whether a bundle for this runtime can be compiled and its numbers compared here."""
+        return self.compiles and (self.runs or self.stand_in is not None)
 
 
 @dataclass(frozen=True)

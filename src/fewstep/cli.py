@@ -14,21 +14,22 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 import fewstep
 from fewstep import app as web
-from fewstep import media, stages
+from fewstep import listing, media, stages
 from fewstep.devices import read_device_report
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, RuntimeMissingError
 from fewstep.inputs import example_inputs
 from fewstep.progress import Advance, Progress
 from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
-from fewstep.runtimes import RUNTIMES
+from fewstep.runtimes import RUNTIMES, get_runtime
+from fewstep.runtimes.executors import EXECUTORS
+from fewstep.selftest import self_test
 from fewstep.source import Lora, Replacement, SourceSpec
 
 _out = Console(highlight=False, soft_wrap=True)
@@ -436,19 +437,29 @@ def inspect(source: SourceSpec, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--self-test", "tried", metavar="RUNTIME", help="Compile and run a small generator for it, and compare.")
 @_json
-def runtimes(as_json: bool) -> None:
+@click.pass_context
+def runtimes(context: click.Context, tried: str | None, as_json: bool) -> None:
     """Say what can compile or run here and, if not, why and the remedy."""
-    states = [runtime.availability() for runtime in RUNTIMES.values()]
-    if as_json:
-        return _print_json([state.__dict__ for state in states])
-    table = Table("runtime", "compiles", "runs", "version", "detail", "remedy")
-    for s in states:
-        # Remedies hold [extras], which would read as markup.
-        table.add_row(
-            s.runtime, _yes(s.compiles), _yes(s.runs), s.version or "", escape(s.detail), escape(s.remedy or "")
-        )
-    _out.print(table)
+    if tried is not None:
+        with _progress() as progress:
+            trials = self_test(tried, progress=progress)
+        listing.print_trials(tried, trials, as_json=as_json)
+        if any(trial.error for trial in trials):
+            context.exit(1)
+        state = get_runtime(tried).availability()
+        if not state.runs:
+            raise RuntimeMissingError(
+                f"{tried} itself was not tried: its artifacts were computed by {state.stand_in}. {state.detail}",
+                hint=state.remedy,
+            )
+        return
+    listing.print_runtimes(
+        [runtime.availability() for runtime in RUNTIMES.values()],
+        [executor.state() for executor in EXECUTORS.values()],
+        as_json=as_json,
+    )
 
 
 @cli.command()
@@ -567,7 +578,3 @@ def _print_parity(summary: Mapping[str, Any], caveats: tuple[str, ...]) -> None:
 def _listed(paths: list[Path]) -> None:
     for path in paths:
         _out.print(str(path), markup=False)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

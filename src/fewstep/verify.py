@@ -134,7 +134,7 @@ def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
         if name not in bundle.manifest.runtimes:
             continue  # the manifest refuses it, and says what it has
         state = get_runtime(name).availability()
-        if not state.runs:
+        if not (state.runs or state.stand_in):
             others = [other for other in bundle.manifest.runtimes if other != name]
             remedy = [state.remedy] if state.remedy else []
             remedy += [f"verify {' or '.join(others)} alone with --runtime"] if others else []
