@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from fewstep.cli import cli
+from fewstep.cli.machines import print_trials
 from fewstep.errors import RuntimeMissingError
-from fewstep.listing import print_trials
 from fewstep.runtimes import RUNTIMES, ort
 from fewstep.runtimes.executors import get_executor
 from fewstep.selftest import recipes_of, self_test
@@ -35,7 +35,7 @@ def test_self_test_reports_a_runtime_that_computes_wrongly(
     monkeypatch.setitem(RUNTIMES, "halved", replace(ort.RUNTIME, name="halved", open=halved))
     (trial,) = self_test("halved", ["fp32"])
     assert trial.error is not None and "below its limit" in trial.error
-    print_trials("halved", [trial], as_json=False)
+    print_trials("halved", [trial])
     assert "FAILED  halved fp32: " in capsys.readouterr().out
 
 
