@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, RunModel, Runtime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -106,4 +106,18 @@ def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) 
     return ort_points.compare_integers(program, path, feeds)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers, _compile_variants)
+def _compare_integers_at(program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel) -> list[PointResult]:
+    from fewstep.runtimes import ort_points
+
+    return ort_points.compare_integers(program, path, feeds, run)
+
+
+RUNTIME = Runtime(
+    NAME,
+    availability,
+    _compile,
+    open_session,
+    _compare_integers,
+    _compare_integers_at,
+    compile_variants=_compile_variants,
+)

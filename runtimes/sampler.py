@@ -36,7 +36,7 @@ from fewstep.manifest import (
 )
 from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.base import CheckedSession, Runtime
 from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
@@ -205,18 +205,18 @@ class Sampler:
 def open_sampler(
     bundle: Bundle,
     *,
-    runtime: str | None = None,
+    runtime: str | Runtime | None = None,
     threads: int | None = None,
     keep_open: bool = True,
     exact: bool = False,
 ) -> Sampler:
-    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named).
+    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named or given).
 
     ``exact`` computes in fp32 where the runtime can tell that apart from its own arithmetic.
     """
     manifest = bundle.manifest
-    name = runtime or manifest.runtimes[0]
-    backend = get_runtime(name)
+    backend = runtime if isinstance(runtime, Runtime) else get_runtime(runtime or manifest.runtimes[0])
+    name = backend.name
     opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
 
     def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:

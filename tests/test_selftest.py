@@ -32,11 +32,11 @@ def test_self_test_reports_a_runtime_that_computes_wrongly(
         session.run = lambda feeds: {name: 0.5 * value for name, value in run(feeds).items()}  # type: ignore[method-assign]
         return session
 
-    monkeypatch.setitem(RUNTIMES, "halved", replace(ort.RUNTIME, name="halved", open=halved))
-    (trial,) = self_test("halved", ["fp32"])
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", replace(ort.RUNTIME, open=halved))
+    (trial,) = self_test("onnxruntime", ["fp32"])
     assert trial.error is not None and "below its limit" in trial.error
-    print_trials("halved", [trial])
-    assert "FAILED  halved fp32: " in capsys.readouterr().out
+    print_trials("onnxruntime", [trial])
+    assert "FAILED  onnxruntime fp32: " in capsys.readouterr().out
 
 
 def test_recipes_of_a_runtime() -> None:

@@ -13,8 +13,8 @@ from fewstep.cli.console import OUT, print_json, progress_bars, yes_or_no
 from fewstep.cli.options import json_option
 from fewstep.errors import RuntimeMissingError
 from fewstep.runtimes import RUNTIMES, get_runtime
-from fewstep.runtimes.base import Availability
-from fewstep.runtimes.executors import EXECUTORS, ExecutorState
+from fewstep.runtimes.base import Availability, ExecutorState
+from fewstep.runtimes.executors import EXECUTORS
 from fewstep.selftest import Trial, self_test
 
 
