@@ -34,13 +34,16 @@ def availability() -> Availability:
     return Availability(NAME, installed and not missing, installed, version, detail, " and ".join(remedies) or None)
 
 
-def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+def open_session(
+    path: Path, spec: ComponentSpec, threads: int | None = None, *, settings: Mapping[str, str] | None = None
+) -> CheckedSession:
     """Returns a session on an ONNX file, whose inputs and outputs must be those of the manifest.
 
     Args:
         path: the ``model.onnx``.
         spec: what the manifest says of the component.
         threads: threads inside an op; None leaves the choice to ONNX Runtime.
+        settings: further settings of the session, by ONNX Runtime's names.
 
     Raises:
         RuntimeMissingError: onnxruntime is not installed.
@@ -54,6 +57,8 @@ def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) ->
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exception classes are private and many

@@ -26,10 +26,14 @@ _QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _GIVEN = ".given"
 
 
-def run_here(path: Path, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-    """Returns a model's outputs by name, on this machine."""
+def run_here(
+    path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, settings: Mapping[str, str] | None = None
+) -> dict[str, Array]:
+    """Returns a model's outputs by name, on this machine; ``settings`` as in `fewstep.runtimes.ort.open_session`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
 

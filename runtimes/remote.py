@@ -50,7 +50,7 @@ class Guest:
     """A process that runs artifacts with one runtime. A context manager would end it; so does `close`."""
 
     def __init__(self, launch: Launch, runtime: str, script: Path = SCRIPT) -> None:
-        self._launch = launch
+        self._launch, self._runtime = launch, runtime
         self._ids = itertools.count()
         self._buffer = bytearray()
         self._errors = tempfile.TemporaryFile()
@@ -66,7 +66,7 @@ class Guest:
     @property
     def where(self) -> str:
         """What runs artifacts there, for people."""
-        return f"{self.told['version']} on {self._launch.where}"
+        return f"{self._runtime} {self.told['version']} on {self._launch.where}"
 
     def open(self, path: Path, threads: int | None) -> int:
         """Returns the number of an artifact that is open there.

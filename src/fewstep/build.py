@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
+from fewstep.compiling import (
+    check_comparable,
+    check_size,
+    check_targets,
+    compile_targets,
+    for_targets,
+    record_reference,
+    versions,
+)
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
@@ -97,6 +105,7 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
+    recipe = for_targets(recipe, targets)
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
     if decoder_tile is not None:

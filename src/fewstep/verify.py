@@ -215,7 +215,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *_stand_in_notes(name), *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -303,6 +303,14 @@ def _compare_operations(
             for feed in (f for f in sample.feeds if f.component == component):
                 checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
     return checks
+
+
+def _stand_in_notes(runtime: str) -> list[str]:
+    """Returns that a runtime did not run, where another one computed its artifacts."""
+    state = get_runtime(runtime).availability()
+    if state.runs or state.stand_in is None:
+        return []
+    return [f"{runtime} itself did not run: {state.stand_in} computed its artifacts ({state.detail})"]
 
 
 def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
