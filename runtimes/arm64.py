@@ -7,15 +7,12 @@ user's cache folder: see `fewstep.runtimes.arm64_environment`.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.manifest import ComponentSpec
-from fewstep.program import Program
 from fewstep.progress import Progress
 from fewstep.runtimes.arm64_environment import (
     A76,
@@ -26,8 +23,8 @@ from fewstep.runtimes.arm64_environment import (
     is_prepared,
     prepare,
 )
-from fewstep.runtimes.base import Array, CheckedSession, Executor, ExecutorState, PointResult, Runtime
-from fewstep.runtimes.remote import Guest, Launch, open_remote
+from fewstep.runtimes.base import Executor, ExecutorState, Runtime
+from fewstep.runtimes.remote import Guest, Launch, remote_runtime
 
 NAME = "arm64"
 # The wheels of a runtime's aarch64 build, by the name of the package that runs it here; a further runtime is a line
@@ -90,7 +87,7 @@ def at(runtime: Runtime, progress: Progress, cpu: Cpu = A76) -> Iterator[Runtime
     environment = prepare({package: version}, progress)
     guest = Guest(launch(environment, cpu), runtime.name)
     try:
-        yield _there(runtime, guest)
+        yield remote_runtime(runtime, guest)
     finally:
         guest.close()
 
@@ -116,27 +113,6 @@ def launch(environment: Environment, cpu: Cpu) -> Launch:
 
 def _no_host() -> str:
     return f"ARM64 is emulated on Linux on x86-64 only, and this is {platform.system()} on {platform.machine()}"
-
-
-def _there(runtime: Runtime, guest: Guest) -> Runtime:
-    def opened(path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
-        return open_remote(guest, path, spec, threads)
-
-    def run(path: Path, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        number = guest.open(path, None)
-        try:
-            return guest.run(number, feeds, outputs, path)
-        finally:
-            guest.drop(number)
-
-    compare: Callable[[Program, Path, Mapping[str, Array]], list[PointResult]] | None = None
-    compare_at = runtime.compare_integers_at
-    if compare_at is not None:
-
-        def compare(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
-            return compare_at(program, path, feeds, run)
-
-    return replace(runtime, open=opened, open_exact=None, compare_integers=compare, executor=lambda: guest.where)
 
 
 EXECUTOR = Executor(NAME, state, at)

@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import ComponentSpec
-from fewstep.runtimes.base import Array, CheckedSession
+from fewstep.program import Program
+from fewstep.runtimes.base import Array, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.guest import PREFIX, decode, encode
 
 SCRIPT = Path(__file__).with_name("guest.py")
@@ -158,6 +159,29 @@ class Guest:
 def open_remote(guest: Guest, path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
     """Returns a session on an artifact that runs elsewhere, whose outputs must be those of the manifest."""
     return CheckedSession(path.parent.name, spec, _RemoteSession(guest, path, spec, threads))
+
+
+def remote_runtime(runtime: Runtime, guest: Guest) -> Runtime:
+    """Returns a runtime whose artifacts run in a guest."""
+
+    def opened(path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
+        return open_remote(guest, path, spec, threads)
+
+    def run(path: Path, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        number = guest.open(path, None)
+        try:
+            return guest.run(number, feeds, outputs, path)
+        finally:
+            guest.drop(number)
+
+    compare: Callable[[Program, Path, Mapping[str, Array]], list[PointResult]] | None = None
+    compare_at = runtime.compare_integers_at
+    if compare_at is not None:
+
+        def compare(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+            return compare_at(program, path, feeds, run)
+
+    return replace(runtime, open=opened, open_exact=None, compare_integers=compare, executor=lambda: guest.where)
 
 
 class _RemoteSession:

@@ -14,6 +14,8 @@ from fewstep.errors import ExportError
 _SINGLE = frozenset({"InstanceNormalization", "LayerNormalization", "GroupNormalization", "Softmax", "ReduceMean"})
 # Inputs that are numbers about the operation and stay in single precision.
 _EXEMPT = {"Resize": (1, 2)}
+# The largest finite values: 65504, and 2^127 (2 - 2^-7).
+_LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895313892515355e38}
 _NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -48,12 +50,12 @@ def to_halves(model: ir.Model, half: ir.DataType) -> None:
         if node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(half))
         single = node.op_type in _SINGLE
-        for i, value in enumerate(node.inputs):
-            if value is None or value.dtype not in (ir.DataType.FLOAT, half) or i in _EXEMPT.get(node.op_type, ()):
+        for i, taken in enumerate(node.inputs):
+            if taken is None or taken.dtype not in (ir.DataType.FLOAT, half) or i in _EXEMPT.get(node.op_type, ()):
                 continue
             wanted = ir.DataType.FLOAT if single else half
-            if value.dtype != wanted and node.op_type != "Cast":
-                node.replace_input_with(i, cast(value, wanted, node))
+            if taken.dtype != wanted and node.op_type != "Cast":
+                node.replace_input_with(i, cast(taken, wanted, node))
         for value in node.outputs:
             if value.dtype == ir.DataType.FLOAT and not single:
                 value.type = ir.TensorType(half)
@@ -92,14 +94,14 @@ def _store(model: ir.Model, value: ir.Value, half: ir.DataType) -> None:
     if any(i in _EXEMPT.get(user.op_type, ()) for user, i in value.uses()):
         return
     array, kind = tensor.numpy(), _NUMPY[half]
-    least = float(ml_dtypes.finfo(kind).min)
+    largest = _LARGEST[half]
     # A mask adds the least float to what must not be seen: the least half does the same.
-    array = np.where(array == np.finfo(np.float32).min, np.float32(least), array)
+    array = np.where(array == np.finfo(np.float32).min, np.float32(-largest), array)
     with np.errstate(over="ignore"):
         halves = array.astype(kind)
     if (np.isfinite(array) & ~np.isfinite(halves.astype(np.float32))).any():
         raise ExportError(
-            f"{value.name} has {np.abs(array).max():g}, beyond {half.name}'s {-least:g}",
+            f"{value.name} has {np.abs(array).max():g}, beyond {half.name}'s {largest:g}",
             hint="use the recipe fp32, or bf16 weights, whose range is that of single precision",
         )
     users = {user.op_type in _SINGLE for user, _ in value.uses()}

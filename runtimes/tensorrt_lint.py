@@ -146,7 +146,7 @@ def _granularity(node: ir.Node) -> Iterator[str]:
     if weight is None:
         yield f"an activation with {scale.size} scales, expected one"
         return
-    block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1) % weight.ndim
+    block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1) % max(1, weight.ndim)
     if block:
         if _inner(node) != "INT4" or weight.ndim != 2:
             yield f"blocks in {_inner(node)} of rank {weight.ndim}, expected INT4 of rank 2"
@@ -166,7 +166,7 @@ def _channel_axis(user: ir.Node, at: int, rank: int) -> int | None:
         return None
     if user.op_type in ("Conv", "ConvTranspose"):
         return 0 if user.op_type == "Conv" else 1
-    transposed = user.op_type == "Gemm" and user.attributes.get_int("transB", 0)
+    transposed = user.attributes.get_int("transB", 0) if user.op_type == "Gemm" else 0
     return 0 if transposed else rank - 1
 
 

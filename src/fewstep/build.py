@@ -97,6 +97,7 @@ def build(
     from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_targets
@@ -198,7 +199,8 @@ def build(
             at_shape = Bundle(folder, manifest.shaped(name))
             found = verify_targets(at_shape, *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
-        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
+        timed = [t for t in targets if get_runtime(t).availability().runs] if options.profile else []
+        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in timed]
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
         write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
         manifest = write_manifest(folder, manifest)
