@@ -53,7 +53,7 @@ def availability() -> Availability:
         return Availability(NAME, compiler.compiles, True, version, executor(), compiler.remedy)
     detail = f"no engine is built here: {why}; compiles ONNX and the script that builds engines"
     remedies = [compiler.remedy] if compiler.remedy else []
-    remedies.append("pip install tensorrt, on a machine with an NVIDIA GPU")
+    remedies.append("pip install 'fewstep[tensorrt]' on a machine with an NVIDIA GPU")
     return Availability(
         NAME,
         compiler.compiles,

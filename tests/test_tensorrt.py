@@ -164,7 +164,7 @@ def test_nothing_pretends_that_an_engine_was_built() -> None:
     state = get_runtime("tensorrt").availability()
     assert state.compiles and not state.runs and state.stand_in == "ONNX Runtime"
     assert "no engine is built here: tensorrt is not installed" in state.detail
-    assert "pip install tensorrt" in str(state.remedy)
+    assert "pip install 'fewstep[tensorrt]'" in str(state.remedy)
     assert "no TensorRT engine was built" in adapter.executor()
     (note,) = _stand_in_notes("tensorrt")
     assert note.startswith("tensorrt itself did not run: ONNX Runtime computed its artifacts")
