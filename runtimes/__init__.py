@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import coreml, ort
+from fewstep.runtimes import coreml, ort, tensorrt_adapter
 from fewstep.runtimes.base import Runtime
 
-RUNTIMES: dict[str, Runtime] = {ort.NAME: ort.RUNTIME, coreml.NAME: coreml.RUNTIME}
+RUNTIMES: dict[str, Runtime] = {
+    ort.NAME: ort.RUNTIME,
+    coreml.NAME: coreml.RUNTIME,
+    tensorrt_adapter.NAME: tensorrt_adapter.RUNTIME,
+}
 
 
 def get_runtime(name: str) -> Runtime:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,35 @@ import torch
 from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, PointResult
+from fewstep.runtimes.base import Array, PointResult, RunModel
 
 _ops = torch.ops.quantized_decomposed
 _QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_tensor.tensor)
 _GIVEN = ".given"
 
 
-def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+def run_here(
+    path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, settings: Mapping[str, str] | None = None
+) -> dict[str, Array]:
+    """Returns a model's outputs by name, on this machine; ``settings`` as in `fewstep.runtimes.ort.open_session`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+
+
+def compare_integers(
+    program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel = run_here
+) -> list[PointResult]:
     """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
+
+    Args:
+        program: the quantized program.
+        path: the model that was compiled from it.
+        feeds: of one call.
+        run: runs a model, here or elsewhere.
 
     Raises:
         ExportError: the model and the program share no quantized tensor.
@@ -48,12 +68,8 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
-        wanted = [*shared, *outputs]
-        results = dict(zip(wanted, session.run(wanted, inputs), strict=True))
+        results = run(target, inputs, [*shared, *outputs])
     found = []
     for name in shared:
         difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))

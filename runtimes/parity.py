@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fewstep.feeds import Sample
 from fewstep.metrics import psnr_db, sqnr_db, ssim
 from fewstep.recipe import Limits
-from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.base import Session
 
 Array = npt.NDArray[Any]
 
@@ -148,7 +148,7 @@ def fold(reports: Mapping[str, ParityReport]) -> ParityReport:
 
 def compare_components(
     samples: Iterable[Sample],
-    session: Callable[[str], CheckedSession],
+    session: Callable[[str], Session],
     limit_db: Callable[[str], float | None],
     *,
     error: str = LOWERING,

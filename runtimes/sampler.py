@@ -38,7 +38,7 @@ from fewstep.manifest import (
 )
 from fewstep.output import to_output
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.base import CheckedSession, Runtime
 from fewstep.runtimes.rows import RowSession, has_rows, row_spec, row_variant
 from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
@@ -262,13 +262,13 @@ class Sampler:
 def open_sampler(
     bundle: Bundle,
     *,
-    runtime: str | None = None,
+    runtime: str | Runtime | None = None,
     threads: int | None = None,
     keep_open: bool = True,
     exact: bool = False,
     rows: str | None = None,
 ) -> Sampler:
-    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named).
+    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named or given).
 
     Args:
         bundle: the bundle.
@@ -279,8 +279,8 @@ def open_sampler(
         rows: how graphs of the specialized form are held, one of `fewstep.recipe.ROW_GRAPHS`; None takes the recipe's.
     """
     manifest = bundle.manifest
-    name = runtime or manifest.runtimes[0]
-    backend = get_runtime(name)
+    backend = runtime if isinstance(runtime, Runtime) else get_runtime(runtime or manifest.runtimes[0])
+    name = backend.name
     opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
     held = "one" if not keep_open else rows or manifest.recipe.get("row_graphs", "mapped")
     open_of_several = backend.open_mapped if held == "mapped" and backend.open_mapped is not None else opened

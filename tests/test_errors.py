@@ -315,7 +315,7 @@ def test_results_on_stdout_are_json_alone(run: Run, tmp_path: Path) -> None:
     assert json.loads(stdout)["passed"] is True
     status, stdout, _ = run("runtimes", "--json")
     assert status == 0
-    assert json.loads(stdout)[0]["runtime"] == "onnxruntime"
+    assert json.loads(stdout)["runtimes"][0]["runtime"] == "onnxruntime"
     status, stdout, _ = run("profile", bundle, "--runs", "3", "--json")
     assert status == 0
     assert json.loads(stdout)["picture"]["median_ms"] > 0

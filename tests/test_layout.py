@@ -36,6 +36,9 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_weights",
     "fewstep.runtimes.pytorch_double",
     "fewstep.runtimes.pytorch_reference",
+    "fewstep.runtimes.tensorrt_halves",
+    "fewstep.runtimes.tensorrt_lint",
+    "fewstep.runtimes.tensorrt_lower",
 }
 """Modules that only `fewstep[compile]` can import; `generate`, `profile` and `inspect` do without them."""
 HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "scipy")

@@ -210,7 +210,7 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
 
 def _after_inputs(node: Node) -> Node:
     """Returns the node itself, or for one that stands between the inputs of its graph the first behind them."""
-    nodes = list(node.graph.nodes)
+    nodes: list[Node] = list(node.graph.nodes)
     last = max((i for i, other in enumerate(nodes) if other.op == "placeholder"), default=-1)
     return nodes[max(nodes.index(node), last + 1)]
 

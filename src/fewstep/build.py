@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
+from fewstep.compiling import (
+    check_comparable,
+    check_size,
+    check_targets,
+    compile_targets,
+    for_targets,
+    record_reference,
+    versions,
+)
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
@@ -91,6 +99,7 @@ def build(
     from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
     from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_targets
@@ -99,6 +108,7 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
+    recipe = for_targets(recipe, targets)
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
     if decoder_tile is not None:
@@ -194,7 +204,8 @@ def build(
         for name, references in beside.items():
             found = verify_targets(Bundle(folder, manifest.shaped(name)), *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
-        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
+        timed = [t for t in targets if get_runtime(t).availability().runs] if options.profile else []
+        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in timed]
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
         write_bundle_report(folder / "report", manifest, verified, profiles, quantized, programs.removed)
         manifest = write_manifest(folder, manifest)

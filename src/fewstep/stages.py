@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fewstep.build import quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_targets, compile_targets
+from fewstep.compiling import check_targets, compile_targets, for_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
 from fewstep.further import further_programs
@@ -196,8 +196,8 @@ def compile(
     from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
 
-    chosen = load_recipe(recipe)
     check_targets(targets)
+    chosen = for_targets(load_recipe(recipe), targets)
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):

@@ -137,7 +137,7 @@ def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
         if name not in bundle.manifest.runtimes:
             continue  # the manifest refuses it, and says what it has
         state = get_runtime(name).availability()
-        if not state.runs:
+        if not (state.runs or state.stand_in):
             others = [other for other in bundle.manifest.runtimes if other != name]
             remedy = [state.remedy] if state.remedy else []
             remedy += [f"verify {' or '.join(others)} alone with --runtime"] if others else []
@@ -219,7 +219,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *_stand_in_notes(name), *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -335,6 +335,14 @@ def _answering(
 
     row, left = row_call(program.spec, inputs)
     return at_row(program, row), left, row_variant(row)
+
+
+def _stand_in_notes(runtime: str) -> list[str]:
+    """Returns that a runtime did not run, where another one computed its artifacts."""
+    state = get_runtime(runtime).availability()
+    if state.runs or state.stand_in is None:
+        return []
+    return [f"{runtime} itself did not run: {state.stand_in} computed its artifacts ({state.detail})"]
 
 
 def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:

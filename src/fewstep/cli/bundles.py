@@ -27,6 +27,7 @@ from fewstep.devices import read_device_report
 from fewstep.inputs import example_inputs
 from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
+from fewstep.replay import MINUTES, replay
 from fewstep.source import SourceSpec
 
 
@@ -187,6 +188,18 @@ def generate(
     type=click.Path(path_type=Path),
     help="Result of the app's device check, as one more executor; may be repeated.",
 )
+@click.option(
+    "--executor",
+    metavar="NAME",
+    help="Replay the golden pack there instead, e.g. on arm64; `fewstep runtimes` lists them.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=MINUTES,
+    show_default=True,
+    help="How long --executor may replay.",
+)
 @json_option
 @click.pass_context
 def verify(
@@ -199,27 +212,37 @@ def verify(
     seeds: int,
     bisect: bool,
     device_results: tuple[Path, ...],
+    executor: str | None,
+    minutes: float,
     as_json: bool,
 ) -> None:
-    """Compare BUNDLE with PyTorch again, on this machine."""
+    """Compare BUNDLE with PyTorch again, on this machine or where its artifacts are meant to run."""
+    if executor is not None and bisect:
+        raise click.UsageError("--bisect compares on this machine; leave --executor out")
     opened = fewstep.Bundle.open(bundle)
     devices = [read_device_report(path, opened) for path in device_results]
     given = replace(over, uri=against or "")
+    source = given if given != SourceSpec("") else None
     with progress_bars() as progress:
-        result = fewstep.verify(
-            opened,
-            against=given if given != SourceSpec("") else None,
-            runtime=runtime,
-            prompts=prompts,
-            seeds=seeds,
-            bisect=bisect,
-            progress=progress,
-        )
+        if executor is not None:
+            result = replay(opened, executor, runtime=runtime, against=source, minutes=minutes, progress=progress)
+        else:
+            result = fewstep.verify(
+                opened,
+                against=source,
+                runtime=runtime,
+                prompts=prompts,
+                seeds=seeds,
+                bisect=bisect,
+                progress=progress,
+            )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
         values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
         print_json({**values, "devices": [device.to_json() for device in devices]})
     else:
+        if executor is not None:
+            OUT.print(f"executor  {result.report.executor}", markup=False)
         print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             OUT.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
