@@ -13,7 +13,7 @@ import numpy as np
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
 from fewstep.runtimes.mil.program import Feature
 
@@ -187,4 +187,12 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return coreml_lower.lower(program, folder, weights)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, open_exact=open_exact, executor=executor)
+def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+    from fewstep.runtimes import coreml_points  # needs torch, which running a bundle does not
+
+    return coreml_points.compare_integers(program, path, feeds)
+
+
+RUNTIME = Runtime(
+    NAME, availability, _compile, open_session, _compare_integers, open_exact=open_exact, executor=executor
+)

@@ -37,6 +37,8 @@ PACKAGE_NAMES = {
 }
 TARGETS = ("iOS17", "iOS18")
 _DEFAULT_TARGET = "iOS18"
+# By name: torchao registers them, and is not there without quantization.
+_PER_TENSOR = tuple(f"quantized_decomposed.{name}_per_tensor.default" for name in ("quantize", "dequantize"))
 
 
 def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAULT_TARGET) -> Artifact:
@@ -53,6 +55,7 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAUL
         ExportError: the component has an op that cannot be lowered, or a value that fp16 cannot hold.
     """
     compute = "fp32" if weights == "fp32" else "fp16"
+    _check_grids(program)
     keep: frozenset[str] = frozenset()
     if compute == "fp16":
 
@@ -67,6 +70,23 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAUL
     save(model, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Artifact(NAME, program.component, f"{path.name}/{ENTRY}", weights, compute, size, program.variant)
+
+
+def _check_grids(program: Program) -> None:
+    """Refuses grids that Core ML cannot hold: scales that are no halves, and integers of more than 8 bits.
+
+    Raises:
+        ExportError: there is one.
+    """
+    for node in program.exported.graph.nodes:
+        if str(node.target) not in _PER_TENSOR:
+            continue
+        scale, dtype = node.args[1], node.args[5]
+        if float(np.float16(scale)) != scale or dtype not in (torch.int8, torch.uint8):
+            raise ExportError(
+                f"{program.component}: {node.name} has {dtype} and the scale {scale:.8g}, expected 8 bits and a half",
+                hint="plan for Core ML: leave the profile out of the recipe, or write profile = 'ane'",
+            )
 
 
 def package_name(folder: str) -> str:
@@ -159,11 +179,13 @@ def quiet_coremltools() -> Iterator[Any]:
 
 
 def _pipeline(ct: Any, target: str) -> Any:
-    """Returns coremltools' own passes, then the one that stores weights in their smallest form (iOS 18)."""
+    """Returns coremltools' own passes, then those that store weights in their smallest form (iOS 18)."""
     pipeline = ct.PassPipeline()
     if target != "iOS17":
-        from fewstep.runtimes import coreml_pack  # registers the pass, and imports coremltools, which talks
+        # They register the passes, and import coremltools, which talks.
+        from fewstep.runtimes import coreml_pack, coreml_pack_integers
 
+        pipeline.append_pass(coreml_pack_integers.PASS)
         pipeline.append_pass(coreml_pack.PASS)
     return pipeline
 

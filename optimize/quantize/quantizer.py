@@ -50,7 +50,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                 data = nodes[site.data]
                 inputs[data] = activations[site.data]
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)
-                if bias is not None:
+                if bias is not None and not self._plan.float_bias:
                     inputs[_own(bias, node)] = self._bias(model, site, grid)
                 if site.name in self._plan.outputs and site.result == node.name:
                     output = activations[node.name]
