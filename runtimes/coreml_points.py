@@ -18,7 +18,7 @@ from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
-from fewstep.runtimes.coreml import to_interface
+from fewstep.runtimes.coreml import interface_name, to_interface
 from fewstep.runtimes.integer_reference import integer_reference
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
 
@@ -67,5 +67,5 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
         differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
         found.append(PointResult(node, reference.paths[node], difference.size, differing, largest))
     for name, value in reference.outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, outputs[name])))
+        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, outputs[interface_name(name)])))
     return found
