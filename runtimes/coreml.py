@@ -174,14 +174,14 @@ def _check_contract(package: Path, program: MilProgram, spec: ComponentSpec) -> 
     features = program.inputs[program.default], program.outputs[program.default]
     for given, expected in zip(features, (spec.inputs, spec.outputs), strict=True):
         # By name: conversion orders inputs as the graph first reads them.
-        features = {feature.name: feature for feature in given}
+        found = {feature.name: feature for feature in given}
         wanted = {interface_name(tensor.name): tensor for tensor in expected}
-        if features.keys() != wanted.keys():
+        if found.keys() != wanted.keys():
             raise ContractError(
-                f"{package}: model has {sorted(features)}, the manifest has {sorted(wanted)}", hint="build it again"
+                f"{package}: model has {sorted(found)}, the manifest has {sorted(wanted)}", hint="build it again"
             )
         for name, tensor in wanted.items():
-            _check_tensor(package, features[name], tensor)
+            _check_tensor(package, found[name], tensor)
 
 
 def _check_tensor(package: Path, value: Feature, tensor: TensorSpec) -> None:

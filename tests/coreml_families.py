@@ -78,7 +78,7 @@ def page(families: Iterable[str], networks: Sequence[Network]) -> str:
         "# Families of generators on Core ML",
         "",
         f"Written by `make coreml-families`: do not edit. {len(fine)} of {len(networks)} networks of "
-        f"{len({network.family for network in networks})} families compile for iOS 18 and keep 100 dB: every network of "
+        f"{len({network.family for network in networks})} families compile for iOS 18 and keep 100 dB. Each is one of "
         "a tiny generator with random weights (`tests/zoo`), evaluated from its package in fp32 on the calls of one "
         "sample, against PyTorch. Figures are the worst of all calls and outputs.",
         "",

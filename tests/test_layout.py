@@ -29,6 +29,8 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_lower",
     "fewstep.runtimes.ort_nbits",
     "fewstep.runtimes.ort_pack",
+    "fewstep.runtimes.coreml_points",
+    "fewstep.runtimes.integer_reference",
     "fewstep.runtimes.ort_points",
     "fewstep.runtimes.ort_shared",
     "fewstep.runtimes.ort_weights",

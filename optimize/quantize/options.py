@@ -40,6 +40,11 @@ class Option:
     bytes: int
 
     @property
+    def exact(self) -> bool:
+        """Whether the values are those of the weight."""
+        return self.grid is None
+
+    @property
     def granularity(self) -> str:
         """What shares a scale, in words."""
         if self.grid is None:

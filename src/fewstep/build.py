@@ -89,6 +89,7 @@ def build(
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
     from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
+    from fewstep.optimize.mixed_palettes import choose_palettes
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
@@ -112,11 +113,13 @@ def build(
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
             spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
-            # Quantization and palettes look at every weight several times: they hold them all.
-            original = load(spec, guidance=w, eager=recipe.quantization is not None or recipe.palette is not None)
+            # Recipes that look at every weight several times hold them all.
+            original = load(spec, guidance=w, eager=recipe.whole)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = sized(original, recipe)
+    recipe = choose_palettes(original, recipe, progress)
+    with stage(progress, "optimize and read the contract"):
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))

@@ -45,7 +45,7 @@ def record_reference(
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
         "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
-        "palette": recipe.palette,
+        "palette": [recipe.palette, dict(recipe.palette_choices), recipe.sparsity],
         "original": recipe.name == "original",
         "versions": versions(),
     }
@@ -93,7 +93,7 @@ def compile_targets(
                 "source": programs.generator.source.sha256,
                 "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
-                "palette": recipe.palette,
+                "palette": [recipe.palette, dict(recipe.palette_choices), recipe.sparsity],
                 "runtime": target,
                 "samples": [[label(sample), sample.guidance] for sample in samples],
                 "versions": versions(),

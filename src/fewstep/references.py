@@ -51,7 +51,7 @@ def load_original(bundle: Bundle, source: SourceSpec, progress: Progress) -> Gen
 
     with stage(progress, f"load {source}"):
         recipe = bundle.manifest.recipe
-        eager = recipe["quantization"] is not None or recipe.get("palette") is not None
+        eager = any(recipe.get(key) is not None for key in ("quantization", "palette", "sparsity"))
         original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
         _check_same(bundle.manifest.source, original.source)
     return original
@@ -104,6 +104,8 @@ def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, Q
         "",
         weights=manifest.recipe["weights"],
         palette=manifest.recipe.get("palette"),
+        palette_choices=manifest.recipe.get("palette_choices") or {},
+        sparsity=manifest.recipe.get("sparsity"),
         form=manifest.contract.form,
     )
     optimized, notes = optimize(original, recipe)
