@@ -21,6 +21,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.coreml_bisect",
     "fewstep.runtimes.coreml_lower",
     "fewstep.runtimes.coreml_pack",
+    "fewstep.runtimes.coreml_pack_integers",
     "fewstep.runtimes.departure",
     "fewstep.runtimes.ort_edit",
     "fewstep.runtimes.ort_integer_conv",

@@ -76,7 +76,10 @@ def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[st
     declared = dict(function.inputs)
     features = {feature.name: feature for feature in program.inputs[name]}
     feeds = {key: _fed(value, features[key], declared[key]) for key, value in data.items()}
-    outputs = evaluator.run(feeds, function=name, state=None if state is None else state.values)
+    try:
+        outputs = evaluator.run(feeds, function=name, state=None if state is None else state.values)
+    except ContractError as error:  # in the words of Core ML, which tests of bad inputs look for
+        raise RuntimeError(f"Unable to compute the prediction using ML Program: {error.message}") from error
     _LOG.predictions += 1
     shown = {feature.name: feature for feature in program.outputs[name]}
     return {key: _shown(value, shown[key]) for key, value in outputs.items()}
@@ -177,7 +180,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report: pytest.TestReport = yield
     if report.when == "call" or (report.when == "setup" and not report.passed):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-        error = str(call.excinfo.value).strip().split("\n")[0][:200] if call.excinfo is not None else ""
+        error = ""
+        if call.excinfo is not None:
+            error = str(call.excinfo.value).strip().split("\n")[0][:200] or call.excinfo.typename
         _write(
             {
                 "test": _name(item),
