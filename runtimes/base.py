@@ -75,8 +75,6 @@ class Runtime:
     """The same for one of several graphs on one file of weights, which are to be in memory once."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
-    profile: str | None = None
-    """The one profile whose plans it can lower (`fewstep.profiles`); None: any."""
 
 
 @dataclass(frozen=True)

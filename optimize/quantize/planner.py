@@ -376,6 +376,7 @@ def draw_up(
             axis=site.channel_axis,
             granularity=_granularity(d),
             group_size=d.choice.group_size,
+            profile=profile,
         )
         if d.computes:
             computes.append(site.name)
@@ -387,7 +388,13 @@ def draw_up(
                     activations[name] = step_grids.grid(ranges, name, d.choice.ranges, profile)
     reasons |= {name: reason for name, reason in _float_reasons(module, profile).items() if name not in activations}
     return ComponentPlan(
-        network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons
+        network_sha256(sites),
+        weights,
+        activations,
+        computes=tuple(computes),
+        outputs=tuple(outputs),
+        float_bias=profile.float_bias,
+        reasons=reasons,
     )
 
 

@@ -15,7 +15,6 @@ from fewstep.compiling import (
     check_size,
     check_targets,
     compile_targets,
-    for_targets,
     record_reference,
     versions,
 )
@@ -24,6 +23,7 @@ from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, Silent, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
@@ -98,6 +98,7 @@ def build(
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
     from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
+    from fewstep.optimize.mixed_palettes import choose_palettes
     from fewstep.report.assemble import write_bundle_report
     from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
@@ -108,7 +109,7 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
-    recipe = for_targets(recipe, targets)
+    recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
     if decoder_tile is not None:
@@ -124,11 +125,13 @@ def build(
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
             spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
-            # Quantization and palettes look at every weight several times: they hold them all.
-            original = load(spec, guidance=w, eager=recipe.quantization is not None or recipe.palette is not None)
+            # Recipes that look at every weight several times hold them all.
+            original = load(spec, guidance=w, eager=recipe.whole)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = sized(original, recipe)
+    recipe = choose_palettes(original, recipe, progress)
+    with stage(progress, "optimize and read the contract"):
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))

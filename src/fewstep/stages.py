@@ -15,13 +15,14 @@ import numpy.typing as npt
 from fewstep.build import quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_targets, compile_targets, for_targets
+from fewstep.compiling import check_targets, compile_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
 from fewstep.further import further_programs
 from fewstep.inputs import example_inputs
 from fewstep.metrics import psnr_db
 from fewstep.progress import Progress, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Limits, check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceSpec
@@ -197,13 +198,13 @@ def compile(
     from fewstep.optimize import optimize as apply
 
     check_targets(targets)
-    chosen = for_targets(load_recipe(recipe), targets)
+    chosen = load_recipe(recipe)
+    chosen = replace(chosen, quantization=for_targets(chosen.quantization, targets))
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            eager = chosen.quantization is not None or chosen.palette is not None
-            original = sized(load(spec, guidance=w, eager=eager), chosen)
+            original = sized(load(spec, guidance=w, eager=chosen.whole), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
