@@ -178,7 +178,9 @@ def main() -> None:
     """Measures the rows that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quant", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(r.name for r in rows())}; default: all")
-    parser.add_argument("--bundle", type=Path, default=Path("build/stickers"), help="the fp32 bundle of stickers")
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("build/stickers-step"), help="stickers in fp32 and step form"
+    )
     parser.add_argument("--again", action="append", default=[], choices=STAGES, help="measure this again")
     parser.add_argument("--without-evaluation", action="store_true", help="leave retrieval and Frechet for another run")
     parser.add_argument("--table-only", action="store_true", help="write the tables of what has been measured")

@@ -113,10 +113,11 @@ def check_quantized(bundle: Bundle, *, mixed: bool) -> None:
             f"recipe {bundle.manifest.recipe['name']} asks for mixed precision, but each component has one bit width",
             hint="does this version of fewstep share out bits?",
         )
-    names = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits", "QLinearConv", "QGemm", "QLinearMatMul"}
+    # Of weights: whole numbers beside them are shapes and indices.
+    whole = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
     for artifact in bundle.manifest.artifacts:
         model = onnx.load(bundle.file(artifact.path), load_external_data=False)
-        if any(node.op_type in names for node in model.graph.node):
+        if any(tensor.data_type in whole and len(tensor.dims) > 1 for tensor in model.graph.initializer):
             return
     raise ContractError(
         f"recipe {bundle.manifest.recipe['name']} says to quantize, but no model of its bundle is quantized",
