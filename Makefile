@@ -123,7 +123,7 @@ app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep
 	cd $(WEB) && npx --no-install tsc --noEmit && npx --no-install vite build
 
 .PHONY: test-app
-test-app: app-build $(TESTED:=/manifest.json) ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
+test-app: $(VENV)/.dev app-build $(TESTED:=/manifest.json) ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
 	$(WEB)/build/need.sh chromium
 	@test -z "$$(git status --porcelain -- src/fewstep/app/static)" || { \
 		echo 'error: src/fewstep/app/static is not what apps/web builds' >&2; \
