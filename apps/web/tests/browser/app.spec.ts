@@ -109,14 +109,15 @@ describe("drawing", () => {
     await open(smallPhone);
     await ready(page);
     await page.evaluate(() => {
-      const seen = { longest: 0, steps: new Set<string>() }; // tasks of more than 50 ms
+      const seen = { longest: 0, steps: new Set<string>(), previews: new Set<string>() }; // tasks of more than 50 ms
       (window as any).seen = seen;
       new PerformanceObserver((list) => {
         for (const entry of list.getEntries()) seen.longest = Math.max(seen.longest, entry.duration);
       }).observe({ entryTypes: ["longtask"] });
-      new MutationObserver(() => seen.steps.add(document.querySelector("#figures")!.textContent!)).observe(document.querySelector("#figures")!, {
-        childList: true,
-      });
+      new MutationObserver(() => {
+        seen.steps.add(document.querySelector("#figures")!.textContent!);
+        seen.previews.add(document.querySelector("canvas")!.toDataURL());
+      }).observe(document.querySelector("#figures")!, { childList: true });
     });
     await page.check("input[name=steps][value='8']");
     await draw(page, "sunflower", "3");
@@ -131,6 +132,7 @@ describe("drawing", () => {
     console.log(`longest task of the page while drawing, in ms (0: none above 50): ${blocked.join(", ")}`);
     expect(Math.min(...blocked)).toBeLessThan(100);
     for (let k = 1; k <= 8; k++) expect(steps).toContain(`step ${k} of 8`);
+    expect(await page.evaluate(() => (window as any).seen.previews.size)).toBeGreaterThanOrEqual(8); // empty, seven previews
     expect(await page.innerText("#figures")).toMatch(/^[\d.]+ m?s · \d+ MB$/);
     const pictures = await page.locator("#history img").count();
     expect(pictures).toBe(blocked.length);

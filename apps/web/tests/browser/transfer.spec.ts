@@ -29,6 +29,7 @@ describe.each(bundles.map((path) => [basename(path), path]))("%s", (_, bundle) =
     const { context, page } = await visit(browser, await host.start(), phone);
     await ready(page);
     await draw(page, "red apple", "1");
+    const figures = await page.innerText("#figures");
     await offlineReady(page);
     const { artifacts } = JSON.parse(readFileSync(join(site, "bundle/manifest.json"), "utf-8")) as Manifest;
     const networks = artifacts.reduce((sum, artifact) => sum + artifact.bytes, 0);
@@ -39,7 +40,7 @@ describe.each(bundles.map((path) => [basename(path), path]))("%s", (_, bundle) =
     await draw(page, "red apple", "2");
     await page.click("#run-check");
     await page.waitForSelector("#check-result .verdict");
-    console.log(`${basename(bundle)}: ${megabytes(first)} at the first visit, of which networks ${megabytes(networks)}; ${host.bytesSent} bytes at the second`);
+    console.log(`${basename(bundle)}: ${megabytes(first)} at the first visit, of which networks ${megabytes(networks)}; ${host.bytesSent} bytes at the second; ${figures}`);
     expect(host.bytesSent).toBe(0);
     expect(first - networks).toBeLessThan(MOST_BESIDE_NETWORKS);
     const whole = artifacts.some((artifact) => artifact.compute === "int8");
