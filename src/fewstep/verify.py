@@ -285,7 +285,8 @@ def known_floor(bundle: Bundle) -> Floor:
         return Floor.from_json(known)
     except (KeyError, TypeError) as error:
         raise BundleError(
-            f"{bundle.path} states its noise floor in another form than this fewstep does", hint="build the bundle again"
+            f"{bundle.path} states its noise floor in another form than this fewstep does",
+            hint="build the bundle again",
         ) from error
 
 
