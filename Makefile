@@ -128,7 +128,7 @@ test-app: $(VENV)/.dev app-build $(TESTED:=/manifest.json) ## Tests the web app 
 	@test -z "$$(git status --porcelain -- src/fewstep/app/static)" || { \
 		echo 'error: src/fewstep/app/static is not what apps/web builds' >&2; \
 		echo 'hint: commit it, as make app-build has just written it' >&2; exit 1; }
-	cd $(WEB) && npx --no-install vitest run
+	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run
 	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
 
 $(BUNDLE)/manifest.json: | $(VENV)/.all
