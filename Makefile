@@ -125,7 +125,7 @@ app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep
 .PHONY: test-app
 test-app: $(VENV)/.dev app-build $(TESTED:=/manifest.json) ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
 	$(WEB)/build/need.sh chromium
-	@test -z "$$(git status --porcelain -- src/fewstep/app/static)" || { \
+	@changed=$$(git status --porcelain -- src/fewstep/app/static); test -z "$$changed" || { \
 		echo 'error: src/fewstep/app/static is not what apps/web builds' >&2; \
 		echo 'hint: commit it, as make app-build has just written it' >&2; exit 1; }
 	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run
