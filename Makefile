@@ -108,8 +108,11 @@ $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/p
 # --- the web app -------------------------------------------------------------------------------------------------------
 
 WEB := apps/web
-# The bundles that the app is tested with in a browser; `make test-app BUNDLES=build/stickers,build/stickers-w8a8`.
-BUNDLES ?= $(BUNDLE)
+# The bundles that the app is tested with in a browser, the first also in all that can go wrong; those that are not there
+# are built. `make test-app BUNDLES=build/stickers` takes the least time.
+BUNDLES ?= $(BUNDLE)-w8a8,$(BUNDLE)-w8,$(BUNDLE)
+comma := ,
+TESTED := $(subst $(comma), ,$(BUNDLES))
 
 .PHONY: app
 app: app-build bundle ## Builds the web app, serves it with build/stickers and opens it (needs Node 18 or later)
@@ -120,11 +123,19 @@ app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep
 	cd $(WEB) && npx --no-install tsc --noEmit && npx --no-install vite build
 
 .PHONY: test-app
-test-app: app-build bundle ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
+test-app: $(VENV)/.dev app-build $(TESTED:=/manifest.json) ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
 	$(WEB)/build/need.sh chromium
-	@git diff --quiet -- src/fewstep/app/static || { echo 'src/fewstep/app/static was not what apps/web builds: commit it' >&2; exit 1; }
-	cd $(WEB) && npx --no-install vitest run
+	@changed=$$(git status --porcelain -- src/fewstep/app/static); test -z "$$changed" || { \
+		echo 'error: src/fewstep/app/static is not what apps/web builds' >&2; \
+		echo 'hint: commit it, as make app-build has just written it' >&2; exit 1; }
+	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run
 	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
+
+$(BUNDLE)/manifest.json: | $(VENV)/.all
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe fp32 -o $(@D)
+
+$(BUNDLE)-%/manifest.json: | $(VENV)/.all
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe $* -o $(@D)
 
 # Not `npm ci`, which refuses a lock file without the binaries of other platforms that a mirror may lack.
 $(WEB)/node_modules/.installed: $(WEB)/package-lock.json

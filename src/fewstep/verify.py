@@ -304,7 +304,13 @@ def known_floor(bundle: Bundle) -> Floor:
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
-    return Floor(known["components"], known["picture"])
+    try:
+        return Floor.from_json(known)
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{bundle.path} states its noise floor in another form than this fewstep does",
+            hint="build the bundle again",
+        ) from error
 
 
 def _compare_operations(
