@@ -1,8 +1,8 @@
 """Counts what leaves the loop of networks of full size, and measures the forms of the built-in generator.
 
-``python -m benchmarks.static [CASE ...] [--stickers] [--memory] [--step-grids]`` goes on where it was interrupted: what
-is in ``figures.json`` is not measured again. Networks of full size are traced without values: counting takes no memory
-for their weights.
+``python -m benchmarks.static [CASE ...] [--latency] [--stickers] [--memory] [--step-grids]`` goes on where it was
+interrupted: what is in ``figures.json`` is not measured again. Networks of full size are traced without values:
+counting takes no memory for their weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.table import describe_machine
-from benchmarks.static import step_grids, stickers
+from benchmarks.static import latency, step_grids, stickers
 from benchmarks.static.jobs import count
 from benchmarks.static.networks import STATIC
 from benchmarks.static.table import markdown
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--stickers", action="store_true", help="time the built-in generator too")
     parser.add_argument("--memory", action="store_true", help="hold its graphs in every way")
     parser.add_argument("--step-grids", action="store_true", help="draw with grids of activations by step")
+    parser.add_argument("--latency", action="store_true", help="time the cases (they take gigabytes and minutes)")
     options = parser.parse_args()
     unknown = set(options.cases) - set(STATIC)
     if unknown:
@@ -41,6 +42,11 @@ def main() -> None:
         if case not in figures["counts"]:
             sys.stderr.write(f"{case}\n")
             figures["counts"][case] = run_isolated(count, {"case": case, "steps": STEPS}).result
+            _save(figures)
+        timed = figures.setdefault("latency", {}) if options.latency else None
+        if timed is not None and case not in timed:
+            sys.stderr.write(f"{case}: latency\n")
+            timed[case] = latency.measure(case, STEPS, WORK)
             _save(figures)
     jobs = {
         "stickers": (options.stickers, lambda: stickers.time_pictures(WORK)),

@@ -92,14 +92,18 @@ def _values(path: str) -> dict[str, Any]:
 
 
 def _run(session: onnxruntime.InferenceSession) -> None:
+    session.run(None, random_feeds(session))
+
+
+def random_feeds(session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    """Returns inputs of a session: noise, and zeros for whole numbers."""
     random = np.random.default_rng(0)
-    feeds = {
-        value.name: random.standard_normal(value.shape, np.float32)
+    return {
+        value.name: random.standard_normal(value.shape or 1, np.float32).reshape(value.shape)
         if value.type == "tensor(float)"
         else np.zeros(value.shape, np.int64)
         for value in session.get_inputs()
     }
-    session.run(None, feeds)
 
 
 def _timed(times_ms: list[float], call: Callable[[], Any]) -> Any:

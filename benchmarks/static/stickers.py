@@ -10,7 +10,8 @@ from typing import Any
 
 import fewstep
 from benchmarks.static import memory
-from fewstep.manifest import DENOISER
+from fewstep import stages
+from fewstep.progress import Silent
 from fewstep.runtimes.sampler import Sampler, open_sampler
 
 # Name of a bundle, with recipe and form.
@@ -42,26 +43,38 @@ def hold_graphs(work: Path) -> dict[str, Any]:
     """Returns what the ways to hold the graphs of 4 steps take, by recipe."""
     found = {}
     for recipe in ("fp32", "w8a8"):
-        bundles = {form: _bundle(work, recipe, form, steps=4) for form in ("step", "table", "specialized")}
-        paths = {
-            form: [b.file(a.path) for a in b.manifest.artifacts if a.component == DENOISER]
-            for form, b in bundles.items()
-        }
+        paths = {form: _graphs(work / "graphs", recipe, form) for form in ("step", "table", "specialized")}
         sizes = {
-            form: sum(a.bytes for a in b.manifest.artifacts if a.component == DENOISER) for form, b in bundles.items()
+            form: sum(
+                p.stat().st_size for p in {*listed, *(q for p in listed for q in p.parent.glob(f"{p.name}.data"))}
+            )
+            for form, listed in paths.items()
         }
         ways = memory.measure(paths["step"][0], paths["table"][0], paths["specialized"])
         found[recipe] = {"graphs": len(paths["specialized"]), "bytes": sizes, "ways": ways}
     return found
 
 
-def _bundle(work: Path, recipe: str, form: str, steps: int | None = None) -> fewstep.Bundle:
+def _graphs(work: Path, recipe: str, form: str) -> list[Path]:
+    """Returns the graphs of the denoiser, compiled now unless they are there; their bundle is not verified."""
+    out = work / f"{recipe}-{form}"
+    if not out.is_dir():
+        toml = work / f"{recipe}-{form}.toml"
+        work.mkdir(parents=True, exist_ok=True)
+        toml.write_text(f'base = "{recipe}"\nform = "{form}"\n')
+        stages.compile(
+            "stickers", out, targets=["onnxruntime"], recipe=str(toml), steps=[4], guidance=None, progress=Silent()
+        )
+    return sorted((out / "onnxruntime" / "unet").glob("*.onnx"), key=lambda path: (len(path.name), path.name))
+
+
+def _bundle(work: Path, recipe: str, form: str) -> fewstep.Bundle:
     """Returns a bundle of stickers, built now unless it is there."""
-    out = work / "-".join(["stickers", recipe, form, *([str(steps)] if steps else [])])
+    out = work / f"stickers-{recipe}-{form}"
     if out.is_dir():
         return fewstep.Bundle.open(out)
     options = fewstep.Options(prompts=2, seeds=1, profile=False)
-    return fewstep.build("stickers", recipe, form=form, out=out, steps=steps and [steps], options=options)
+    return fewstep.build("stickers", recipe, form=form, out=out, options=options)
 
 
 def _where(sampler: Sampler, bundle: fewstep.Bundle) -> dict[str, list[float]]:

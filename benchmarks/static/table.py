@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.static import memory, step_grids, stickers
+from benchmarks.static import latency, memory, step_grids, stickers
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -12,7 +12,7 @@ def markdown(figures: dict[str, Any]) -> str:
     lines = [
         "# Static steps",
         "",
-        "Written by `python -m benchmarks.static --stickers --memory --step-grids`.",
+        "Written by `python -m benchmarks.static --latency --stickers --memory --step-grids`.",
         "",
         "## What leaves the loop",
         "",
@@ -26,6 +26,7 @@ def markdown(figures: dict[str, Any]) -> str:
         *(_counts(case, figure["parts"]) for case, figure in figures["counts"].items()),
     ]
     parts = {
+        "latency": ("Time of networks of full size", lambda f: latency.markdown(f, 4)),
         "stickers": ("The built-in generator", lambda f: stickers.markdown(f, figures["machine"])),
         "memory": ("A graph for each step", memory.markdown),
         "step_grids": ("A grid for each step", step_grids.markdown),

@@ -297,10 +297,10 @@ def app(
 @bundle_argument
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @runtime_option
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file, or .mlpackage.")
 @json_option
 def loop(bundle: Path, steps: int | None, runtime: str | None, out: Path, as_json: bool) -> None:
-    """Write one ONNX file that samples like BUNDLE: tokens and noise in, picture out."""
+    """Write one file that samples like BUNDLE: tokens and noise in, picture out."""
     with progress_bars() as progress:
         made = stages.loop(fewstep.Bundle.open(bundle), out, steps=steps, runtime=runtime, progress=progress)
     if as_json:
