@@ -256,8 +256,8 @@ def test_manifests_from_before_batches_are_read(plain: fewstep.Bundle) -> None:
     assert manifest.contract.batch == 1 and not manifest.shapes
 
 
-# Added conditions and glue between two text encoders; packed latents; a picture to start from; a second network in every
-# step; folded frames; sound; classes; draws for the networks.
+# Added conditions and glue between two text encoders; packed latents; a picture to start from; a second network in
+# every step; folded frames; sound; classes; draws for the networks.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
