@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_comparable, check_targets, compile_targets, record_reference, versions
+from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
@@ -153,6 +153,7 @@ def build(
             {name: at.programs for name, at in others.items()},
             samples=shown,
         )
+        check_size(artifacts, recipe)
         if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         if "coreml" in targets:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cache import StageCache
-from fewstep.errors import RuntimeMissingError
+from fewstep.errors import QuantizationError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.graphs import Graph, compile_graphs, graphs_of
 from fewstep.manifest import Artifact
@@ -133,6 +133,19 @@ def check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None
             raise RuntimeMissingError(
                 f"runtime {target} has no comparison of whole numbers, which this recipe computes with",
                 hint="choose a recipe that quantizes weights only, a palette for coreml, or another target",
+            )
+
+
+def check_size(artifacts: Sequence[Artifact], recipe: Recipe) -> None:
+    """Raises QuantizationError if a target's files are larger than the recipe's budget: the plan can only estimate."""
+    most = None if recipe.quantization is None else recipe.quantization.max_bytes
+    for target in dict.fromkeys(artifact.runtime for artifact in artifacts):
+        total = sum(artifact.bytes for artifact in artifacts if artifact.runtime == target)
+        if most is not None and total > most:
+            raise QuantizationError(
+                f"the components for {target} take {total} bytes, {total - most} more than max_bytes, which is {most}: "
+                "the plan expected less of what stays in float",
+                hint=f"allow --max-size {total}B, or ask for {max(1, 2 * most - total)}B so that they fit",
             )
 
 

@@ -1,6 +1,7 @@
 """The report of a bundle: a self-contained HTML page.
 
-``rows`` are the values that it is made of, ``page`` writes it, ``charts`` draws its curves and bars, ``images`` its pictures.
+``rows`` are the values that it is made of, ``page`` writes it, ``charts`` draws its curves and bars, ``images``
+its pictures.
 """
 
 from fewstep.report.charts import CurveChart, CurveSeries
