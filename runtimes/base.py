@@ -73,8 +73,6 @@ class Runtime:
     """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
-    profile: str | None = None
-    """The one profile whose plans it can lower (`fewstep.profiles`); None: any."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResu
 from fewstep.runtimes.tensorrt_cuda import Cuda
 
 NAME = "tensorrt"
-PROFILE = "tensorrt"
 STAND_IN = "ONNX Runtime"
 # Of the network: ONNX Runtime would compute neighbouring grids as one operation, which rounds differently.
 _LITERAL = {"session.disable_quant_qdq": "1"}
@@ -131,5 +130,4 @@ RUNTIME = Runtime(
     _compare_integers,
     open_exact=open_exact,
     executor=executor,
-    profile=PROFILE,
 )

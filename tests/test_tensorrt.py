@@ -18,14 +18,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from fewstep.compiling import for_targets
 from fewstep.errors import ContractError, ExportError, RecipeError, RuntimeMissingError
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.program import Program
-from fewstep.quantization import Quantization
+from fewstep.quantization import Quantization, for_targets
 from fewstep.recipe import load_recipe
-from fewstep.runtimes import RUNTIMES, get_runtime, ort
+from fewstep.runtimes import get_runtime
 from fewstep.runtimes import tensorrt_adapter as adapter
 from fewstep.runtimes.tensorrt_builder import build_engine
 from fewstep.runtimes.tensorrt_cuda import Cuda
@@ -138,23 +137,15 @@ def test_halves_that_do_not_hold_a_constant(tmp_path: Path) -> None:
     assert lower(traced, tmp_path, "bf16").compute == "bf16"
 
 
-def test_targets_bring_their_profile() -> None:
-    w8a8 = load_recipe("w8a8")
+def test_the_target_brings_its_profile() -> None:
+    w8a8 = load_recipe("w8a8").quantization
+    assert w8a8 is not None
     chosen = for_targets(w8a8, ["tensorrt"])
-    assert chosen.quantization is not None and chosen.quantization.profile == "tensorrt"
+    assert chosen is not None and chosen.profile == "tensorrt"
     assert for_targets(chosen, ["onnxruntime", "tensorrt"]) == chosen, "ONNX Runtime takes any"
-    assert for_targets(w8a8, ["onnxruntime"]) == w8a8
-    assert for_targets(load_recipe("fp16"), ["tensorrt"]) == load_recipe("fp16")
-    assert w8a8.quantization is not None
-    arm = replace(w8a8, quantization=replace(w8a8.quantization, profile="arm"))
-    with pytest.raises(RecipeError, match="quantizes for arm, and tensorrt takes tensorrt alone"):
-        for_targets(arm, ["tensorrt"])
-
-
-def test_targets_that_want_different_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RUNTIMES, "other", replace(ort.RUNTIME, name="other", profile="arm"))
-    with pytest.raises(RecipeError, match="targets want different profiles: tensorrt tensorrt, other arm"):
-        for_targets(load_recipe("w8a8"), ["tensorrt", "other"])
+    assert for_targets(None, ["tensorrt"]) is None
+    with pytest.raises(RecipeError, match="profile is 'arm', and tensorrt runs graphs of 'tensorrt' only"):
+        for_targets(replace(w8a8, profile="arm"), ["tensorrt"])
 
 
 @pytest.mark.skipif(adapter.missing() is None, reason="an engine can be built here")

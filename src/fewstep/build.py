@@ -15,7 +15,6 @@ from fewstep.compiling import (
     check_size,
     check_targets,
     compile_targets,
-    for_targets,
     record_reference,
     versions,
 )
@@ -23,6 +22,7 @@ from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
@@ -106,7 +106,7 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
-    recipe = for_targets(recipe, targets)
+    recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
     if decoder_tile is not None:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.cache import StageCache
-from fewstep.errors import QuantizationError, RecipeError, RuntimeMissingError
+from fewstep.errors import QuantizationError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
 from fewstep.graphs import Graph, compile_graphs, graphs_of
 from fewstep.manifest import Artifact
 from fewstep.progress import Progress
-from fewstep.quantization import Quantization
 from fewstep.recipe import Recipe
 from fewstep.runtimes.parity import label
 
@@ -121,29 +120,6 @@ def check_targets(targets: Sequence[str]) -> None:
         state = get_runtime(target).availability()
         if not state.builds:
             raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
-
-
-def for_targets(recipe: Recipe, targets: Sequence[str]) -> Recipe:
-    """Returns a recipe whose plan every target can lower: with the profile of the target that takes only its own.
-
-    Raises:
-        RecipeError: the targets want different plans, or the recipe asks for a profile that one of them cannot take.
-    """
-    from fewstep.runtimes import get_runtime
-
-    wanted = {target: profile for target in targets if (profile := get_runtime(target).profile) is not None}
-    if recipe.quantization is None or not wanted or set(wanted.values()) == {recipe.quantization.profile}:
-        return recipe
-    if len(set(wanted.values())) > 1:
-        told = ", ".join(f"{target} {profile}" for target, profile in wanted.items())
-        raise RecipeError(f"targets want different profiles: {told}", hint="build a bundle for each of them")
-    target, profile = next(iter(wanted.items()))
-    if recipe.quantization.profile != Quantization().profile:
-        raise RecipeError(
-            f"the recipe quantizes for {recipe.quantization.profile}, and {target} takes {profile} alone",
-            hint=f'write profile = "{profile}", or leave it out',
-        )
-    return replace(recipe, quantization=replace(recipe.quantization, profile=profile))
 
 
 def check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:

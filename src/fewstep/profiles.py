@@ -24,6 +24,7 @@ class TargetProfile:
         min_rows: a product of fewer rows than this reads more weights than it computes: whole numbers save nothing.
         weight_bits: which bits weights can be stored in.
         floats: why other operations stay in float, by name.
+        weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TargetProfile:
     min_rows: int
     weight_bits: tuple[int, ...]
     floats: Mapping[str, str]
+    weight_only: bool = True
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
@@ -69,6 +71,8 @@ _ARM = replace(_X86, name="arm", activation="int8")
 _TENSORRT = replace(_ARM, name="tensorrt", symmetric=True, outputs=frozenset(), unfolded=0, min_rows=1, floats={})
 
 PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT)}
+# Targets that run graphs of one profile only.
+REQUIRED: Mapping[str, str] = {"tensorrt": _TENSORRT.name}
 
 
 def get_profile(name: str) -> TargetProfile:

@@ -14,12 +14,13 @@ import numpy.typing as npt
 from fewstep.build import further_shapes, quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_targets, compile_targets, for_targets
+from fewstep.compiling import check_targets, compile_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
 from fewstep.inputs import example_inputs
 from fewstep.metrics import psnr_db
 from fewstep.progress import Progress, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Limits, check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceSpec
@@ -182,7 +183,8 @@ def compile(
     from fewstep.optimize import optimize as apply
 
     check_targets(targets)
-    chosen = for_targets(load_recipe(recipe), targets)
+    chosen = load_recipe(recipe)
+    chosen = replace(chosen, quantization=for_targets(chosen.quantization, targets))
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
