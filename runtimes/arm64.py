@@ -27,9 +27,9 @@ from fewstep.runtimes.base import Executor, ExecutorState, Runtime
 from fewstep.runtimes.remote import Guest, Launch, remote_runtime
 
 NAME = "arm64"
-# The wheels of a runtime's aarch64 build, by the name of the package that runs it here; a further runtime is a line
-# here and an opener in `fewstep.runtimes.guest`.
-_WHEELS: Mapping[str, str] = {"onnxruntime": "onnxruntime"}
+# The package of a runtime's ARM64 build and its version, None for the one that is installed here. A further runtime is
+# a line here and an opener in `fewstep.runtimes.guest`.
+_WHEELS: Mapping[str, tuple[str, str | None]] = {"onnxruntime": ("onnxruntime", None)}
 _SIGILL = 4
 
 
@@ -76,20 +76,23 @@ def at(runtime: Runtime, progress: Progress, cpu: Cpu = A76) -> Iterator[Runtime
         )
     if not can_emulate():
         raise RuntimeMissingError(_no_host(), hint="use Linux on x86-64 or any ARM64 machine")
-    package = _WHEELS[runtime.name]
-    try:
-        version = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        raise RuntimeMissingError(
-            f"{package} is not installed, and its version on ARM64 has to be the same",
-            hint=f"pip install 'fewstep[{runtime.name}]'",
-        ) from None
-    environment = prepare({package: version}, progress)
+    package, pinned = _WHEELS[runtime.name]
+    environment = prepare({package: pinned or _version_here(package, runtime.name)}, progress)
     guest = Guest(launch(environment, cpu), runtime.name)
     try:
         yield remote_runtime(runtime, guest)
     finally:
         guest.close()
+
+
+def _version_here(package: str, runtime: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise RuntimeMissingError(
+            f"{package} is not installed, and its version on ARM64 has to be the same",
+            hint=f"pip install 'fewstep[{runtime}]'",
+        ) from None
 
 
 def launch(environment: Environment, cpu: Cpu) -> Launch:

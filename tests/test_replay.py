@@ -101,7 +101,7 @@ def test_coverage_is_said_where_time_is_short(elsewhere: str, monkeypatch: pytes
     found = replay(painted("w8a8").bundle, elsewhere)
     assert len(found.results) == 1, "one in any case"
     (note,) = [note for note in found.caveats if note.startswith("replayed")]
-    assert "replayed 2 of the golden pack's 4 network calls and 1 of its 3 pictures" in note
+    assert "replayed 3 of the golden pack's 6 network calls and 1 of its 3 pictures" in note
     assert found.report.checks
 
 

@@ -33,7 +33,7 @@ from fewstep.runtimes.tensorrt_lint import lint
 from fewstep.runtimes.tensorrt_lower import lower
 from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
-W4 = Quantization(weights=4, granularity="group", rounding="nearest", samples=4)
+W4 = Quantization(weights=4, granularity="group", group_size=16, rounding="nearest", samples=4)
 engine_only = pytest.mark.skipif(adapter.missing() is not None, reason=f"no TensorRT engine here: {adapter.missing()}")
 
 

@@ -27,6 +27,7 @@ class TargetProfile:
         halves: whether scales are stored in half precision, so that a grid must have such scales to begin with.
         float_bias: whether biases stay in float, where integers of 32 bits cannot be added to the products.
         whole_kernels: whether inputs that share a scale are whole channels, with all of a convolution's kernel.
+        weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
     """
 
     name: str
@@ -41,6 +42,7 @@ class TargetProfile:
     halves: bool = False
     float_bias: bool = False
     whole_kernels: bool = False
+    weight_only: bool = True
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""

@@ -227,6 +227,11 @@ def for_targets(quantization: Quantization | None, targets: Collection[str]) -> 
             f"{target} takes a plan of the profile {profile!r}, and a bundle has one plan for all of its targets",
             hint=f"build one bundle for each target, or write profile = {profile!r} into the recipe for all of them",
         )
+    if not PROFILES[profile].weight_only and quantization.activations == FLOAT_BITS:
+        raise RecipeError(
+            f"the recipe computes in float with stored whole numbers, and {target} can only multiply those",
+            hint="use w8a8, or fp32; litert runs recipes that quantize weights only",
+        )
     return dataclasses.replace(quantization, profile=profile)
 
 

@@ -111,7 +111,7 @@ class _Replay:
         recorded = [sample for sample in self._golden if sample.feeds]
         if not recorded:
             raise ContractError("the golden pack has no network calls", hint="build the bundle again")
-        sampler = open_sampler(self._bundle, runtime=self._there)
+        sampler = open_sampler(self._bundle, runtime=self._there, exact=True)
         advance = self._progress.task("replay calls", len(recorded))
         try:
             self._calls(recorded[0], sampler)
@@ -125,6 +125,8 @@ class _Replay:
             self._pictures(sampler)
         finally:
             sampler.close()
+        if self._manifest.shapes:
+            self.notes.append(f"not replayed: the shapes {', '.join(self._manifest.shapes)}")
         calls = sum(len(sample.feeds) for sample in self.replayed)
         of = sum(len(sample.feeds) for sample in recorded)
         self.notes.append(
@@ -137,7 +139,7 @@ class _Replay:
     def compare_with(self, here: Runtime) -> None:
         """Adds the checks of the same calls and pictures on this machine, and says what they come to."""
         exact = not self._integers
-        sampler = open_sampler(self._bundle, runtime=here)
+        sampler = open_sampler(self._bundle, runtime=here, exact=True)
         values: dict[str, list[float]] = defaultdict(list)
         try:
             for sample in self.replayed:
@@ -147,9 +149,9 @@ class _Replay:
                     for name, there in feed.outputs.items():
                         value = sqnr_db(outputs[name], there)
                         values[feed.component].append(value)
-                        at = label(sample)
+                        at, tensor = label(sample), name if feed.branch == "cond" else f"{name} ({feed.branch})"
                         self.checks.append(
-                            Check(BETWEEN, "component", feed.component, feed.step, at, name, "SQNR dB", value, limit)
+                            Check(BETWEEN, "component", feed.component, feed.step, at, tensor, "SQNR dB", value, limit)
                         )
             for there_sample in self.results:
                 ours = _draw(self._bundle, sampler, there_sample)
