@@ -227,9 +227,15 @@ def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
+    """Returns ones; layout and device say nothing of their values."""
+    return torch.ones(size, dtype=dtype or x.dtype)
+
+
 # What coremltools has no translation for, or a wrong one.
 _DECOMPOSED: Mapping[Any, Any] = {
     torch.ops.aten.gelu.default: _gelu,
+    torch.ops.aten.new_ones.default: _new_ones,
     torch.ops.aten.where.ScalarOther: lambda c, x, y: torch.where(c, x, x.new_full((), y)),
     torch.ops.aten.where.ScalarSelf: lambda c, x, y: torch.where(c, y.new_full((), x), y),
 }

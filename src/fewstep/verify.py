@@ -17,6 +17,7 @@ from fewstep.runtimes import coreml, get_runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
+    LOWERING,
     LOWERING_FP16,
     Check,
     Floor,
@@ -240,7 +241,7 @@ def verify_against(
         some = references[:FLOOR_SAMPLES]
         floor = floor or _floor(bundle, quantized, some, progress)
         labels = {label(sample) for sample in some}
-        of_some = [x for x in checks if x.level == "component" and x.sample in labels]
+        of_some = [x for x in checks if (x.error, x.level) == (LOWERING, "component") and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, exact[: len(some)])
         if quantized is None:
