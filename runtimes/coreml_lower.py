@@ -200,12 +200,13 @@ def quiet_coremltools() -> Iterator[Any]:
 
 
 def _pipeline(ct: Any, target: str) -> Any:
-    """Returns coremltools' own passes, then those that store weights in their smallest form (iOS 18)."""
-    pipeline = ct.PassPipeline()
-    if target != "iOS17":
-        # They register the passes, and import coremltools, which talks.
-        from fewstep.runtimes import coreml_pack, coreml_pack_integers
+    """Returns coremltools' own passes, then ours: exact norms, and weights in their smallest form (iOS 18)."""
+    # They register the passes, and import coremltools, which talks.
+    from fewstep.runtimes import coreml_norms, coreml_pack, coreml_pack_integers
 
+    pipeline = ct.PassPipeline()
+    pipeline.append_pass(coreml_norms.PASS)
+    if target != "iOS17":
         pipeline.append_pass(coreml_pack_integers.PASS)
         pipeline.append_pass(coreml_pack.PASS)
     return pipeline

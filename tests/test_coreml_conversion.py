@@ -20,6 +20,7 @@ from fewstep.runtimes.coreml_lower import lower
 from fewstep.runtimes.mil import open_package
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+SCALE, SHIFT = (torch.linspace(low, 2, 3).reshape(1, 3, 1, 1) for low in (0.5, -1))
 
 
 class Applied(torch.nn.Module):
@@ -69,6 +70,14 @@ def quality(program: Program, folder: Path) -> float:
 def test_operation(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
     # fp32 on both sides, one operation deep: 1e-6 of the values is 120 dB.
     assert quality(program_of(function), tmp_path) >= 110
+
+
+def test_batch_norms_of_products_and_sums_are_exact(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: a[..., None] * SCALE + SHIFT + b[..., None])
+    # The epsilon of coremltools' batch norm alone would leave 111 dB here.
+    assert quality(program, tmp_path) >= 130
+    package = open_package(tmp_path / "Unet.mlpackage")
+    assert "batch_norm" in {operation.type for operation in package.functions["main"].block.operations}
 
 
 def test_gelu_stays_one_operation(tmp_path: Path) -> None:
