@@ -233,10 +233,17 @@ def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = N
     return torch.ones(size, dtype=dtype or x.dtype)
 
 
+def _either(logical: Any, bitwise: Any) -> Any:
+    """Returns what computes an operator of Python, by the type of its operands."""
+    return lambda x, y: logical(x, y) if x.dtype == torch.bool else bitwise(x, y)
+
+
 # What coremltools has no translation for, or a wrong one.
 _DECOMPOSED: Mapping[Any, Any] = {
     torch.ops.aten.gelu.default: _gelu,
     torch.ops.aten.new_ones.default: _new_ones,
+    torch.ops.aten.__and__.Tensor: _either(torch.logical_and, torch.bitwise_and),
+    torch.ops.aten.__or__.Tensor: _either(torch.logical_or, torch.bitwise_or),
     torch.ops.aten.where.ScalarOther: lambda c, x, y: torch.where(c, x, x.new_full((), y)),
     torch.ops.aten.where.ScalarSelf: lambda c, x, y: torch.where(c, y.new_full((), x), y),
 }

@@ -64,6 +64,7 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: functional.gelu(a) * b, id="exact gelu"),
         pytest.param(lambda a, b: torch.where(a > b, a, 0.5), id="where with a number last"),
         pytest.param(lambda a, b: torch.where(a > b, -0.5, b), id="where with a number first"),
+        pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
         pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
     ],
 )

@@ -1,7 +1,7 @@
 """Builds the built-in generator for Core ML by every way of compressing, and writes size against quality.
 
-``python -m benchmarks.coreml [ROW ...]`` goes on where it was interrupted: a row whose recipe and compiler are the same
-is not built again. ``--page`` builds nothing.
+``python -m benchmarks.coreml [ROW ...]`` goes on where it was interrupted: a row of the same recipe and versions of
+packages is not built again. ``--page`` builds nothing.
 """
 
 from __future__ import annotations
