@@ -85,8 +85,10 @@ def assemble(reference: Bundle, models: Mapping[str, Path], out: Path, recipe: s
     return Bundle.open(out)
 
 
-def build_recipe(recipe: str, out: str) -> dict[str, Any]:
+def build_recipe(recipe: str, out: str, form: str | None = "step") -> dict[str, Any]:
     """Returns the seconds of building the built-in generator with one of fewstep's recipes; the bundle is at ``out``.
+
+    In step form, unless told otherwise: its networks take what the peers' do, and calls recorded for one fit all.
 
     Raises:
         FewstepError: there is no such recipe, its own limits are not kept, or it says to quantize and nothing was.
@@ -96,8 +98,7 @@ def build_recipe(recipe: str, out: str) -> dict[str, Any]:
 
     started = time.perf_counter()
     options = fewstep.Options(prompts=2, seeds=1, profile=False)
-    # In step form, whose networks take what the peers' do: calls recorded for one fit all.
-    bundle = fewstep.build("stickers", recipe, out=out, form="step", options=options)
+    bundle = fewstep.build("stickers", recipe, out=out, form=form, options=options)
     quantization = load_recipe(recipe).quantization
     if quantization is not None:
         check_quantized(bundle, mixed=quantization.mixed)
