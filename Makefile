@@ -86,9 +86,14 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 	mv docs/families.new docs/families.md
 
 .PHONY: coreml-operators
-coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (an hour or more)
+coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (hours; goes on where it was interrupted)
 	$(BIN)/python -W ignore -m tests.mil.operators > docs/coreml-operators.new
 	mv docs/coreml-operators.new docs/coreml-operators.md
+
+.PHONY: coreml-families
+coreml-families: $(VENV)/.dev ## Compiles every network of tests/zoo for Core ML and writes docs/coreml-families.md (goes on where it was interrupted)
+	$(BIN)/python -W ignore -m tests.coreml_families > docs/coreml-families.new
+	mv docs/coreml-families.new docs/coreml-families.md
 
 # The other world of versions: Optimum and transformers 4, in an environment of its own.
 INTEROP := .venv-interop
@@ -187,6 +192,10 @@ bench-backends: $(VENV)/.dev ## Builds and measures the built-in generator for e
 .PHONY: bench-static
 bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers --memory --step-grids
+
+.PHONY: bench-coreml
+bench-coreml: $(VENV)/.dev ## Compares recipes for Core ML by size and quality (goes on where it was interrupted); ROWS=... for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coreml $(ROWS)
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

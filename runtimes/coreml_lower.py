@@ -200,12 +200,13 @@ def quiet_coremltools() -> Iterator[Any]:
 
 
 def _pipeline(ct: Any, target: str) -> Any:
-    """Returns coremltools' own passes, then those that store weights in their smallest form (iOS 18)."""
-    pipeline = ct.PassPipeline()
-    if target != "iOS17":
-        # They register the passes, and import coremltools, which talks.
-        from fewstep.runtimes import coreml_pack, coreml_pack_integers
+    """Returns coremltools' own passes, then ours: exact norms, and weights in their smallest form (iOS 18)."""
+    # They register the passes, and import coremltools, which talks.
+    from fewstep.runtimes import coreml_norms, coreml_pack, coreml_pack_integers
 
+    pipeline = ct.PassPipeline()
+    pipeline.append_pass(coreml_norms.PASS)
+    if target != "iOS17":
         pipeline.append_pass(coreml_pack_integers.PASS)
         pipeline.append_pass(coreml_pack.PASS)
     return pipeline
@@ -227,9 +228,22 @@ def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
+    """Returns ones; layout and device say nothing of their values."""
+    return torch.ones(size, dtype=dtype or x.dtype)
+
+
+def _either(logical: Any, bitwise: Any) -> Any:
+    """Returns what computes an operator of Python, by the type of its operands."""
+    return lambda x, y: logical(x, y) if x.dtype == torch.bool else bitwise(x, y)
+
+
 # What coremltools has no translation for, or a wrong one.
 _DECOMPOSED: Mapping[Any, Any] = {
     torch.ops.aten.gelu.default: _gelu,
+    torch.ops.aten.new_ones.default: _new_ones,
+    torch.ops.aten.__and__.Tensor: _either(torch.logical_and, torch.bitwise_and),
+    torch.ops.aten.__or__.Tensor: _either(torch.logical_or, torch.bitwise_or),
     torch.ops.aten.where.ScalarOther: lambda c, x, y: torch.where(c, x, x.new_full((), y)),
     torch.ops.aten.where.ScalarSelf: lambda c, x, y: torch.where(c, y.new_full((), x), y),
 }

@@ -20,6 +20,7 @@ from fewstep.runtimes.coreml_lower import lower
 from fewstep.runtimes.mil import open_package
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+SCALE, SHIFT = (torch.linspace(low, 2, 3).reshape(1, 3, 1, 1) for low in (0.5, -1))
 
 
 class Applied(torch.nn.Module):
@@ -63,11 +64,21 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: functional.gelu(a) * b, id="exact gelu"),
         pytest.param(lambda a, b: torch.where(a > b, a, 0.5), id="where with a number last"),
         pytest.param(lambda a, b: torch.where(a > b, -0.5, b), id="where with a number first"),
+        pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
+        pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
     ],
 )
 def test_operation(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
     # fp32 on both sides, one operation deep: 1e-6 of the values is 120 dB.
     assert quality(program_of(function), tmp_path) >= 110
+
+
+def test_batch_norms_of_products_and_sums_are_exact(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: a[..., None] * SCALE + SHIFT + b[..., None])
+    # The epsilon of coremltools' batch norm alone would leave 111 dB here.
+    assert quality(program, tmp_path) >= 130
+    package = open_package(tmp_path / "Unet.mlpackage")
+    assert "batch_norm" in {operation.type for operation in package.functions["main"].block.operations}
 
 
 def test_gelu_stays_one_operation(tmp_path: Path) -> None:

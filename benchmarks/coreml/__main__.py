@@ -1,7 +1,7 @@
 """Builds the built-in generator for Core ML by every way of compressing, and writes size against quality.
 
-``python -m benchmarks.coreml [ROW ...]`` goes on where it was interrupted: a row whose recipe and compiler are the same
-is not built again. ``--page`` builds nothing.
+``python -m benchmarks.coreml [ROW ...]`` goes on where it was interrupted: a row of the same recipe and versions of
+packages is not built again. ``--page`` builds nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fewstep.recipe import Recipe, load_recipe, parse_recipe
 from fewstep.runtimes.parity import COMPRESSION, LOWERING, LOWERING_FP16
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, PROMPTS, SEEDS = 4, 4, 1
+STEPS, PROMPTS, SEEDS = 4, 8, 1
 # A row that is far from the original is a result, too.
 _ANY = {"limits": {"compression_psnr_db": 0.0}}
 
@@ -36,8 +36,8 @@ def recipes() -> dict[str, Recipe]:
     sparse = {"weights": "fp16", "sparsity": 0.5, **_ANY}
     made: Mapping[str, Mapping[str, Any]] = {
         "sparse": sparse,
-        "sparse + palette6": {**sparse, "palette": 6},
-        "sparse + palette4": {**sparse, "palette": 4},
+        "sparse-palette6": {**sparse, "palette": 6},
+        "sparse-palette4": {**sparse, "palette": 4},
     }
     found = {name: _without_limit(load_recipe(name)) for name in presets}
     return found | {name: parse_recipe(values, where=name, name=name) for name, values in made.items()}
@@ -88,15 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.page and (not options.rows or name in options.rows):
             sys.stderr.write(f"{name}\n")
             key = {"recipe": recipe.to_json(), "prompts": PROMPTS, "seeds": SEEDS, "versions": versions()}
-            cells.get_or_make(_file(name), key, lambda recipe=recipe: measure(recipe))
-        cell = cells.read(_file(name))
+            cells.get_or_make(name, key, lambda recipe=recipe: measure(recipe))
+        cell = cells.read(name)
         rows.append(Row(name, None if cell is None else cell["values"]))
     (RESULTS / "README.md").write_text(markdown(rows, versions()), encoding="utf-8")
     (RESULTS / "psnr-size.svg").write_text(scatter(points(rows)), encoding="utf-8")
-
-
-def _file(row: str) -> str:
-    return row.replace(" + ", "-")
 
 
 if __name__ == "__main__":

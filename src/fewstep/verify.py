@@ -20,6 +20,7 @@ from fewstep.runtimes.base import Array
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
+    LOWERING,
     LOWERING_FP16,
     Check,
     Floor,
@@ -241,7 +242,7 @@ def verify_against(
         some = references[:FLOOR_SAMPLES]
         floor = floor or _floor(bundle, quantized, some, progress)
         labels = {label(sample) for sample in some}
-        of_some = [x for x in checks if x.level == "component" and x.sample in labels]
+        of_some = [x for x in checks if (x.error, x.level) == (LOWERING, "component") and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, exact[: len(some)])
         if quantized is None:

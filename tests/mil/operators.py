@@ -87,7 +87,19 @@ def run() -> None:
             "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
         }
         files = test_files()
-        options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "tests.mil.stand_in", "--tb=no"]
+        # No configuration of ours, which an environment inside of this folder would find.
+        options = [
+            "-c",
+            os.devnull,
+            "-q",
+            "-W",
+            "ignore",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.mil.stand_in",
+            "--tb=no",
+        ]
         command = [sys.executable, "-W", "ignore", "-m", "pytest", *options, f"--rootdir={files[0].parents[1]}"]
         done = subprocess.run([*command, *map(str, files)], env=environment, stdout=subprocess.PIPE, check=False)
         if done.returncode not in (0, 1):  # not: all passed, some failed
