@@ -55,6 +55,11 @@ class RowSession:
             self._open[row] = self._open_row(row)
         return self._open[row].run(inputs)
 
+    @property
+    def open_rows(self) -> tuple[int, ...]:
+        """The rows whose graphs are open."""
+        return tuple(self._open)
+
     def close(self) -> None:
         """Closes the graphs that are open."""
         for session in self._open.values():

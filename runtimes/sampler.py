@@ -37,6 +37,7 @@ from fewstep.manifest import (
     step_numbers,
 )
 from fewstep.output import to_output
+from fewstep.recipe import ROW_GRAPHS
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import CheckedSession, Runtime
 from fewstep.runtimes.rows import RowSession, has_rows, row_spec, row_variant
@@ -277,12 +278,17 @@ def open_sampler(
         keep_open: leaves components open for the next picture.
         exact: compute in fp32 where the runtime can tell that apart from its own arithmetic.
         rows: how graphs of the specialized form are held, one of `fewstep.recipe.ROW_GRAPHS`; None takes the recipe's.
+
+    Raises:
+        ContractError: ``rows`` is none of them.
     """
     manifest = bundle.manifest
     backend = runtime if isinstance(runtime, Runtime) else get_runtime(runtime or manifest.runtimes[0])
     name = backend.name
     opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
-    held = "one" if not keep_open else rows or manifest.recipe.get("row_graphs", "mapped")
+    held = rows or manifest.recipe.get("row_graphs", ROW_GRAPHS[0])
+    if held not in ROW_GRAPHS:
+        raise ContractError(f"rows is {held!r}, expected one of {', '.join(ROW_GRAPHS)}")
     open_of_several = backend.open_mapped if held == "mapped" and backend.open_mapped is not None else opened
 
     def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:

@@ -21,8 +21,9 @@ from fewstep.manifest import DENOISER, PLAN_FOLDER
 from fewstep.metrics import psnr_db
 from fewstep.optimize.quantize import QuantPlan
 from fewstep.progress import Silent
-from fewstep.recipe import Recipe, parse_recipe
+from fewstep.recipe import ROW_GRAPHS, Recipe, parse_recipe
 from fewstep.runtimes.pytorch_reference import open_program
+from fewstep.runtimes.rows import RowSession
 from fewstep.runtimes.sampler import open_sampler
 from tests.bundles import STEPS, built
 from tests.quantized import painter, small
@@ -88,15 +89,19 @@ def held(model: ir.Model) -> list[ir.TensorProtocol]:
     return [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
 
 
-def test_one_graph_is_open_at_a_time_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", ROW_GRAPHS)
+def test_every_way_to_hold_the_graphs_draws_the_same(rows: str) -> None:
     bundle = specialized()
-    schedule = bundle.manifest.schedule(4)
-    for keep_open, most in ((True, 4), (False, 1)):
-        sampler = open_sampler(bundle, keep_open=keep_open)
-        sampler("a cat", 0, schedule)
-        if keep_open:
-            assert len(sampler.session(DENOISER)._session._open) == most  # type: ignore[attr-defined]
-        sampler.close()
+    sampler = open_sampler(bundle, rows=rows)
+    found = sampler("a cat", 3, bundle.manifest.schedule(4))
+    held = sampler.session(DENOISER)._session
+    assert isinstance(held, RowSession) and len(held.open_rows) == (1 if rows == "one" else 4)
+    sampler.close()
+    assert not held.open_rows
+    with pytest.raises(ContractError, match="rows is 'all', expected one of mapped, packed, one"):
+        open_sampler(bundle, rows="all")
+    # Packed or not, kernels sum in another order.
+    assert psnr_db(bundle.generate("a cat", 3, steps=4).picture_HWC, found.picture_HWC) >= 100
 
 
 @functools.cache

