@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fewstep.errors import ExportError
 from fewstep.export.embedding import is_embedding
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.post import read_post
 from fewstep.export.recorded import Run, name_inputs
+from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
 from fewstep.export.tape import MADE, Glue, GlueModule, Ref
@@ -33,8 +32,6 @@ from fewstep.manifest import (
     DECODER,
     DENOISER,
     DRAW,
-    DRAWS_OF_A_STEP,
-    EARLY_DRAWS,
     GUIDANCE,
     INITIAL,
     LATENT,
@@ -64,7 +61,7 @@ class Reader:
         if len(calls) != len(recorded.states):
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
         self._last = len(calls) - 1
-        self._refuse_other_networks()
+        refuse_other_networks(recorded, self._loop_names(), others)
         self._loop_post = read_post(recorded) if generator.is_loop else None
         self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
         self._initial: tuple[int | None, Any] = (0, None)
@@ -79,65 +76,11 @@ class Reader:
             clips=recorded.clips,
             post_after=None if self._loop_post is None else self._loop_post.after,
         )
-        self._refuse_other_shapes()
-        self._refuse_further_noise()
+        if generator.is_loop:
+            refuse_other_shapes(recorded, self._loop_post)
+        refuse_further_noise(recorded, self._loop_names(), self._originals, self.anatomy.latent)
 
     # --- the loop
-
-    def _refuse_other_networks(self) -> None:
-        """Raises if another network than those of every step takes part in some steps."""
-        inside, end = self._loop_names(), len(self._run.states)
-        for call in self._run.calls:
-            if call.component not in inside and 0 < call.steps_done < end:
-                raise ExportError(
-                    f"{call.component} runs after step {call.steps_done - 1} of {end}, expected it in every step or in "
-                    "none",
-                    hint="a network of some steps only cannot be expressed yet",
-                )
-        ours = _outside(self._run, inside)
-        for other in self._others:
-            theirs = _outside(other, inside)
-            for name in ours.keys() | theirs.keys():
-                if ours[name] != theirs[name]:
-                    raise ExportError(
-                        f"{name} is called {ours[name]} times in a loop of {end} calls of {DENOISER} and "
-                        f"{theirs[name]} times in one of {len(other.states)}, expected {DENOISER} alone to be called "
-                        "by the step",
-                        hint="another network in the first or the last steps cannot be expressed yet",
-                    )
-
-    def _refuse_other_shapes(self) -> None:
-        """Raises if what a loop in plain PyTorch gets from its denoiser cannot be added to its latent."""
-        if not self._generator.is_loop:
-            return
-        shape = self._run.states[0].shape
-        name, F = next(iter(self._run.of(DENOISER)[0].outputs.items()))
-        F = F if self._loop_post is None else self._loop_post(F)
-        if F.shape != shape:
-            raise ExportError(
-                f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
-                hint=f"move what makes one of the other into the network {DENOISER!r}",
-            )
-
-    def _refuse_further_noise(self) -> None:
-        """Raises if a step draws beside its latent's noise what is not for a network of every step."""
-        run = self._run
-        further = {offset: draw for offset, draw in run.draws.items() if offset >= draw_offset(1, 1)}
-        if not further:
-            return
-        for component in self._loop_names():
-            for k in range(1, len(run.states)):
-                inputs = [t for name, t in self._originals(component, k).items() if name != self.anatomy.latent]
-                glue = run.tape.cut([t for t in inputs if run.tape.varies(t)], what=component)
-                for number in range(1, 1 + len(run.step_draws())):
-                    if f"{NOISE}{draw_offset(k, number)}" in glue.leaves:
-                        further.pop(draw_offset(k, number), None)
-        if further:
-            gap = (min(further) - EARLY_DRAWS) // DRAWS_OF_A_STEP
-            raise ExportError(
-                f"step {gap - 1} draws noise more than once, expected at most one array for the latent",
-                hint="draw all that a step adds to its latent as one array",
-            )
 
     def _loop_names(self) -> list[str]:
         """Components that are called once in every step, in order."""
@@ -396,11 +339,6 @@ class Reader:
             output=output,
         )
         return ([*wirings, finish] if finish else wirings), contract
-
-
-def _outside(run: Run, inside: Sequence[str]) -> Counter[str]:
-    """Returns how often each component outside the loop was called."""
-    return Counter(call.component for call in run.calls if call.component not in inside)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -113,6 +113,6 @@ def compile_graphs(
     if runtime.compile_variants is None:
         raise RuntimeMissingError(
             f"runtime {runtime.name} cannot compile several graphs of one component",
-            hint="give one shape, no tiles and the table form for this target",
+            hint="give one shape, no batch, no tiles and the table form for this target",
         )
     return runtime.compile_variants((graph.program(samples) for graph in graphs), folder, weights)
