@@ -150,16 +150,16 @@ def test_the_target_brings_its_profile() -> None:
 
 @pytest.mark.skipif(adapter.missing() is None, reason="an engine can be built here")
 def test_nothing_pretends_that_an_engine_was_built() -> None:
-    from fewstep.verify import _stand_in_notes
+    from fewstep.verify import stand_in_notes
 
     state = get_runtime("tensorrt").availability()
     assert state.compiles and not state.runs and state.stand_in == "ONNX Runtime"
     assert "no engine is built here: tensorrt is not installed" in state.detail
     assert "pip install 'fewstep[tensorrt]'" in str(state.remedy)
     assert "no TensorRT engine was built" in adapter.executor()
-    (note,) = _stand_in_notes("tensorrt")
+    (note,) = stand_in_notes("tensorrt")
     assert note.startswith("tensorrt itself did not run: ONNX Runtime computed its artifacts")
-    assert _stand_in_notes("onnxruntime") == []
+    assert stand_in_notes("onnxruntime") == []
 
 
 def test_a_gpu_without_tensorrt_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:

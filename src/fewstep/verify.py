@@ -215,7 +215,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *_stand_in_notes(name), *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *stand_in_notes(name), *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -305,7 +305,7 @@ def _compare_operations(
     return checks
 
 
-def _stand_in_notes(runtime: str) -> list[str]:
+def stand_in_notes(runtime: str) -> list[str]:
     """Returns that a runtime did not run, where another one computed its artifacts."""
     state = get_runtime(runtime).availability()
     if state.runs or state.stand_in is None:
