@@ -14,6 +14,7 @@ from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
 from fewstep.runtimes import coreml, get_runtime
+from fewstep.runtimes.base import Runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -249,10 +250,7 @@ def verify_against(
         checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
         if integers:
             checks.append(mean_check(uncompressed, references, results))
-    first = next(iter(artifacts.values()))
-    executor = f"{name}, {first.weights} weights, {first.compute} compute"
-    said = get_runtime(name).executor
-    executor += f", run by {said()}" if said is not None else ""
+    executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
         tuple(references),
@@ -303,6 +301,13 @@ def _compare_operations(
             for feed in (f for f in sample.feeds if f.component == component):
                 checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
     return checks
+
+
+def executor_text(runtime: Runtime, artifacts: Iterable[Artifact]) -> str:
+    """Returns what ran artifacts, for people: the runtime, their precisions each once, and the place where it says."""
+    precisions = dict.fromkeys(f"{a.weights} weights, {a.compute} compute" for a in artifacts)
+    place = f", run by {runtime.executor()}" if runtime.executor is not None else ""
+    return f"{runtime.name}, {'; '.join(precisions)}{place}"
 
 
 def stand_in_notes(runtime: str) -> list[str]:
