@@ -29,7 +29,10 @@ from fewstep.runtimes.remote import Guest, Launch, remote_runtime
 NAME = "arm64"
 # The package of a runtime's ARM64 build and its version, None for the one that is installed here. A further runtime is
 # a line here and an opener in `fewstep.runtimes.guest`.
-_WHEELS: Mapping[str, tuple[str, str | None]] = {"onnxruntime": ("onnxruntime", None)}
+_WHEELS: Mapping[str, tuple[str, str | None]] = {
+    "onnxruntime": ("onnxruntime", None),
+    "litert": ("ai-edge-litert", None),
+}
 _SIGILL = 4
 
 

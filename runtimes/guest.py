@@ -91,7 +91,28 @@ def _onnxruntime() -> tuple[str, Open]:
     return str(onnxruntime.__version__), opened
 
 
-_OPENERS: dict[str, Callable[[], tuple[str, Open]]] = {"onnxruntime": _onnxruntime}
+def _litert() -> tuple[str, Open]:
+    from importlib import metadata
+
+    from ai_edge_litert.interpreter import Interpreter
+
+    def opened(path: str, threads: int | None) -> Run:
+        interpreter = Interpreter(model_path=path, num_threads=threads)
+        interpreter.allocate_tensors()
+        signature = interpreter.get_signature_runner("serving_default")
+        dtypes = {name: details["dtype"] for name, details in signature.get_input_details().items()}
+
+        def run(feeds: Mapping[str, Array], outputs: Sequence[str] | None) -> dict[str, Array]:
+            # Its interface has whole numbers of 32 bits.
+            results = signature(**{name: array.astype(dtypes[name]) for name, array in feeds.items()})
+            return {name: results[name] for name in outputs or results}
+
+        return run
+
+    return metadata.version("ai-edge-litert"), opened
+
+
+_OPENERS: dict[str, Callable[[], tuple[str, Open]]] = {"onnxruntime": _onnxruntime, "litert": _litert}
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ def build_engine(model: Path, engine: Path, timing_cache: Path) -> dict[str, Any
     started = time.perf_counter()
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
     builder = tensorrt.Builder(logger)
+    # TensorRT 11 ignores the flag: all of its networks are strongly typed.
     network = builder.create_network(1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = tensorrt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(model)):

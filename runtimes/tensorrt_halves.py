@@ -45,8 +45,6 @@ def to_halves(model: ir.Model, half: ir.DataType) -> None:
     for value in list(graph.initializers.values()):
         _store(model, value, half)
     for node in list(graph):
-        if node in {v.producer() for v in casts.values()}:
-            continue
         if node.op_type == "Cast" and node.attributes.get_int("to", 0) == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(half))
         single = node.op_type in _SINGLE

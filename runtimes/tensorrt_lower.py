@@ -7,6 +7,7 @@ halves begin and end. TensorRT 10 and 11 have no other way to ask for it.
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import ml_dtypes
@@ -123,53 +124,71 @@ def _settle_constant(model: ir.Model, node: ir.Node) -> bool:
         return True
     if len(node.inputs) > 2 and constant(node.inputs[2]).any():
         raise ExportError(f"{node.outputs[0].name} has a zero point, expected a symmetric grid for weights")
-    q, scale, axis, block, last = _following(node.outputs[0], q, scale, axis)
-    _dequantize(model, node, last, q, scale, axis, block)
+    _place(model, node, node.outputs[0], _Weight(q, scale, axis))
     return True
 
 
-def _following(value: ir.Value, q: Array, scale: Array, axis: int) -> tuple[Array, Array, int, int, ir.Value]:
-    """Returns a weight as it is behind the Reshape of its groups and a Transpose, and the value that it is there."""
-    block = 0
-    while True:
-        users = list(value.uses())
-        if len(users) != 1 or value.is_graph_output():
-            return q, scale, axis, block, value
-        user = users[0][0]
-        if user.op_type == "Reshape" and scale.ndim == 1 and axis == 0 and user.outputs[0].shape is not None:
-            shape = user.outputs[0].shape.numpy()
-            if len(shape) != 2:
-                # TensorRT has blocks in matrices alone: a convolution's groups are dequantized here.
-                wide = q.astype(np.float32) * scale[:, None]
-                return wide.reshape(shape), scale, 0, 0, user.outputs[0]
-            q, block, axis = q.reshape(shape), q.shape[1], 1
-            scale = scale.reshape(shape[0], -1)
-        elif user.op_type == "Transpose":
-            order = user.attributes.get_ints("perm", tuple(reversed(range(q.ndim))))
-            q = q.transpose(order)
-            scale = scale.transpose(order) if block else scale
-            axis = list(order).index(axis)
+@dataclass(frozen=True)
+class _Weight:
+    """Whole numbers and their scales: one, one for each index along ``axis``, or one for each ``block`` along it."""
+
+    q: Array
+    scale: Array
+    axis: int
+    block: int = 0
+
+    def behind(self, node: ir.Node) -> _Weight | Array | None:
+        """Returns the weight behind a Transpose or the Reshape of its groups, None behind anything else.
+
+        It is in float where TensorRT has no such grid.
+        """
+        if node.op_type == "Transpose":
+            order = node.attributes.get_ints("perm", tuple(reversed(range(self.q.ndim))))
+            scale = self.scale.transpose(order) if self.block else self.scale
+            return _Weight(self.q.transpose(order), scale, list(order).index(self.axis), self.block)
+        shape = node.outputs[0].shape.numpy() if node.outputs[0].shape is not None else ()
+        grouped = node.op_type == "Reshape" and self.scale.ndim == 1 and self.axis == 0 and len(shape) > 0
+        if not grouped or self.scale.size <= shape[0] or self.scale.size % shape[0]:
+            return None
+        if len(shape) != 2:
+            # TensorRT has blocks in matrices alone: a convolution's groups are dequantized here.
+            return (self.q.astype(np.float32) * self.scale[:, None]).reshape(shape)
+        return _Weight(self.q.reshape(shape), self.scale.reshape(shape[0], -1), 1, self.q.shape[1])
+
+    def floats(self) -> Array:
+        """Returns the blocks' values."""
+        return self.q.astype(np.float32) * np.repeat(self.scale, self.block, axis=self.axis)
+
+
+def _place(model: ir.Model, node: ir.Node, value: ir.Value, weight: _Weight) -> None:
+    """Puts a weight right before everything that multiplies it."""
+    direct = value.is_graph_output()
+    for user, _ in list(value.uses()):
+        behind = weight.behind(user)
+        if isinstance(behind, _Weight):
+            _place(model, node, user.outputs[0], behind)
+        elif behind is not None:
+            name = f"{user.outputs[0].name}.float"
+            user.outputs[0].replace_all_uses_with(_initializer(model, name, behind))
         else:
-            return q, scale, axis, block, value
-        value = user.outputs[0]
+            direct = True
+    if direct:
+        _dequantize(model, node, value, weight)
 
 
-def _dequantize(model: ir.Model, node: ir.Node, value: ir.Value, q: Array, scale: Array, axis: int, block: int) -> None:
+def _dequantize(model: ir.Model, node: ir.Node, value: ir.Value, weight: _Weight) -> None:
     """Puts one DequantizeLinear of a constant in the place of a value."""
-    if q.dtype == np.float32:
-        value.replace_all_uses_with(_initializer(model, f"{value.name}.float", q))
-        return
-    readers = {user.op_type for user, _ in value.uses()}
+    q, scale, axis, block = weight.q, weight.scale, weight.axis, weight.block
+    readers = {user.op_type for user, _ in value.uses() if weight.behind(user) is None}
     four = q.ndim == 2 and readers <= {"MatMul", "Gemm"} and q.min() >= _INT4[0] and q.max() <= _INT4[1]
     if block and not four:
         # Blocks are of four bits: what has more is dequantized here.
-        wide = q.astype(np.float32) * np.repeat(scale, block, axis=axis)
-        value.replace_all_uses_with(_initializer(model, f"{value.name}.float", wide))
+        value.replace_all_uses_with(_initializer(model, f"{value.name}.float", weight.floats()))
         return
     stored = np.ascontiguousarray(q).astype(ml_dtypes.int4) if four else np.ascontiguousarray(q)
     inputs = [
         _initializer(model, f"{value.name}.quantized", stored),
-        _initializer(model, f"{value.name}.scale", scale if scale.ndim else scale.reshape(())),
+        _initializer(model, f"{value.name}.scale", np.ascontiguousarray(scale).reshape(scale.shape)),
         _initializer(model, f"{value.name}.zero_point", np.zeros(scale.shape, stored.dtype)),
     ]
     attributes = {"axis": axis, "block_size": block} if block else {"axis": axis} if scale.ndim else {}

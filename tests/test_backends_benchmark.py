@@ -27,8 +27,9 @@ def test_the_page(tmp_path: Path) -> None:
     ]
     for row, value in zip(rows[:2], (0.5, 0.5001), strict=True):
         np.savez(pictures_of(tmp_path, row.key), **{"cat #0, 4 steps": np.full((8, 8, 3), value)})
-    page = markdown({"rows": {r.key: r.to_json() for r in rows}, "machine": "a machine"}, tmp_path, "the command")
-    assert "Written by `the command`, on a machine" in page
+    machine = {"cores": 2, "processor": "one", "memory_gib": 24, "versions": {"onnxruntime": "1.0"}}
+    page = markdown({"rows": {r.key: r.to_json() for r in rows}, "machine": machine}, tmp_path, "the command")
+    assert "Written by `the command`, on 2 cores of one, 24 GiB: onnxruntime 1.0." in page
     assert "| onnxruntime | fp32 | native | yes | 140.0 | 120.5 |  | 45.6 | 90 | 200 |" in page
     assert "| onnxruntime, native | equal | 80.0 |" in page
     assert "- elsewhere, w8a8, native: no kernel for BitShift" in page

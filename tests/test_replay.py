@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 from fewstep import replay as replaying
 from fewstep.bundle import Bundle
+from fewstep.cli import cli
 from fewstep.errors import RuntimeMissingError
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.progress import Progress
@@ -137,6 +140,16 @@ def test_operations_are_compared_one_by_one_elsewhere(tmp_path: Path) -> None:
     assert found == ort.RUNTIME.compare_integers(quantized, path, feeds(program, x))
     assert found and all(point.largest <= 1 for point in found)
     assert np.isfinite([p.sqnr_db for p in found if p.sqnr_db is not None]).all()
+
+
+def test_the_command_says_where_it_ran_and_how_much(elsewhere: str) -> None:
+    arguments = ["verify", str(plain().path), "--executor", elsewhere, "--minutes", "3"]
+    done = CliRunner().invoke(cli, [*arguments, "--json"], standalone_mode=False)
+    values = json.loads(done.stdout)
+    assert values["passed"] and "on another process" in values["executor"]
+    assert any("of the golden pack" in note for note in values["caveats"])
+    refused = CliRunner().invoke(cli, [*arguments, "--bisect"])
+    assert refused.exit_code == 2 and "--bisect compares on this machine" in refused.output
 
 
 def test_unknown_executor() -> None:

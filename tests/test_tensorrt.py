@@ -120,6 +120,25 @@ def test_four_bits_are_stored_in_blocks(tmp_path: Path) -> None:
         assert weight is not None and weight.dtype == ir.DataType.INT4
 
 
+def test_a_layer_that_is_called_twice(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Linear(8, 64, bias=False)
+            self.back = torch.nn.Linear(64, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.table(torch.tanh(self.back(self.table(x))))
+            return result
+
+    torch.manual_seed(0)
+    plain = program_of(Twice(), X)
+    traced = quantize(plain, plan_of(plain, W8A8, calls_of(X), "tensorrt"))
+    path = tmp_path / lower(traced, tmp_path, "fp32").path
+    with adapter.open_session(path, traced.spec, 1) as session:
+        assert sqnr_db(run(traced, X).numpy(), session.run(feeds(traced, X))["y"]) > 120
+
+
 def test_a_plan_of_another_profile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"denoiser breaks rules of TensorRT: .*zero point") as caught:
         lower(program(W8A8, "x86"), tmp_path, "fp32")
@@ -153,16 +172,16 @@ def test_targets_bring_their_profile() -> None:
 
 @pytest.mark.skipif(adapter.missing() is None, reason="an engine can be built here")
 def test_nothing_pretends_that_an_engine_was_built() -> None:
-    from fewstep.verify import _stand_in_notes
+    from fewstep.verify import stand_in_notes
 
     state = get_runtime("tensorrt").availability()
     assert state.compiles and not state.runs and state.stand_in == "ONNX Runtime"
     assert "no engine is built here: tensorrt is not installed" in state.detail
     assert "pip install 'fewstep[tensorrt]'" in str(state.remedy)
     assert "no TensorRT engine was built" in adapter.executor()
-    (note,) = _stand_in_notes("tensorrt")
+    (note,) = stand_in_notes("tensorrt")
     assert note.startswith("tensorrt itself did not run: ONNX Runtime computed its artifacts")
-    assert _stand_in_notes("onnxruntime") == []
+    assert stand_in_notes("onnxruntime") == []
 
 
 def test_a_gpu_without_tensorrt_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
     lines = [
         "# The built-in generator on every runtime",
         "",
-        f"Written by `{command}`, on {figures['machine']}.",
+        f"Written by `{command}`, on {_machine(figures['machine'])}.",
         "",
         "*Lowering* is the least SQNR of a network's output, each call fed with the inputs of the PyTorch network that "
         "was compiled; *picture* the mean PSNR of free-running pictures to that network's; *recipe* the mean PSNR of "
@@ -58,6 +58,11 @@ def agreement(pictures: Sequence[Pictures]) -> list[list[float | None]]:
 def _agree(a: Pictures, b: Pictures) -> float | None:
     values = [min(psnr_db(a[name], b[name]), 150.0) for name in a if name in b]
     return float(np.mean(values)) if values else None
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']} GiB: {versions}"
 
 
 def _matrix(recipe: str, rows: Sequence[dict[str, Any]], work: Path) -> list[str]:

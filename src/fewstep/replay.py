@@ -28,7 +28,7 @@ from fewstep.runtimes.parity import Check, ParityReport, agreement_db, compare_c
 from fewstep.runtimes.quantized_parity import floor_checks, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.source import SourceSpec
-from fewstep.verify import GOLDEN, Verification, known_floor
+from fewstep.verify import GOLDEN, Verification, executor_text, known_floor
 
 MINUTES = 8.0
 # What checks between two executors are called: neither is the reference of the other.
@@ -167,11 +167,7 @@ class _Replay:
 
     def verification(self, there: Runtime, here: Runtime | None) -> Verification:
         """Returns what was found."""
-        where = there.executor() if there.executor is not None else "this machine"
-        precision = ", ".join(
-            dict.fromkeys(f"{a.weights} weights with {a.compute} compute" for a in self._artifacts.values())
-        )
-        executor = f"{there.name}, {precision}, run by {where}"
+        executor = executor_text(there, self._artifacts.values())
         reference = GOLDEN if here is None else f"{GOLDEN}, and {here.name} on this machine"
         floor = known_floor(self._bundle) if self._integers else None
         report = ParityReport(tuple(self.checks), reference, executor, floor)

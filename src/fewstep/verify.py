@@ -16,7 +16,7 @@ from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
 from fewstep.runtimes import coreml, get_runtime
-from fewstep.runtimes.base import Array
+from fewstep.runtimes.base import Array, Runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -220,7 +220,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *_stand_in_notes(name), *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *stand_in_notes(name), *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -255,10 +255,7 @@ def verify_against(
             checks.append(mean_check(uncompressed, references, exact))
         if integers and narrower:
             checks.append(replace(mean_check(uncompressed, references, results), error=LOWERING_FP16))
-    first = next(iter(artifacts.values()))
-    executor = f"{name}, {first.weights} weights, {first.compute} compute"
-    said = get_runtime(name).executor
-    executor += f", run by {said()}" if said is not None else ""
+    executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
         tuple(references),
@@ -348,7 +345,14 @@ def _answering(
     return at_row(program, row), left, row_variant(row)
 
 
-def _stand_in_notes(runtime: str) -> list[str]:
+def executor_text(runtime: Runtime, artifacts: Iterable[Artifact]) -> str:
+    """Returns what ran artifacts, for people: the runtime, their precisions each once, and the place where it says."""
+    precisions = dict.fromkeys(f"{a.weights} weights, {a.compute} compute" for a in artifacts)
+    place = f", run by {runtime.executor()}" if runtime.executor is not None else ""
+    return f"{runtime.name}, {'; '.join(precisions)}{place}"
+
+
+def stand_in_notes(runtime: str) -> list[str]:
     """Returns that a runtime did not run, where another one computed its artifacts."""
     state = get_runtime(runtime).availability()
     if state.runs or state.stand_in is None:

@@ -11,7 +11,7 @@ from rich.table import Table
 import fewstep
 from fewstep import app as web
 from fewstep import media, stages
-from fewstep.cli.console import OUT, print_json, print_parity, progress_bars
+from fewstep.cli.console import ERR, OUT, print_json, print_parity, progress_bars
 from fewstep.cli.options import (
     adapter_options,
     bundle_argument,
@@ -29,6 +29,7 @@ from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
 from fewstep.replay import MINUTES, replay
 from fewstep.source import SourceSpec
+from fewstep.verify import stand_in_notes
 
 
 @click.command()
@@ -150,6 +151,8 @@ def generate(
     inputs = [example_inputs(contract.inputs, i) for i in range(len(prompts))]
     if given or not grid:
         inputs = [media.read_inputs(contract.inputs, given)] * len(prompts)
+    for note in stand_in_notes(runtime or opened.manifest.runtimes[0]):
+        ERR.print(f"note: {note}", markup=False)
     with progress_bars() as progress:
         samples = stages.draw(
             opened, prompts, seeds, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
