@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
+from fewstep.compiling import (
+    check_comparable,
+    check_shapes,
+    check_size,
+    check_targets,
+    compile_targets,
+    record_reference,
+    versions,
+)
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
@@ -102,6 +110,7 @@ def build(
     recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
+    check_shapes(targets, recipe.shape)
     if decoder_tile is not None:
         recipe = replace(recipe, decoder_tile=decoder_tile)
     if form is not None:
