@@ -178,10 +178,16 @@ def _reservations(found: list[dict[str, Any]], collected: dict[str, int]) -> lis
 
 def _grouped(found: list[dict[str, Any]], kind: str) -> list[str]:
     """Returns the cases of a kind by test function and reason, as lines of Markdown."""
-    groups = Counter(
-        (record["test"].split("[")[0], record["reason"] or "no message") for record in found if classify(record) == kind
-    )
+    groups = Counter((record["test"].split("[")[0], _reason(record)) for record in found if classify(record) == kind)
     return [f"- `{test}` ({count}): {reason}" for (test, reason), count in sorted(groups.items())] or ["None."]
+
+
+def _reason(record: dict[str, Any]) -> str:
+    """Returns what a case said, and what is known of its kind."""
+    said = record["reason"] or "no message"
+    if "Not equal" in said and record["arithmetic"] == "fp32" and "float16" in record["test"]:
+        said += " (the program declares fp16 values, and the case has the tolerance of an fp32 backend)"
+    return str(said)
 
 
 def _unknown_name(record: dict[str, Any]) -> str:

@@ -134,7 +134,7 @@ def _name(item: pytest.Item) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Puts the evaluator in Core ML's place."""
     testing_utils._IS_MACOS = True
-    ct.models.utils._macos_version = lambda: (15, 0)
+    ct.models.utils._macos_version = lambda: (15, 2)
     MLModel.predict = _predict
     MLModel.make_state = _make_state
 
