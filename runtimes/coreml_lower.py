@@ -229,8 +229,8 @@ def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
 
 
 def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
-    """Returns ones; layout and device say nothing of their values."""
-    return torch.ones(size, dtype=dtype or x.dtype)
+    """Returns ones; layout and device say nothing of their values. coremltools takes a scalar from this op alone."""
+    return x.new_full(size, 1, dtype=dtype or x.dtype)
 
 
 def _either(logical: Any, bitwise: Any) -> Any:

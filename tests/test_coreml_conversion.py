@@ -66,6 +66,7 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: torch.where(a > b, -0.5, b), id="where with a number first"),
         pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
         pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
+        pytest.param(lambda a, b: torch.where((a > b) & a.new_ones((), dtype=torch.bool), a, b), id="a single one"),
     ],
 )
 def test_operation(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.compiling import (
     check_comparable,
+    check_shapes,
     check_size,
     check_targets,
     compile_targets,
@@ -112,6 +113,7 @@ def build(
     recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
+    check_shapes(targets, recipe.shape)
     if decoder_tile is not None:
         recipe = replace(recipe, decoder_tile=decoder_tile)
     if batch is not None:

@@ -122,6 +122,18 @@ def check_targets(targets: Sequence[str]) -> None:
             raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
 
 
+def check_shapes(targets: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+    """Raises RuntimeMissingError unless every target can have graphs for all shapes over one set of weights."""
+    from fewstep.runtimes import get_runtime
+
+    for target in targets:
+        if len(shapes) > 1 and get_runtime(target).compile_variants is None:
+            raise RuntimeMissingError(
+                f"runtime {target} takes one shape, and the recipe has {len(shapes)}",
+                hint="build a bundle for each shape",
+            )
+
+
 def check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:
     """Raises RuntimeMissingError unless every target's whole numbers could be compared with those of the plan."""
     from fewstep.runtimes import get_runtime

@@ -27,7 +27,7 @@ from coremltools.models import MLModel
 from PIL import Image
 
 from fewstep.errors import ContractError
-from fewstep.runtimes.mil import Evaluator, Precision, open_package
+from fewstep.runtimes.mil import Evaluator, open_package
 from fewstep.runtimes.mil.program import Feature, Function, TensorType
 from tests.mil.operators import RULE
 
@@ -42,7 +42,6 @@ class _Log:
         self.operations: set[str] = set()
         self.predictions = 0
         self.unknown: str | None = None
-        self.precision: Precision = "fp16"
 
 
 _LOG = _Log()
@@ -69,7 +68,7 @@ def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[st
     function = program.functions[name]
     _LOG.operations |= _operations(function)
     try:
-        evaluator = Evaluator(program, precision=_LOG.precision)
+        evaluator = Evaluator(program, precision="fp16")
     except ContractError as error:
         _LOG.unknown = error.message
         raise
@@ -134,7 +133,7 @@ def _name(item: pytest.Item) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     """Puts the evaluator in Core ML's place."""
     testing_utils._IS_MACOS = True
-    ct.models.utils._macos_version = lambda: (15, 0)
+    ct.models.utils._macos_version = lambda: (15, 2)
     MLModel.predict = _predict
     MLModel.make_state = _make_state
 
@@ -163,14 +162,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Starts a record for the test, and chooses the arithmetic that its tolerances are for."""
+    """Starts a record for the test."""
     global _LOG
     _LOG = _Log()
-    # Cases of an fp32 backend have the tolerances of fp32 arithmetic, whatever types their values are stored in.
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = parameters.get("backend", ("mlprogram", "fp16"))
-    _LOG.precision = getattr(backend, "precision", None) or backend[1]
-    _write({**_EMPTY, "test": _name(item), "outcome": "failed", "reason": "the process ended", "arithmetic": ""})
+    _write({**_EMPTY, "test": _name(item), "outcome": "failed", "reason": "the process ended"})
     return (yield)
 
 
@@ -191,7 +186,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
                 "predictions": _LOG.predictions if report.when == "call" else 0,
                 "unknown": _LOG.unknown if report.when == "call" else None,
                 "reason": reason or error,
-                "arithmetic": _LOG.precision,
             }
         )
     return report
