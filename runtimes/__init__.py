@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import coreml, ort
+from fewstep.runtimes import coreml, litert, ort
 from fewstep.runtimes.base import Runtime
 
-RUNTIMES: dict[str, Runtime] = {ort.NAME: ort.RUNTIME, coreml.NAME: coreml.RUNTIME}
+RUNTIMES: dict[str, Runtime] = {
+    ort.NAME: ort.RUNTIME,
+    coreml.NAME: coreml.RUNTIME,
+    litert.NAME: litert.RUNTIME,
+}
 
 
 def get_runtime(name: str) -> Runtime:

@@ -16,6 +16,7 @@ from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, Runtime
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
 from fewstep.runtimes.mil.program import Feature
+from fewstep.runtimes.narrow import narrow
 
 NAME = "coreml"
 # The file of a package that the manifest of a bundle lists as its artifact: a package is a folder.
@@ -117,13 +118,10 @@ def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
     Raises:
         ContractError: a whole number does not fit in 32 bits.
     """
-    found = {}
-    for name, array in feeds.items():
-        dtype = _INTERFACE.get(str(array.dtype), str(array.dtype))
-        if array.dtype == np.int64 and array.size and np.abs(array).max() > np.iinfo(np.int32).max:
-            raise ContractError(f"{name} has {np.abs(array).max()}, beyond Core ML's int32", hint="check the inputs")
-        found[name] = array.astype(dtype)
-    return found
+    return {
+        name: array.astype(np.int32) if array.dtype == np.bool_ else array
+        for name, array in narrow(feeds, "Core ML").items()
+    }
 
 
 class _EvaluatorSession:
