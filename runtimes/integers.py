@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch.fx import GraphModule, Node
 
 Array = npt.NDArray[Any]
 
 _aten, _ops = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZE = _ops.quantize_per_tensor.default
+# Beyond what a network computes; below it, each marker has a number of its own that float32 keeps apart.
+_TAG, _TAGS = -(2.0**100), 1 << 20
 _DEQUANTIZE = _ops.dequantize_per_tensor.default
 _CONSTANT = (_DEQUANTIZE, _ops.dequantize_per_channel.default)
 
@@ -122,3 +125,45 @@ def sign_grids(module: GraphModule) -> int:
             count += node.target is QUANTIZE
     module.recompile()
     return count
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where an activation goes onto a grid of signed bytes: the name of its fx node, scale and zero point."""
+
+    name: str
+    scale: float
+    zero_point: int
+
+
+def mark_points(module: GraphModule) -> list[Point]:
+    """Puts markers where activations go onto grids, in place, and returns the points; see `marked`.
+
+    A marker is a clamp from below by a number that nothing reaches: it changes no value, every converter moves it
+    through layouts like any other function of single values, and its number says which point it is.
+    """
+    points: list[Point] = []
+    for node in [n for n in module.graph.nodes if n.target is QUANTIZE]:
+        source, scale, zero = node.args[:3]
+        with module.graph.inserting_before(node):
+            marker = module.graph.call_function(_aten.clamp.default, (source, tag(len(points))))
+        marker.meta = dict(source.meta)
+        for user in list(node.users):
+            assert user.target is _DEQUANTIZE and user.args[1:5] == node.args[1:5]
+            user.replace_all_uses_with(marker)
+        points.append(Point(node.name, scale, zero))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return points
+
+
+def tag(point: int) -> float:
+    """Returns the number that a point's marker clamps at."""
+    assert point < _TAGS
+    return _TAG * (1 + point / _TAGS)
+
+
+def marked(bound: float) -> int | None:
+    """Returns which point a clamp marks, None of one of the network's own."""
+    point = (bound / _TAG - 1) * _TAGS
+    return int(point) if 0 <= point < _TAGS and point == int(point) else None

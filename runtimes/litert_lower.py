@@ -17,7 +17,7 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
-from fewstep.runtimes.integers import StoredWeight, sign_grids, unfold_weights
+from fewstep.runtimes.integers import Point, StoredWeight, mark_points, sign_grids, unfold_weights
 from fewstep.runtimes.litert import NAME, SIGNATURE
 from fewstep.runtimes.litert_pack import pack
 from fewstep.runtimes.materialize import materialized
@@ -37,9 +37,9 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
         ExportError: the component has an op that cannot be lowered.
     """
     with materialized(program):
-        module, stored = prepared(program)
+        module, stored, points = prepared(program)
         content = convert(program, module)
-    content = pack(content, stored, halves=weights == "fp16", where=program.component)
+    content = pack(content, stored, points, halves=weights == "fp16", where=program.component)
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -47,14 +47,15 @@ def lower(program: Program, folder: Path, weights: str) -> Artifact:
     return Artifact(NAME, program.component, relative, weights, "fp32", len(content), variant=program.variant)
 
 
-def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight]]:
-    """Returns the program's graph as the converter takes it, in float, and the weights that it stores as integers."""
+def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Point]]:
+    """Returns the program's graph as the converter takes it, in float, and what of it is on grids."""
     module = program.exported.module()
     assert isinstance(module, GraphModule)
     sign_grids(module)
     stored = unfold_weights(module)
+    points = mark_points(module)
     spread_group_norms(module, channels_last=True)
-    return module, stored
+    return module, stored, points
 
 
 def convert(program: Program, module: GraphModule) -> bytes:

@@ -40,7 +40,13 @@ class LiteRTModel:
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
-        return tuple(int(size) for size in (() if (s := self.graph.tensors[tensor].shape) is None else s))
+        shape = self.graph.tensors[tensor].shape
+        return () if shape is None else tuple(int(size) for size in shape)
+
+    def name(self, tensor: int) -> str:
+        """Returns the name of a tensor."""
+        found = self.graph.tensors[tensor].name
+        return found.decode() if isinstance(found, bytes) else str(found)
 
     def kind(self, operator: Any) -> int:
         """Returns which of ``BuiltinOperator`` an operation is."""
@@ -95,10 +101,12 @@ class LiteRTModel:
         self.constants[index] = values
         return index
 
-    def add_tensor(self, name: str, like: int) -> int:
-        """Returns the index of a new tensor of the shape, type and grid of another one, without data."""
-        tensor = self.graph.tensors[like]
-        return self._add(name, self.shape(like), tensor.type, 0, tensor.quantization)
+    def add_integers(self, name: str, shape: Sequence[int], scale: float | np.float32, zero_point: int) -> int:
+        """Returns the index of a new tensor of signed bytes on a grid, without data."""
+        grid = schema.QuantizationParametersT(
+            scale=np.array([scale], np.float32), zeroPoint=np.array([zero_point], np.int64)
+        )
+        return self._add(name, shape, schema.TensorType.INT8, 0, grid)
 
     def add_float(self, name: str, shape: Sequence[int]) -> int:
         """Returns the index of a new float32 tensor without data."""

@@ -18,8 +18,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from fewstep.errors import ExportError
-from fewstep.runtimes.integers import Array, StoredWeight
+from fewstep.runtimes.integers import Array, Point, StoredWeight
 from fewstep.runtimes.litert_model import LiteRTModel
+from fewstep.runtimes.litert_grids import place_points
 
 _Op = schema.BuiltinOperator
 # Position of the channels among the axes of the weight, as each of them stores it.
@@ -38,12 +39,15 @@ _SMALLEST_HALVES = 256
 _DEQUANTIZE_HALVES, _DEQUANTIZE_CHANNELS, _DEQUANTIZE_INT4 = 3, 5, 6
 
 
-def pack(content: bytes, weights: Sequence[StoredWeight], *, halves: bool, where: str) -> bytes:
+def pack(
+    content: bytes, weights: Sequence[StoredWeight], points: Sequence[Point], *, halves: bool, where: str
+) -> bytes:
     """Returns a model that stores and multiplies the whole numbers of a plan.
 
     Args:
-        content: the model in float, with QUANTIZE and DEQUANTIZE where activations go onto a grid.
+        content: the model in float, with markers where activations go onto a grid.
         weights: that the plan puts onto grids.
+        points: activations that it puts onto grids.
         halves: stores other constants as halves where that is exact.
         where: the component, for errors.
 
@@ -52,6 +56,7 @@ def pack(content: bytes, weights: Sequence[StoredWeight], *, halves: bool, where
     """
     model = LiteRTModel(content)
     found = _match(model, weights, where)
+    place_points(model, points, where)
     _fuse(model, found)
     _store(model, found)
     if halves:
@@ -160,7 +165,7 @@ def _store(model: LiteRTModel, found: Mapping[int, _Placed]) -> None:
         if tensor not in read:
             continue
         weight = placed.weight
-        name = model.graph.tensors[tensor].name
+        name = model.name(tensor)
         result = model.add_float(name, placed.turned.shape)
         if weight.grouped:
             # A row for each group: every runtime knows scales along one axis.
@@ -192,16 +197,12 @@ def _halve(model: LiteRTModel) -> None:
             halves = values.astype(np.float16)
         if not np.array_equal(halves.astype(np.float32), values):
             continue
-        name = model.graph.tensors[tensor].name
+        name = model.name(tensor)
         result = model.add_float(name, values.shape)
-        stored = model.add_constant(f"{_text(name)}_half", halves)
+        stored = model.add_constant(f"{name}_half", halves)
         widened.append(model.operator(_Op.DEQUANTIZE, [stored], [result], version=_DEQUANTIZE_HALVES))
         _replace(read[tensor], tensor, result)
     model.graph.operators[:0] = widened
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name
 
 
 def _replace(operators: Sequence[Any], old: int, new: int) -> None:

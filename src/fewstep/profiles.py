@@ -68,7 +68,17 @@ _ARM = replace(_X86, name="arm", activation="int8")
 # Explicit, symmetric Q/DQ; what is fused is the builder's decision.
 _TENSORRT = replace(_ARM, name="tensorrt", symmetric=True, outputs=frozenset(), unfolded=0, min_rows=1, floats={})
 
-PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT)}
+# XNNPACK, which computes for LiteRT and ExecuTorch: int8 to int8, and what has no such kernel in float.
+_XNNPACK = replace(
+    _ARM,
+    name="xnnpack",
+    computes=frozenset({"linear", "conv2d"}),
+    outputs=frozenset({"linear", "conv2d"}),
+    unfolded=0,
+    floats=dict.fromkeys(_ORT_FLOATS, "XNNPACK computes it in float"),
+)
+
+PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT, _XNNPACK)}
 
 
 def get_profile(name: str) -> TargetProfile:
