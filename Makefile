@@ -59,6 +59,10 @@ demo: bundle ## Builds the built-in generator for ONNX Runtime and draws a grid 
 bundle: $(VENV)/.all ## Builds build/stickers, the bundle of the built-in generator
 	$(BIN)/fewstep build stickers --target onnxruntime --recipe fp32 -o $(BUNDLE)
 
+.PHONY: bundle-step
+bundle-step: $(VENV)/.all ## Builds build/stickers-step, whose networks are what other tools know: time as an input
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe fp32 --form step -o $(BUNDLE)-step
+
 # --- checks ------------------------------------------------------------------------------------------------------------
 
 .PHONY: lint
@@ -90,8 +94,7 @@ coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator a
 INTEROP := .venv-interop
 
 .PHONY: interop
-interop: $(VENV)/.all $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline; compares merged LoRAs with PEFT's
-	$(BIN)/fewstep build stickers --target onnxruntime --form step -o $(BUNDLE)-step
+interop: bundle-step $(INTEROP)/.installed ## Opens a bundle in step form with Optimum's ONNX Runtime pipeline; compares merged LoRAs with PEFT's
 	FEWSTEP_BUNDLE=$(BUNDLE)-step $(INTEROP)/bin/pytest tests/interop -W default
 
 $(INTEROP)/bin/python:
@@ -161,7 +164,7 @@ bench-scale: $(VENV)/.dev $(INTEROP)/.installed ## Measures compiling networks o
 
 ROWS ?=
 .PHONY: bench-quant
-bench-quant: $(VENV)/.dev bundle ## Compares recipes with other tools' int8 (goes on where it was interrupted); ROWS=... for some
+bench-quant: $(VENV)/.dev bundle-step ## Compares recipes with other tools' int8 (goes on where it was interrupted); ROWS=... for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant $(ROWS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -60,6 +61,24 @@ def test_sizes_shrink() -> None:
     assert size["w8a8"] < 0.45 * size["fp32"]
     assert size["w4"] < size["w8"]
     assert size["w4a8"] < size["w8a8"]
+
+
+def test_mixed_precision_spends_its_budget_and_says_on_what() -> None:
+    bundle = painted("mixed").bundle
+    plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
+    quality = plan.quality
+    assert quality["bits"] <= 5.0 and quality["weight_bytes"] <= quality["budget_bytes"]
+    rows = {row["site"]: row for row in quality["weights"]}
+    bits = {site: row["options"][row["chosen"]]["bits"] for site, row in rows.items()}
+    assert len(set(bits.values())) > 1, "one width for all is no mixed precision"
+    for row in rows.values():
+        damages = [option["picture_psnr_db"] or math.inf for option in row["options"]]
+        assert damages[-1] >= damages[0], "the dearest option spares the picture most"
+        of_class = row["op"] == "embedding"  # it carries what the picture shows
+        assert row["judged_by"] == ("picture" if of_class else "output")
+    component = plan.components["denoiser"]
+    assert {grid.bits for grid in component.weights.values()} <= {4, 8}
+    assert "What was bought with each byte" in (bundle.path / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_the_same_seed_and_recipe_give_the_same_bytes(tmp_path: Path) -> None:

@@ -38,7 +38,6 @@ def test_presets(name: str, weights: int, activations: int, granularity: str, mi
     assert (q.weights, q.activations, q.granularity, q.mixed) == (weights, activations, granularity, mixed)
     assert recipe.weights == "fp16", "what stays in float is stored as halves"
     assert recipe.limits.compression_psnr_db in (20.0, 30.0)
-    assert q.calibrates
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
@@ -51,9 +50,6 @@ def test_a_table_is_read_over_its_base() -> None:
     assert (q.weights, q.activations, q.samples, q.bits, q.profile) == (4, 8, 3, 4.0, "arm")
     assert q.mixed
     assert parse("[quantization]") == PRESETS["w8"].quantization, "a table without a base is read over w8"
-    assert not parse('[quantization]\nrounding = "nearest"\ncorrection = false').calibrates
-    assert parse('[quantization]\nrounding = "nearest"\ncorrection = false\n[quantization.ops.linear]\nactivations = 8'
-                 ).calibrates  # fmt: skip
     assert parse("[quantization]\nmax_bytes = 1000").mixed
 
 
@@ -112,6 +108,9 @@ def test_choices_survive_json() -> None:
         ("[quantization]\nmax_bytes = -1", "max_bytes is -1, expected a whole number above 0", "edit the recipe"),
         ('[quantization]\ncorrection = "yes"', "correction is 'yes', expected true or false", "edit the recipe"),
         ("[quantization]\nbits = 5\nmax_bytes = 9", "has both bits and max_bytes, expected one budget", "remove one"),
+        ("[quantization]\nfloat_products = 2", "float_products is 2, expected a share from 0 to 1", "a twentieth"),
+        ("[quantization]\nweights = 2", "weights is 2, but targets of profile x86 store weights in 4 or 8", "palette2"),
+        ("[quantization.ops.linear]\nweights = 2", "ops.linear.weights is 2, but targets of profile", "palette2"),
         ("[quantization]\nops = 4", "ops is 4, expected a table", "[brackets]"),
         ("[quantization.ops]\nlinear = 4", "ops.linear is 4, expected a table", "[brackets]"),
         ("[quantization.ops.linear]\nsampler = 'own'", "ops.linear: unknown key 'sampler'", "known keys: weights"),

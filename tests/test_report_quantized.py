@@ -12,8 +12,8 @@ from fewstep.calibration import CalibrationSet
 from fewstep.calibration.sets import Coverage
 from fewstep.optimize.quantize import ComponentPlan, Grid, QuantPlan
 from fewstep.report import PictureRow, Section, render
-from fewstep.report.page import CoverageRow, PlanRow, QuantizationFacts, ReasonRow
 from fewstep.report.quantized import quantization_facts
+from fewstep.report.rows import CoverageRow, PlanRow, QuantizationFacts, ReasonRow
 from tests.quantized import painted
 from tests.test_report import HOSTILE, PASSED, Page, empty_report, full_report, picture
 

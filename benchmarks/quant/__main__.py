@@ -20,7 +20,7 @@ from benchmarks.quant.cells import Cells, sources_sha256
 from benchmarks.quant.plot import scatter
 from benchmarks.quant.prompts import CALIBRATION, HELD_OUT, HELD_OUT_SEEDS, check_disjoint
 from benchmarks.quant.rows import Row, rows
-from benchmarks.quant.table import markdown, points
+from benchmarks.quant.table import DEFAULT_FORM, markdown, points
 from benchmarks.scale.table import describe_machine
 from fewstep.bundle import Bundle
 from fewstep.cache import code_sha256
@@ -77,6 +77,21 @@ class Benchmark:
         self._cell("latency", row, key, latency.measure, {**arguments, "steps": reference.STEPS})
         sizes = {a.component: size_bytes(bundle, a.path) for a in bundle.manifest.artifacts}
         self._cells.get_or_make(f"size/{row.name}", {"networks": made}, lambda: {"bytes": sizes})
+
+    def sizes_by_default(self) -> None:
+        """Measures fp32 and w8a8 in the form that a build takes by default, which is not the one compared here."""
+
+        def make() -> dict[str, Any]:
+            found = {}
+            for recipe in ("fp32", "w8a8"):
+                tell(f"{recipe}: size in the default form")
+                out = WORK / "bundles" / f"{recipe}-default"
+                run_isolated(models.build_recipe, {"recipe": recipe, "out": str(out), "form": None})
+                bundle = Bundle.open(out)
+                found[recipe] = sum(size_bytes(bundle, a.path) for a in bundle.manifest.artifacts)
+            return found
+
+        self._cells.get_or_make(f"size/{DEFAULT_FORM}", {"code": code_sha256()}, make)
 
     def evaluate(self) -> None:
         """Scores the pictures of the rows that were measured and have no score, in one process."""
@@ -178,7 +193,9 @@ def main() -> None:
     """Measures the rows that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quant", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(r.name for r in rows())}; default: all")
-    parser.add_argument("--bundle", type=Path, default=Path("build/stickers"), help="the fp32 bundle of stickers")
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("build/stickers-step"), help="stickers in fp32 and step form"
+    )
     parser.add_argument("--again", action="append", default=[], choices=STAGES, help="measure this again")
     parser.add_argument("--without-evaluation", action="store_true", help="leave retrieval and Frechet for another run")
     parser.add_argument("--table-only", action="store_true", help="write the tables of what has been measured")
@@ -193,6 +210,8 @@ def main() -> None:
         for row in [known[name] for name in options.rows or known]:
             benchmark.measure(row)
             write_results()
+        if not options.rows or "w8a8" in options.rows:
+            benchmark.sizes_by_default()
         if not options.without_evaluation:
             benchmark.evaluate()
     write_results()

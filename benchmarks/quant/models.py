@@ -85,8 +85,10 @@ def assemble(reference: Bundle, models: Mapping[str, Path], out: Path, recipe: s
     return Bundle.open(out)
 
 
-def build_recipe(recipe: str, out: str) -> dict[str, Any]:
+def build_recipe(recipe: str, out: str, form: str | None = "step") -> dict[str, Any]:
     """Returns the seconds of building the built-in generator with one of fewstep's recipes; the bundle is at ``out``.
+
+    In step form, unless told otherwise: its networks take what the peers' do, and calls recorded for one fit all.
 
     Raises:
         FewstepError: there is no such recipe, its own limits are not kept, or it says to quantize and nothing was.
@@ -96,8 +98,7 @@ def build_recipe(recipe: str, out: str) -> dict[str, Any]:
 
     started = time.perf_counter()
     options = fewstep.Options(prompts=2, seeds=1, profile=False)
-    # In step form, whose networks take what the peers' do: calls recorded for one fit all.
-    bundle = fewstep.build("stickers", recipe, out=out, form="step", options=options)
+    bundle = fewstep.build("stickers", recipe, out=out, form=form, options=options)
     quantization = load_recipe(recipe).quantization
     if quantization is not None:
         check_quantized(bundle, mixed=quantization.mixed)
@@ -113,10 +114,11 @@ def check_quantized(bundle: Bundle, *, mixed: bool) -> None:
             f"recipe {bundle.manifest.recipe['name']} asks for mixed precision, but each component has one bit width",
             hint="does this version of fewstep share out bits?",
         )
-    names = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits", "QLinearConv", "QGemm", "QLinearMatMul"}
+    # Of weights: whole numbers beside them are shapes and indices.
+    whole = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
     for artifact in bundle.manifest.artifacts:
         model = onnx.load(bundle.file(artifact.path), load_external_data=False)
-        if any(node.op_type in names for node in model.graph.node):
+        if any(tensor.data_type in whole and len(tensor.dims) > 1 for tensor in model.graph.initializer):
             return
     raise ContractError(
         f"recipe {bundle.manifest.recipe['name']} says to quantize, but no model of its bundle is quantized",

@@ -88,6 +88,7 @@ def _variants() -> dict[str, Variant]:
         ),
         Variant("time-exact", "w4", {"exact_time": True}, form="step"),
         Variant("time-quantized", "w4", {"exact_time": False}, form="step"),
+        *(Variant(f"float-{share:g}", "w8a8", {**_W8A8, "float_products": share}) for share in (0.05, 0.2)),
         Variant("split-off", "w8a8", {**_W8A8, "split": False}),
     ]
     return {variant.name: variant for variant in listed}
@@ -158,6 +159,11 @@ ORDERINGS = (
         (Claim("mixed-as-w4", "w4-gptq", _MIXDQ),),
     ),
     Ordering(
+        "activations",
+        "Does it help to compute the most sensitive 5 % (20 %) of the products in float?",
+        (Claim("float-0.05", "w8a8-4", _MIXDQ), Claim("float-0.2", "float-0.05", _MIXDQ)),
+    ),
+    Ordering(
         "output correction",
         "Does the closed-form correction of the output help, and at which step counts?",
         tuple(Claim(f"corrected-{n}", f"w4a8-{n}", f"{_PTQD}, N = {n}") for n in _COUNTS),
@@ -172,7 +178,9 @@ def main() -> None:
     known = {ordering.name: ordering for ordering in ORDERINGS}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quant.orderings", description=__doc__)
     parser.add_argument("orderings", nargs="*", metavar="ORDERING", help=f"of {', '.join(known)}; all by default")
-    parser.add_argument("--bundle", type=Path, default=Path("build/stickers"), help="the fp32 bundle of stickers")
+    parser.add_argument(
+        "--bundle", type=Path, default=Path("build/stickers-step"), help="stickers in fp32 and step form"
+    )
     parser.add_argument("--table-only", action="store_true", help="write the table of what has been measured")
     options = parser.parse_args()
     if unknown := set(options.orderings) - known.keys():

@@ -22,6 +22,7 @@ from fewstep.optimize.quantize.mixed import Bought, Candidate, share_out
 from fewstep.optimize.quantize.options import Option, Weight, gather
 from fewstep.optimize.quantize.pictures import Pictures
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
+from fewstep.optimize.quantize.precision import kept_in_float
 from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile, get_profile
@@ -245,14 +246,33 @@ class _Part:
     def plan(self, quantization: Quantization, profile: TargetProfile) -> tuple[ComponentPlan, StepRanges | None]:
         """Returns the plan, and the ranges that it was made from."""
         ranges = observe_sites(self.module, self.decisions, profile, self.calls, steps=self.steps)
+        if quantization.float_products > 0 and ranges is not None:
+            part = replace(self, decisions=self._spared(ranges, profile, quantization.float_products))
+            return part._drawn_up(ranges, quantization, profile), ranges
+        return self._drawn_up(ranges, quantization, profile), ranges
+
+    def _spared(self, ranges: StepRanges, profile: TargetProfile, share: float) -> list[Decision]:
+        """Returns the decisions with those operations in float where ``share`` of all products helps most."""
+        whole = draw_up(self.module, self.sites, self.decisions, ranges, profile)
+        sites = [d.site for d in self.decisions if d.computes]
+        budget = int(share * sum(site.macs for site in self.sites))
+        reasons = kept_in_float(
+            self.module, sites, whole.activations, some(self.calls, _TRIALS * (self.steps or 1)), budget
+        )
+        return [
+            replace(d, computes=False, activation_reason=reasons[d.site.name]) if d.site.name in reasons else d
+            for d in self.decisions
+        ]
+
+    def _drawn_up(self, ranges: StepRanges | None, quantization: Quantization, profile: TargetProfile) -> ComponentPlan:
         grids = {name: o.grid for name, o in (self.options or {}).items() if o.grid is not None}
         plan = draw_up(self.module, self.sites, self.decisions, ranges, profile, grids)
         plan = replace(plan, split=quantization.split)
         if self.options is not None:
             found = {name: o.integers for name, o in self.options.items() if o.integers is not None}
-            return replace(plan, rounded=found), ranges
+            return replace(plan, rounded=found)
         methods = {d.site.name: d.choice.rounding for d in self.decisions if d.choice.rounding != "nearest"}
-        return round_weights(plan, self.module, self.sites, methods, some(self.calls, _ROUNDING_CALLS)), ranges
+        return round_weights(plan, self.module, self.sites, methods, some(self.calls, _ROUNDING_CALLS))
 
 
 def _chosen(decision: Decision, option: Option) -> Decision:

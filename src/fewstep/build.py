@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.errors import ParityError, RuntimeMissingError
-from fewstep.feeds import Sample, load_samples, save_samples
-from fewstep.graphs import Graph, compile_graphs, graphs_of
-from fewstep.manifest import PLAN_FOLDER, Artifact, Manifest, Shaped
+from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
+from fewstep.errors import ParityError
+from fewstep.feeds import Sample, save_samples
+from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
-from fewstep.runtimes.parity import label
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
@@ -129,7 +125,7 @@ def build(
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
         quantized = quantize_programs(programs, recipe, folder, cache, progress)
-        _check_comparable(targets, quantized)
+        check_comparable(targets, quantized)
         changed = quantized is not None or any(note.modified for note in notes)
 
         def reference(
@@ -137,16 +133,19 @@ def build(
         ) -> tuple[list[Sample], list[Sample] | None]:
             requests = _requests(at.generator, at.described, options)[:most]
             before = Recipe("original")
-            uncompressed = _record(plain, at.described, requests, before, cache, progress) if changed else None
+            uncompressed = record_reference(plain, at.described, requests, before, cache, progress) if changed else None
             if quantized is not None:
                 return list(quantized.samples(requests)), uncompressed
-            return at.restate(_record(at.generator, at.described, requests, recipe, cache, progress)), uncompressed
+            return at.restate(
+                record_reference(at.generator, at.described, requests, recipe, cache, progress)
+            ), uncompressed
 
         lowered_from, uncompressed = reference(programs, original)
         shown = lowered_from[:COMPILE_SAMPLES]
         artifacts = compile_targets(
             quantized or programs, recipe, targets, folder, cache, progress, others, samples=shown
         )
+        check_size(artifacts, recipe)
         if "onnxruntime" in targets and programs.contract.form == "step":
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         if "coreml" in targets:
@@ -250,99 +249,6 @@ def quantize_programs(
     return QuantizedPrograms(programs, plan, tokenizers, schedules, calls)
 
 
-def compile_targets(
-    programs: Programs | QuantizedPrograms,
-    recipe: Recipe,
-    targets: Sequence[str],
-    folder: Path,
-    cache: StageCache,
-    progress: Progress,
-    others: Mapping[str, Programs] | None = None,
-    *,
-    samples: Sequence[Sample] = (),
-) -> list[Artifact]:
-    """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
-
-    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first. ``samples`` are
-    recorded runs at the first shape, for backends that choose a precision by the values in them.
-    """
-    from fewstep.runtimes import get_runtime
-
-    artifacts: list[Artifact] = []
-    advance = progress.task("compile", len(targets) * len(programs.components))
-    for target in targets:
-        for component in programs.components:
-            graphs = graphs_of(component, programs, others or {})
-            key = {
-                "source": programs.generator.source.sha256,
-                "graphs": [graph.key() for graph in graphs],
-                "weights": recipe.weights,
-                "palette": recipe.palette,
-                "runtime": target,
-                "samples": [[label(sample), sample.guidance] for sample in samples],
-                "versions": versions(),
-            }
-
-            def make(entry: Path, target: str = target, graphs: Sequence[Graph] = graphs) -> None:
-                made = compile_graphs(get_runtime(target), graphs, entry / "files", recipe.weights, samples)
-                (entry / "artifacts.json").write_text(json.dumps([asdict(artifact) for artifact in made]))
-
-            entry, _ = cache.get_or_make("compile", key, make)
-            shutil.copytree(entry / "files", folder / target, dirs_exist_ok=True)
-            for values in json.loads((entry / "artifacts.json").read_text()):
-                artifact = Artifact(**values)
-                artifacts.append(programs.label(replace(artifact, path=f"{target}/{artifact.path}")))
-            advance()
-    return artifacts
-
-
-def check_targets(targets: Sequence[str]) -> None:
-    """Raises RuntimeMissingError unless every target can be compiled for and run here."""
-    from fewstep.runtimes import get_runtime
-
-    for target in targets:
-        state = get_runtime(target).availability()
-        if not (state.compiles and state.runs):
-            raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
-
-
-def _check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:
-    """Raises RuntimeMissingError unless every target's whole numbers could be compared with those of the plan."""
-    from fewstep.runtimes import get_runtime
-
-    if quantized is None or not any(plan.computes for plan in quantized.plan.components.values()):
-        return
-    for target in targets:
-        if get_runtime(target).compare_integers is None:
-            raise RuntimeMissingError(
-                f"runtime {target} has no comparison of whole numbers, which this recipe computes with",
-                hint="choose a recipe that quantizes weights only, a palette for coreml, or another target",
-            )
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of everything that shapes a bundle, and the machine that built it."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
-    for name in (
-        "fewstep",
-        "torch",
-        "torchao",
-        "diffusers",
-        "transformers",
-        "tokenizers",
-        "onnx",
-        "onnxscript",
-        "onnxruntime",
-        "coremltools",
-        "numpy",
-    ):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _default_steps(wanted: int, counts: Sequence[int]) -> int:
     return wanted if wanted in counts else min(counts, key=lambda n: (abs(n - wanted), n))
 
@@ -355,45 +261,6 @@ def _requests(generator: Generator, described: Description, options: Options) ->
     main = SampleRequest.grid(generator, prompts, range(options.seeds), generator.default_steps, w)
     others = [n for n in sorted(described.schedules) if n != generator.default_steps]
     return main + [replace(main[0], steps=n) for n in others]
-
-
-def _record(
-    generator: Generator,
-    described: Description,
-    requests: Sequence[SampleRequest],
-    recipe: Recipe,
-    cache: StageCache,
-    progress: Progress,
-) -> list[Sample]:
-    from fewstep.calibration import record_samples
-    from fewstep.export import digest
-
-    key = {
-        "source": generator.source.sha256,
-        "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
-        "inputs": [asdict(spec) for spec in generator.inputs],
-        "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
-        "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
-        "weights": recipe.weights,
-        "palette": recipe.palette,
-        "original": recipe.name == "original",
-        "versions": versions(),
-    }
-
-    def make(entry: Path) -> None:
-        advance = progress.task("record the reference", len(requests))
-
-        def samples() -> list[Sample]:
-            done = []
-            for sample in record_samples(generator, described, requests):
-                done.append(sample)
-                advance()
-            return done
-
-        save_samples(samples(), entry, with_feeds=len(requests))
-
-    entry, _ = cache.get_or_make("reference", key, make)
-    return load_samples(entry)
 
 
 def _caveats(

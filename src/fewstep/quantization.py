@@ -15,6 +15,7 @@ A recipe's ``[quantization]`` table::
     split = true                # each part of a concatenation gets a grid of its own
     exact_time = true           # the time path stays in float, where the form leaves it in the networks
     protect = true              # what depends on the prompt alone computes in float: its first token is an outlier
+    float_products = 0.0        # share of multiplications in float, where 8 bits of activations hurt most
     correction = false          # the schedule corrects each step's output, in closed form
     bits = 5.0                  # mixed precision: bits a weight takes in the mean, scales included, by sensitivity
     max_bytes = 12_000_000      # or: bytes that all components take together
@@ -89,6 +90,8 @@ class Quantization:
     """Whether the time path, where it is left in the networks, stays in float."""
     protect: bool = True
     """Whether what depends on the prompt alone computes in float (MixDQ's outlier token)."""
+    float_products: float = 0.0
+    """Share of a component's multiplications that compute in float where whole numbers hurt its output most."""
     correction: bool = False
     """Whether the schedule carries a closed-form correction of the quantized network's output."""
     bits: float | None = None
@@ -103,16 +106,6 @@ class Quantization:
     def mixed(self) -> bool:
         """Whether bits differ from site to site by sensitivity."""
         return self.bits is not None or self.max_bytes is not None
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether network calls have to be recorded before a plan can be made."""
-        choices: list[Quantization | SiteChoice] = [self, *self.ops.values(), *self.names.values()]
-        return (
-            self.mixed
-            or any((c.activations or FLOAT_BITS) < FLOAT_BITS for c in choices)
-            or any(c.rounding not in (None, "nearest") for c in choices)
-        )
 
     def at(self, op: str, name: str) -> Quantization:
         """Returns the choices for one site: these, overridden by its operation, then by every pattern it matches."""
@@ -150,7 +143,26 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
     found = dataclasses.replace(base or Quantization(), **given)
     if found.bits is not None and found.max_bytes is not None:
         raise RecipeError(f"{where} has both bits and max_bytes, expected one budget", hint="remove one of them")
+    _check_storable(found, where)
     return found
+
+
+def _check_storable(quantization: Quantization, where: str) -> None:
+    """Raises RecipeError for bits of weights that the profile's target would store in more, without a word."""
+    stored = PROFILES[quantization.profile].weight_bits
+    overrides = {"ops": quantization.ops, "names": quantization.names}
+    chosen = {"weights": quantization.weights} | {
+        f"{level}.{name}.weights": choice.weights or FLOAT_BITS
+        for level, choices in overrides.items()
+        for name, choice in choices.items()
+    }
+    for key, bits in chosen.items():
+        if bits not in (*stored, FLOAT_BITS):
+            raise RecipeError(
+                f"{where}: {key} is {bits}, but targets of profile {quantization.profile} store weights in "
+                f"{' or '.join(map(str, stored))} bits",
+                hint="for coreml, palettes go down to 2 bits: --recipe palette2",
+            )
 
 
 def parse_size(text: str, where: str) -> int:
@@ -228,6 +240,10 @@ def _value(key: str, value: object, where: str) -> object:
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and 2 <= value <= 8):
             return None if value is None else float(value)
         raise RecipeError(f"{where} is {value!r}, expected a number from 2 to 8", hint="the average bits of a weight")
+    if key == "float_products":
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+            return float(value)
+        raise RecipeError(f"{where} is {value!r}, expected a share from 0 to 1", hint="0.05 is a twentieth")
     if key == "max_bytes" and value is None:
         return None
     least = 0 if key == "seed" else 1

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import check_targets, compile_targets, further_shapes, quantize_programs, sized
+from fewstep.build import further_shapes, quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
+from fewstep.compiling import check_targets, compile_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
 from fewstep.inputs import example_inputs

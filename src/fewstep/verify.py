@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import util
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError, RuntimeMissingError
-from fewstep.feeds import Sample, load_samples
-from fewstep.manifest import INTEGERS, PLAN_FOLDER, Artifact, Manifest
+from fewstep.feeds import Sample
+from fewstep.manifest import INTEGERS, Artifact
 from fewstep.progress import Progress, Silent, stage
-from fewstep.recipe import Limits, Recipe, parse_shapes
+from fewstep.recipe import Limits
+from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
 from fewstep.runtimes import coreml, get_runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -27,12 +27,11 @@ from fewstep.runtimes.parity import (
     label,
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
-from fewstep.runtimes.sampler import open_sampler, open_tokenizers
+from fewstep.runtimes.sampler import open_sampler
 from fewstep.runtimes.tiled import first_tile
-from fewstep.source import SourceInfo, SourceSpec
+from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
-    from fewstep.export import Generator, Programs
     from fewstep.optimize.quantize import QuantizedPrograms
     from fewstep.runtimes.departure import Departure
 
@@ -95,9 +94,9 @@ def verify(
     runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
     limits = Limits(**bundle.manifest.recipe["limits"])
-    source, reason = _usable_source(bundle, against)
+    source, reason = usable_source(bundle, against)
     if source is None:
-        golden = _golden(bundle, "")
+        golden = golden_samples(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         if bisect:
             caveats.append("not bisected: that needs the source")
@@ -105,18 +104,18 @@ def verify(
             bundle, golden, None, limits, runtimes=runtimes, reference=GOLDEN, caveats=caveats, progress=progress
         )
         for shape in bundle.manifest.shapes:
-            at, golden = bundle.shaped(shape), _golden(bundle, shape)
+            at, golden = bundle.shaped(shape), golden_samples(bundle, shape)
             found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
             verified = verified.and_at(shape, found)
         return verified
-    original = _load(bundle, source, progress)
-    quantized, lowered_from, uncompressed = _live_references(bundle, original, prompts, seeds, progress)
+    original = load_original(bundle, source, progress)
+    quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
     verified = verify_targets(
         bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
     )
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
-        _, lowered_from, uncompressed = _live_references(at, original, 1, 1, progress)
+        _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
         found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
         verified = verified.and_at(shape, found)
     if bisect and not verified.report:
@@ -337,119 +336,6 @@ def _compare_shipped(
     return checks, results
 
 
-def _usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[SourceSpec | None, str]:
-    """Returns the source to compare with, or None and why there is none."""
-    built_from = bundle.manifest.source
-    if against is not None:
-        return SourceSpec.of(against).otherwise(built_from.spec()), ""
-    for package in ("torch", "diffusers"):
-        if util.find_spec(package) is None:
-            return None, f"{package} is not installed"
-    if built_from.kind == "python":
-        return None, f"{built_from.uri} was assembled in Python, and only the process that did so has it"
-    from fewstep.export import missing
-
-    gone = missing(built_from)
-    return (built_from.spec(), "") if gone is None else (None, f"{gone} is not on this machine")
-
-
-def _golden(bundle: Bundle, shape: str) -> list[Sample]:
-    """Returns the golden samples of one of the further shapes, or those of the first."""
-    golden = load_samples(bundle.path / "golden" / shape)
-    if not golden:
-        what = f"golden samples of shape {shape}" if shape else "golden samples"
-        raise BundleError(f"{bundle.path} has no {what} to verify against", hint="give --against SOURCE")
-    return golden
-
-
-def _load(bundle: Bundle, source: SourceSpec, progress: Progress) -> Generator:
-    """Returns the generator that a bundle was built from, before its recipe."""
-    from fewstep.export import load
-
-    with stage(progress, f"load {source}"):
-        recipe = bundle.manifest.recipe
-        eager = recipe["quantization"] is not None or recipe.get("palette") is not None
-        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
-        _check_same(bundle.manifest.source, original.source)
-    return original
-
-
-def _as_built(generator: Generator, manifest: Manifest) -> Generator:
-    """Returns a generator that draws and decodes at the sizes of a manifest."""
-    tile = manifest.recipe.get("decoder_tile")
-    generator = generator if tile is None else generator.tiled(tile)
-    return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
-
-
-def _live_references(
-    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
-) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
-    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
-    from fewstep.calibration import SampleRequest, record_samples
-
-    manifest = bundle.manifest
-    with stage(progress, "read the contract"):
-        original = _as_built(original, manifest)
-        optimized, programs, quantized, changed = _prepare(bundle, original)
-        described = programs.described
-    w = manifest.contract.guidance.scale
-    requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
-    requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
-    advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
-
-    def run(generator: Generator) -> list[Sample]:
-        samples = []
-        for sample in record_samples(generator, described, requests):
-            samples.append(sample)
-            advance()
-        return samples
-
-    uncompressed = run(original) if changed else None
-    if quantized is None:
-        return None, programs.restate(run(optimized)), uncompressed
-    return quantized, list(quantized.samples(requests)), uncompressed
-
-
-def _prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, QuantizedPrograms | None, bool]:
-    """Returns the generator as the bundle's recipe made it, its programs, and whether the recipe changed it."""
-    from fewstep.export import describe, programs_of
-    from fewstep.optimize import optimize
-    from fewstep.optimize.quantize import QuantizedPrograms, QuantPlan
-
-    manifest = bundle.manifest
-    recipe = Recipe(
-        "",
-        weights=manifest.recipe["weights"],
-        palette=manifest.recipe.get("palette"),
-        form=manifest.contract.form,
-    )
-    optimized, notes = optimize(original, recipe)
-    programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
-    changed = any(note.modified for note in notes)
-    if manifest.recipe["quantization"] is None:
-        return optimized, programs, None, changed
-    plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
-    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    return optimized, programs, QuantizedPrograms(programs, plan, tokenizers, manifest.schedules), True
-
-
-def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:
-    if found.sha256 != built_from.sha256:
-        raise ContractError(
-            f"{found.spec()} (sha256 {found.sha256[:16]}...) is not what this bundle was built from "
-            f"({built_from.spec()}, sha256 {built_from.sha256[:16]}...){_first_difference(built_from, found)}",
-            hint="verify against the original source, or build the bundle again from this one",
-        )
-
-
-def _first_difference(built_from: SourceInfo, found: SourceInfo) -> str:
-    """Names the first LoRA that is another one, which a name alone would hide."""
-    for was, now in zip(built_from.loras, found.loras, strict=False):
-        if (was.sha256, was.scale) != (now.sha256, now.scale):
-            return f": LoRA {now.path} differs in {'scale' if was.sha256 == now.sha256 else 'content'}"
-    return ""
-
-
 def _bisect(
     bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
 ) -> dict[str, Departure | None]:
@@ -462,7 +348,7 @@ def _bisect(
 
     manifest = bundle.manifest
     original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
-    _, programs, quantized, _ = _prepare(bundle, _as_built(original, manifest))
+    _, programs, quantized, _ = prepare(bundle, as_built(original, manifest))
     failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
     found: dict[str, Departure | None] = {}
     for component in sorted(failing):

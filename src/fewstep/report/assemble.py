@@ -17,17 +17,9 @@ from fewstep.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
 from fewstep.report import images
 from fewstep.report.bought import Bought, bought_of
 from fewstep.report.charts import CurveChart, CurveSeries
-from fewstep.report.page import (
-    CheckRow,
-    LatencyRow,
-    PictureRow,
-    ReportData,
-    ScheduleTable,
-    Section,
-    SizeRow,
-    write_report,
-)
+from fewstep.report.page import write_report
 from fewstep.report.quantized import quantization_facts
+from fewstep.report.rows import CheckRow, LatencyRow, PictureRow, ReportData, ScheduleTable, Section, SizeRow
 from fewstep.runtimes.measure import Latency, Profile
 from fewstep.runtimes.parity import Check, agreement_db, label
 from fewstep.schedule import Schedule

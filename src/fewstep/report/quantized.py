@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fewstep.report.page import CoverageRow, PlanRow, QuantizationFacts, ReasonRow, Section
+from fewstep.report.rows import CoverageRow, PlanRow, QuantizationFacts, ReasonRow, Section
 
 if TYPE_CHECKING:
     from fewstep.calibration import CalibrationSet
