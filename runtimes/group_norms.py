@@ -83,9 +83,13 @@ class _Norm:
         n, channels = self.node.meta["val"].shape[:2]
         if self.groups == channels:
             return means
-        members = [n, self.groups, channels // self.groups]
-        one = self._call(_aten.mean.dim, self._call(_aten.reshape.default, means, members), [2], True)
-        each = self._call(_aten.expand.default, one, members)
+        # A mean over two axes and a product that broadcasts: XNNPACK has no mean over one, and no expansion.
+        members = channels // self.groups
+        rows = self._call(_aten.reshape.default, means, [n, self.groups, members, 1])
+        one = self._call(_aten.mean.dim, rows, [2, 3], True)
+        name = f"{self.node.name}_ones"
+        self.module.register_buffer(name, torch.ones(1, self.groups, members, 1))
+        each = self._call(_aten.mul.Tensor, one, self.module.graph.get_attr(name))
         return self._call(_aten.reshape.default, each, [n, *self._spread(channels)])
 
     def _per_channel(self, parameter: Node, what: str) -> Node:

@@ -18,6 +18,7 @@ _TYPES = {
     "int8": schema.TensorType.INT8,
     "int32": schema.TensorType.INT32,
 }
+_IMAGES = (schema.BuiltinOperator.CONV_2D, schema.BuiltinOperator.DEPTHWISE_CONV_2D)
 _DTYPES = {code: np.dtype(name) for name, code in _TYPES.items()}
 
 
@@ -108,6 +109,11 @@ class LiteRTModel:
         )
         return self._add(name, shape, schema.TensorType.INT8, 0, grid)
 
+    def add_like(self, name: str, tensor: int) -> int:
+        """Returns the index of a new tensor of another one's shape, type and grid, without data."""
+        found = self.graph.tensors[tensor]
+        return self._add(name, self.shape(tensor), found.type, 0, found.quantization)
+
     def add_float(self, name: str, shape: Sequence[int]) -> int:
         """Returns the index of a new float32 tensor without data."""
         return self._add(name, shape, schema.TensorType.FLOAT32, 0, None)
@@ -143,9 +149,35 @@ class LiteRTModel:
             kind = self.kind(operator)
             operator.opcodeIndex = self.operator(kind, [], [], version=version).opcodeIndex
 
-    def drop_signatures(self) -> None:
-        """Leaves inputs and outputs without names: a model whose inputs and outputs are edited is called by index."""
+    def redirect(self, operators: Sequence[Any], old: int, new: int) -> None:
+        """Makes operations read another tensor in the place of one."""
+        for operator in operators:
+            operator.inputs = np.array([new if t == old else t for t in operator.inputs], dtype=np.int32)
+
+    def is_image(self, tensor: int) -> bool:
+        """Returns whether a tensor has its channels last, because a convolution takes or makes it."""
+        makers = [self.producers().get(tensor)]
+        return any(
+            operator is not None
+            and self.kind(operator) in _IMAGES
+            and tensor in (int(operator.inputs[0]), int(operator.outputs[0]))
+            for operator in (*makers, *self.readers().get(tensor, []))
+        )
+
+    def signature(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns the tensors of inputs and of outputs by the names of the one signature."""
+        (signature,) = self._model.signatureDefs
+        inputs, outputs = (
+            {e.name.decode(): int(e.tensorIndex) for e in entries} for entries in (signature.inputs, signature.outputs)
+        )
+        return inputs, outputs
+
+    def with_interface(self, inputs: Sequence[int], outputs: Sequence[int]) -> tuple[bytes, tuple[list[int], list[int]]]:
+        """Returns the bytes of a model with other inputs and outputs and no signature, and where these are in it."""
+        self.graph.inputs, self.graph.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
         self._model.signatureDefs = []
+        content = self.content()
+        return content, ([int(t) for t in self.graph.inputs], [int(t) for t in self.graph.outputs])
 
     def content(self) -> bytes:
         """Returns the file's bytes, without tensors and data that nothing uses."""

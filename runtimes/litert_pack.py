@@ -75,6 +75,12 @@ class _Placed:
 
 def _match(model: LiteRTModel, weights: Sequence[StoredWeight], where: str) -> dict[int, _Placed]:
     """Returns the weights by the constants that hold them."""
+    grouped = next((weight for weight in weights if weight.grouped), None)
+    if grouped is not None:
+        raise ExportError(
+            f"{where}: {grouped.name} has scales of groups of inputs, and LiteRT has scales of channels",
+            hint="make the plan with the profile 'litert'",
+        )
     known: dict[bytes, tuple[StoredWeight, tuple[int, ...]]] = {}
     for weight in weights:
         for layout in _LAYOUTS[weight.values.ndim]:
@@ -123,7 +129,7 @@ def _fuse(model: LiteRTModel, found: Mapping[int, _Placed]) -> None:
         if len(after) != 1 or model.kind(after[0]) != _Op.QUANTIZE or operator.outputs[0] in model.graph.outputs:
             continue
         placed, grid = found[weight], model.grid(int(source.inputs[0]))
-        if grid is None or placed.weight.grouped or placed.axis != _COMPUTES[model.kind(operator)]:
+        if grid is None or placed.axis != _COMPUTES[model.kind(operator)]:
             continue
         inputs = [int(source.inputs[0]), _integers(model, placed)]
         if len(operator.inputs) > 2 and operator.inputs[2] >= 0:
@@ -167,22 +173,11 @@ def _store(model: LiteRTModel, found: Mapping[int, _Placed]) -> None:
         weight = placed.weight
         name = model.name(tensor)
         result = model.add_float(name, placed.turned.shape)
-        if weight.grouped:
-            # A row for each group: every runtime knows scales along one axis.
-            rows = placed.turned.reshape(weight.scale.size, -1)
-            stored = model.add_constant(weight.name, rows, scale=weight.scale, packed=weight.bits <= 4)
-            values = model.add_float(f"{weight.name}_rows", rows.shape)
-            shape = model.add_constant(f"{weight.name}_shape", np.array(placed.turned.shape, dtype=np.int32))
-            widened.append(model.operator(_Op.DEQUANTIZE, [stored], [values], version=_DEQUANTIZE_CHANNELS))
-            widened.append(model.operator(_Op.RESHAPE, [values, shape], [result]))
-        else:
-            packed = weight.bits <= 4
-            stored = model.add_constant(
-                weight.name, placed.turned, scale=weight.scale, axis=placed.axis, packed=packed
-            )
-            version = _DEQUANTIZE_INT4 if packed else _DEQUANTIZE_CHANNELS
-            widened.append(model.operator(_Op.DEQUANTIZE, [stored], [result], version=version))
-        _replace(read[tensor], tensor, result)
+        packed = weight.bits <= 4
+        stored = model.add_constant(weight.name, placed.turned, scale=weight.scale, axis=placed.axis, packed=packed)
+        version = _DEQUANTIZE_INT4 if packed else _DEQUANTIZE_CHANNELS
+        widened.append(model.operator(_Op.DEQUANTIZE, [stored], [result], version=version))
+        model.redirect(read[tensor], tensor, result)
     model.graph.operators[:0] = widened
 
 
@@ -201,10 +196,6 @@ def _halve(model: LiteRTModel) -> None:
         result = model.add_float(name, values.shape)
         stored = model.add_constant(f"{name}_half", halves)
         widened.append(model.operator(_Op.DEQUANTIZE, [stored], [result], version=_DEQUANTIZE_HALVES))
-        _replace(read[tensor], tensor, result)
+        model.redirect(read[tensor], tensor, result)
     model.graph.operators[:0] = widened
 
-
-def _replace(operators: Sequence[Any], old: int, new: int) -> None:
-    for operator in operators:
-        operator.inputs = np.array([new if t == old else t for t in operator.inputs], dtype=np.int32)

@@ -15,6 +15,7 @@ from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
 from fewstep.progress import Progress, Silent, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
@@ -97,6 +98,7 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
+    recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
     if decoder_tile is not None:

@@ -24,6 +24,8 @@ class TargetProfile:
         min_rows: a product of fewer rows than this reads more weights than it computes: whole numbers save nothing.
         weight_bits: which bits weights can be stored in.
         floats: why other operations stay in float, by name.
+        groups: whether a weight that is multiplied in float may have scales of groups of inputs.
+        weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
     """
 
     name: str
@@ -35,6 +37,8 @@ class TargetProfile:
     min_rows: int
     weight_bits: tuple[int, ...]
     floats: Mapping[str, str]
+    groups: bool = True
+    weight_only: bool = True
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
@@ -69,16 +73,22 @@ _ARM = replace(_X86, name="arm", activation="int8")
 _TENSORRT = replace(_ARM, name="tensorrt", symmetric=True, outputs=frozenset(), unfolded=0, min_rows=1, floats={})
 
 # XNNPACK, which computes for LiteRT and ExecuTorch: int8 to int8, and what has no such kernel in float.
-_XNNPACK = replace(
+_LITERT = replace(
     _ARM,
-    name="xnnpack",
+    name="litert",
     computes=frozenset({"linear", "conv2d"}),
     outputs=frozenset({"linear", "conv2d"}),
     unfolded=0,
     floats=dict.fromkeys(_ORT_FLOATS, "XNNPACK computes it in float"),
+    groups=False,
 )
+# Its delegate in ExecuTorch unpacks no stored weight for a product in float.
+_EXECUTORCH = replace(_LITERT, name="executorch", weight_only=False)
 
-PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT, _XNNPACK)}
+_ALL = (_X86, _ARM, _TENSORRT, _LITERT, _EXECUTORCH)
+PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in _ALL}
+# Targets that run graphs of one profile only.
+REQUIRED: Mapping[str, str] = {"litert": _LITERT.name, "executorch": _EXECUTORCH.name}
 
 
 def get_profile(name: str) -> TargetProfile:
