@@ -52,11 +52,13 @@ class StoredWeight:
         return self.axis is not None and self.scale.size > self.values.shape[self.axis]
 
 
-def unfold_weights(module: GraphModule) -> list[StoredWeight]:
+def unfold_weights(module: GraphModule, *, biases_only: bool = False) -> list[StoredWeight]:
     """Puts float parameters in the place of stored weights and biases, in place, and returns the weights."""
     found = []
     for node in list(module.graph.nodes):
         if node.target not in _CONSTANT or node.args[0].op != "get_attr":
+            continue
+        if biases_only and attribute(module, node.args[0]).dtype != torch.int32:
             continue
         # A weight whose scales are of groups is dequantized row by row, and takes its shape then.
         users = list(node.users)
