@@ -77,6 +77,16 @@ def unfold_weights(module: GraphModule, *, biases_only: bool = False) -> list[St
     return found
 
 
+def dequantized_weights(module: GraphModule) -> list[tuple[str, bool]]:
+    """Returns the weights that are stored as integers, each with whether all that multiplies them takes integers."""
+    found = []
+    for node in module.graph.nodes:
+        if node.target in _CONSTANT and node.args[0].op == "get_attr":
+            data = [user.args[0] for user in node.users]
+            found.append((str(node.args[0].target), all(isinstance(d, Node) and d.target is _DEQUANTIZE for d in data)))
+    return found
+
+
 def _stored(
     module: GraphModule, node: Node, name: str, values: torch.Tensor, integers: torch.Tensor, *, grouped: bool
 ) -> StoredWeight:

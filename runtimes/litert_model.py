@@ -172,7 +172,9 @@ class LiteRTModel:
         )
         return inputs, outputs
 
-    def with_interface(self, inputs: Sequence[int], outputs: Sequence[int]) -> tuple[bytes, tuple[list[int], list[int]]]:
+    def with_interface(
+        self, inputs: Sequence[int], outputs: Sequence[int]
+    ) -> tuple[bytes, tuple[list[int], list[int]]]:
         """Returns the bytes of a model with other inputs and outputs and no signature, and where these are in it."""
         self.graph.inputs, self.graph.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
         self._model.signatureDefs = []

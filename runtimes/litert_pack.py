@@ -198,4 +198,3 @@ def _halve(model: LiteRTModel) -> None:
         widened.append(model.operator(_Op.DEQUANTIZE, [stored], [result], version=_DEQUANTIZE_HALVES))
         model.redirect(read[tensor], tensor, result)
     model.graph.operators[:0] = widened
-

@@ -43,7 +43,9 @@ class _Recorder(torch.fx.Interpreter):
         result = super().run_node(n)
         if n.target is QUANTIZE:
             values = result.numpy()
-            self.values[n.name] = (values.astype(np.int16) - 128).astype(np.int8) if values.dtype == np.uint8 else values
+            self.values[n.name] = (
+                (values.astype(np.int16) - 128).astype(np.int8) if values.dtype == np.uint8 else values
+            )
         return result
 
 

@@ -163,6 +163,10 @@ def versions() -> dict[str, str]:
         "onnxscript",
         "onnxruntime",
         "coremltools",
+        "litert-torch",
+        "litert-converter",
+        "ai-edge-litert",
+        "executorch",
         "numpy",
     ):
         try:
