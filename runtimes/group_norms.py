@@ -1,8 +1,8 @@
 """Writes group normalization in operations that keep the layout of images, for backends without a kernel for it.
 
 The usual decomposition reshapes to groups, which no channels-last layout survives: every norm costs two transposes, and
-XNNPACK, whose mean is over height and width only, takes none of it. Means of channels are taken instead, and only those,
-a number for each channel, are averaged over groups:
+XNNPACK, whose mean is over height and width only, takes none of it. Means of channels are taken instead, and only
+those, a number for each channel, are averaged over groups:
 
     m = mean over a group of mean over its pixels of x,    d = x - m
     v = mean over a group of mean over its pixels of d^2,  y = d * gamma / sqrt(v + eps) + beta

@@ -38,7 +38,8 @@ def place_points(model: LiteRTModel, points: Sequence[Point], where: str) -> Non
     if len(found) != len(points):
         lost = next(point.name for i, point in enumerate(points) if i not in found)
         raise ExportError(
-            f"{where}: litert-torch lost {len(points) - len(found)} of {len(points)} quantized activations, first {lost}",
+            f"{where}: litert-torch lost {len(points) - len(found)} of {len(points)} quantized activations, "
+            f"first {lost}",
             hint="report it; a recipe that quantizes weights only does without them",
         )
     model.graph.operators = operators

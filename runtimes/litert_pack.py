@@ -1,9 +1,9 @@
 """Puts a plan's whole numbers into a ``.tflite`` file that was converted in float: nothing is rounded here.
 
-1. A weight whose values the file holds in some layout is stored as the plan's integers, with a DEQUANTIZE before whatever
-   multiplies it in float. XNNPACK unpacks it once, when the model is loaded.
-2. DEQUANTIZE, convolution or fully connected layer, QUANTIZE: one operation on integers, its bias in 32 bits on the grid
-   of the products.
+1. A weight whose values the file holds in some layout is stored as the plan's integers, with a DEQUANTIZE before
+   whatever multiplies it in float.
+2. DEQUANTIZE, convolution or fully connected layer, QUANTIZE: one operation on integers, its bias in 32 bits on the
+   grid of the products.
 3. Halves, where all values of a constant are halves.
 """
 
@@ -12,15 +12,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from fewstep.errors import ExportError
 from fewstep.runtimes.integers import Array, Point, StoredWeight
-from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.litert_grids import place_points
+from fewstep.runtimes.litert_model import LiteRTModel
 
 _Op = schema.BuiltinOperator
 # Position of the channels among the axes of the weight, as each of them stores it.

@@ -1,7 +1,7 @@
 """Compares a quantized ``.tflite`` file with PyTorch operation by operation, in whole numbers.
 
-Every quantized tensor of the file is replaced by the reference's own where it is read, and put out where it is computed:
-no difference reaches the next operation, and one run checks them all with the kernels that the file ships with.
+Every quantized tensor of the file is replaced by the reference's own where it is read, and put out where it is
+computed: no difference reaches the next operation, and one run checks them all with the kernels that it ships with.
 """
 
 from __future__ import annotations

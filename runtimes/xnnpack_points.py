@@ -1,9 +1,9 @@
 """Compares a quantized ExecuTorch program with PyTorch operation by operation, in whole numbers.
 
 A delegate hides what is inside of it, and a ``.pte`` cannot be cut. So the graph is: every quantized tensor becomes an
-output where it is computed and an input where it is read, and this graph is lowered as the artifact was. The kernels and
-what they are given are the artifact's, and no difference reaches the next operation. That the artifact itself computes
-the same is the check of its outputs.
+output where it is computed and an input where it is read, and this graph is lowered as the artifact was. Kernels and
+constants are the artifact's, and no difference reaches the next operation. That the artifact itself computes the same
+is what the checks of its outputs say, against the noise floor.
 """
 
 from __future__ import annotations
