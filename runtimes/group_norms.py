@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from fewstep.runtimes.integers import attribute
+
 _aten = torch.ops.aten
 
 
@@ -97,12 +99,8 @@ class _Norm:
         shape = [1, *self._spread(-1)]
         if parameter.op != "get_attr":
             return self._call(_aten.reshape.default, parameter, shape)
-        values = self.module
-        for part in str(parameter.target).split("."):
-            values = getattr(values, part)
-        assert isinstance(values, torch.Tensor)
         name = f"{self.node.name}_{what}"
-        self.module.register_buffer(name, values.detach().reshape(shape))
+        self.module.register_buffer(name, attribute(self.module, parameter).reshape(shape))
         return self.module.graph.get_attr(name)
 
     def _spread(self, channels: int) -> list[int]:
