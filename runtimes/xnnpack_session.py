@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,23 @@ _DTYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "floa
 
 def open_program(path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
     """Returns a session on a ``.pte`` file: see `fewstep.runtimes.xnnpack.open_session`."""
-    from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
-
-    if threads is not None:
-        portable_lib._unsafe_reset_threadpool(threads)
-    content = path.read_bytes()
     try:
-        method = Runtime.get().load_program(content).load_method(METHOD)
+        method = load_method(path.read_bytes(), threads)
     except (RuntimeError, ValueError) as error:
         raise ContractError(f"{path}: ExecuTorch cannot load it: {error}", hint="build the bundle again") from error
     return CheckedSession(path.parent.name, spec, _Session(path, method, spec))
+
+
+def load_method(content: bytes, threads: int | None = None) -> Any:
+    """Returns the method of a program's bytes; ``threads`` as in `fewstep.runtimes.xnnpack.open_session`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the bindings call themselves experimental
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
+
+        if threads is not None:
+            portable_lib._unsafe_reset_threadpool(threads)
+        return Runtime.get().load_program(content).load_method(METHOD)
 
 
 class _Session:
