@@ -113,6 +113,11 @@ test-backends: test-litert test-executorch ## Tests LiteRT and ExecuTorch, each 
 test-litert test-executorch: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -p no:anyio tests/backends/test_$*.py # an older plugin, whose warnings are errors
 
+.PHONY: litert-families executorch-families
+litert-families executorch-families: %-families: .venv-%/.installed # builds every family of tests/zoo for one of them
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -W ignore -m tests.backends.families $* > docs/$*-families.new
+	mv docs/$*-families.new docs/$*-families.md
+
 .venv-litert/.installed .venv-executorch/.installed: .venv-%/.installed: pyproject.toml constraints-%.txt
 	@test -n '$(PYTHON)' || { echo 'no Python 3.11 or later found; name one: make PYTHON=/path/to/python ...' >&2; exit 2; }
 	$(PYTHON) -m venv .venv-$*

@@ -9,7 +9,7 @@ A recipe's ``[quantization]`` table::
     group_size = 32             # input channels that share a scale, for group
     rounding = "gptq"           # nearest | gptq | adaround
     ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
-    profile = "x86"             # what the target computes well: see fewstep.profiles
+    profile = "x86"             # what the target computes well: see fewstep.profiles; some targets bring theirs
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own
