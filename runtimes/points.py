@@ -43,9 +43,8 @@ class _Recorder(torch.fx.Interpreter):
         result = super().run_node(n)
         if n.target is QUANTIZE:
             values = result.numpy()
-            self.values[n.name] = (
-                (values.astype(np.int16) - 128).astype(np.int8) if values.dtype == np.uint8 else values
-            )
+            signed = values if values.dtype == np.int8 else (values.astype(np.int16) - 128).astype(np.int8)
+            self.values[n.name] = np.ascontiguousarray(signed)
         return result
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -80,20 +79,15 @@ def convert(component: str, module: GraphModule, inputs: tuple[torch.Tensor, ...
         try:
             exported = torch.export.export(module, inputs)
             edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+            nodes = [n for n in edge.exported_program().graph.nodes if n.op == "call_function"]
+            left = Counter(str(getattr(n.target, "_op", n.target)) for n in nodes)
             content: bytes = edge.to_executorch().buffer
         except Exception as error:  # the compiler raises whatever its translation of an op happens to raise
             raise ExportError(
                 f"{component} cannot be lowered to ExecuTorch: {type(error).__name__}: {_innermost(error)}",
                 hint="the op that stops it is named above; rewrite it in the module, or report it",
             ) from error
-    nodes = edge.exported_program().graph.nodes
-    left = Counter(_name(n.target) for n in nodes if n.op == "call_function")
     return content, Counter({name: count for name, count in left.items() if name.startswith("aten.")})
-
-
-def _name(target: Any) -> str:
-    operation = getattr(target, "_op", target)
-    return str(operation)
 
 
 def _zeros(program: Program) -> tuple[torch.Tensor, ...]:

@@ -22,7 +22,7 @@ from fewstep.runtimes.base import Array, PointResult
 from fewstep.runtimes.integers import QUANTIZE
 from fewstep.runtimes.points import Reference, judged, reference
 from fewstep.runtimes.xnnpack_lower import convert, prepared
-from fewstep.runtimes.xnnpack_session import load_method
+from fewstep.runtimes.xnnpack_session import load
 
 # A program is compared at every step, and takes longer to lower than to run.
 _CUT: WeakKeyDictionary[torch.export.ExportedProgram, bytes] = WeakKeyDictionary()
@@ -41,8 +41,8 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     if program.exported not in _CUT:
         _CUT[program.exported] = _lowered(program, expected, inputs)
     given = [torch.from_numpy(expected.integers[name]) for name in expected.integers]
-    method = load_method(_CUT[program.exported])
-    results = [result.numpy().copy() for result in method.execute([*inputs, *given])]
+    loaded = load(_CUT[program.exported])
+    results = [result.numpy().copy() for result in loaded.method.execute([*inputs, *given])]
     integers = dict(zip(expected.integers, results[len(program.spec.outputs) :], strict=True))
     named = zip(program.spec.outputs, results, strict=False)  # the outputs come before the integers
     return judged(expected, integers, {spec.name: values for spec, values in named})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ _DTYPES = {0: "uint8", 1: "int8", 3: "int32", 4: "int64", 5: "float16", 6: "floa
 def open_program(path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
     """Returns a session on a ``.pte`` file: see `fewstep.runtimes.xnnpack.open_session`."""
     try:
-        method = load_method(path.read_bytes(), threads)
+        loaded = load(path.read_bytes(), threads)
     except (RuntimeError, ValueError) as error:
         raise ContractError(f"{path}: ExecuTorch cannot load it: {error}", hint="build the bundle again") from error
-    return CheckedSession(path.parent.name, spec, _Session(path, method, spec))
+    return CheckedSession(path.parent.name, spec, _Session(path, loaded, spec))
 
 
-def load_method(content: bytes, threads: int | None = None) -> Any:
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A method with the program whose memory it reads and does not keep."""
+
+    program: Any
+    method: Any
+
+
+def load(content: bytes, threads: int | None = None) -> Loaded:
     """Returns the method of a program's bytes; ``threads`` as in `fewstep.runtimes.xnnpack.open_session`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the bindings call themselves experimental
@@ -38,30 +47,31 @@ def load_method(content: bytes, threads: int | None = None) -> Any:
 
         if threads is not None:
             portable_lib._unsafe_reset_threadpool(threads)
-        return Runtime.get().load_program(content).load_method(METHOD)
+        program = Runtime.get().load_program(content)
+        return Loaded(program, program.load_method(METHOD))
 
 
 class _Session:
-    def __init__(self, path: Path, method: Any, spec: ComponentSpec) -> None:
-        if method is None:
+    def __init__(self, path: Path, loaded: Loaded, spec: ComponentSpec) -> None:
+        if loaded.method is None:
             raise ContractError(f"{path}: program has no method {METHOD!r}", hint="build the bundle again")
-        self._method: Any = method
+        self._loaded: Loaded | None = loaded
         self._inputs, self._outputs = spec.inputs, spec.outputs
-        meta = method.metadata
+        meta = loaded.method.metadata
         _check(path, [meta.input_tensor_meta(i) for i in range(meta.num_inputs())], spec.inputs, "inputs")
         _check(path, [meta.output_tensor_meta(i) for i in range(meta.num_outputs())], spec.outputs, "outputs")
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the outputs by name."""
-        if self._method is None:
+        if self._loaded is None:
             raise ContractError("the session is closed")
-        results = self._method.execute([torch.from_numpy(feeds[spec.name]) for spec in self._inputs])
+        results = self._loaded.method.execute([torch.from_numpy(feeds[spec.name]) for spec in self._inputs])
         # The method's own memory, which its next call overwrites.
         return {spec.name: result.numpy().copy() for spec, result in zip(self._outputs, results, strict=True)}
 
     def close(self) -> None:
         """Drops the method and with it the program's memory."""
-        self._method = None
+        self._loaded = None
 
 
 def _check(path: Path, given: Sequence[Any], expected: Sequence[TensorSpec], what: str) -> None:
