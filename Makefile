@@ -110,6 +110,25 @@ $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/p
 		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx peft pytest torch
 	touch $@
 
+# Backends whose packages do not go with constraints.txt, each in an environment of its own.
+.PHONY: test-backends
+test-backends: test-litert test-executorch ## Tests LiteRT and ExecuTorch, each in an environment of its own (2 GB each)
+
+.PHONY: test-litert test-executorch
+test-litert test-executorch: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -p no:anyio tests/backends/test_$*.py # an older plugin, whose warnings are errors
+
+.PHONY: litert-families executorch-families
+litert-families executorch-families: %-families: .venv-%/.installed # builds every family of tests/zoo for one of them
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -W ignore -m tests.backends.families $* > docs/$*-families.new
+	mv docs/$*-families.new docs/$*-families.md
+
+.venv-litert/.installed .venv-executorch/.installed: .venv-%/.installed: pyproject.toml constraints-%.txt
+	@test -n '$(PYTHON)' || { echo 'no Python 3.11 or later found; name one: make PYTHON=/path/to/python ...' >&2; exit 2; }
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --progress-bar off -c constraints-$*.txt -e '.[$*,onnxruntime,test]'
+	touch $@
+
 # --- the web app -------------------------------------------------------------------------------------------------------
 
 WEB := apps/web
@@ -205,6 +224,6 @@ wheel: $(VENV)/.dev ## Builds dist/*.tar.gz, and dist/*.whl from it
 
 .PHONY: clean
 clean: ## Removes environments, caches and distributions; keeps build/, where training states and bundles are
-	rm -rf $(VENV) $(INTEROP) $(WEB)/node_modules $(WEB)/lib dist src/*.egg-info build/lib build/bdist.*
+	rm -rf $(VENV) $(INTEROP) .venv-litert .venv-executorch $(WEB)/node_modules $(WEB)/lib dist src/*.egg-info build/lib build/bdist.*
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./build -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

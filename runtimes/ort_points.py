@@ -11,15 +11,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
 from fewstep.errors import ExportError
-from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
-from fewstep.runtimes.integer_reference import integer_reference
+from fewstep.runtimes.integer_reference import integer_reference, judged
 
 _GIVEN = ".given"
 
@@ -50,8 +48,8 @@ def compare_integers(
     Raises:
         ExportError: the model and the program share no quantized tensor.
     """
-    found_by_torch = integer_reference(program, feeds)
-    reference, paths, outputs = found_by_torch.values, found_by_torch.paths, found_by_torch.outputs
+    expected = integer_reference(program, feeds)
+    reference = expected.values
     model = ir.load(path)
     points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
     shared = [name for name in points if name in reference]
@@ -67,18 +65,8 @@ def compare_integers(
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
-        results = run(target, inputs, [*shared, *outputs])
-    found = []
-    for name in shared:
-        difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))
-        found.append(
-            PointResult(
-                name, paths[name], difference.size, int(np.count_nonzero(difference)), int(difference.max(initial=0))
-            )
-        )
-    for name, value in outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, results[name])))
-    return found
+        results = run(target, inputs, [*shared, *expected.outputs])
+    return judged(expected, {name: results[name] for name in shared}, results)
 
 
 def _cut(model: ir.Model, names: list[str]) -> list[str]:

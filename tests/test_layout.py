@@ -25,6 +25,14 @@ COMPILE_TIME = {
     "fewstep.runtimes.coreml_pack",
     "fewstep.runtimes.coreml_pack_integers",
     "fewstep.runtimes.departure",
+    "fewstep.runtimes.group_norms",
+    "fewstep.runtimes.integers",
+    "fewstep.runtimes.litert_grids",
+    "fewstep.runtimes.litert_lower",
+    "fewstep.runtimes.litert_model",
+    "fewstep.runtimes.litert_pack",
+    "fewstep.runtimes.litert_points",
+    "fewstep.runtimes.materialize",
     "fewstep.runtimes.ort_edit",
     "fewstep.runtimes.ort_integer_conv",
     "fewstep.runtimes.ort_integer_linear",
@@ -43,9 +51,25 @@ COMPILE_TIME = {
     "fewstep.runtimes.tensorrt_halves",
     "fewstep.runtimes.tensorrt_lint",
     "fewstep.runtimes.tensorrt_lower",
+    "fewstep.runtimes.xnnpack_lower",
+    "fewstep.runtimes.xnnpack_points",
+    "fewstep.runtimes.xnnpack_session",
 }
 """Modules that only `fewstep[compile]` can import; `generate`, `profile` and `inspect` do without them."""
-HEAVY = ("torch", "torchao", "diffusers", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "scipy")
+HEAVY = (
+    "torch",
+    "torchao",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "ai_edge_litert",
+    "executorch",
+    "litert_torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "scipy",
+)
 
 
 @pytest.mark.parametrize("name", LINKS)

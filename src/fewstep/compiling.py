@@ -176,6 +176,10 @@ def versions() -> dict[str, str]:
         "onnxruntime",
         "coremltools",
         "tensorrt",
+        "litert-torch",
+        "litert-converter",
+        "ai-edge-litert",
+        "executorch",
         "numpy",
     ):
         try:

@@ -15,7 +15,7 @@ from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
-from fewstep.runtimes import coreml, get_runtime
+from fewstep.runtimes import coreml, get_runtime, ort
 from fewstep.runtimes.base import Array, Runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
 # How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
 FLOOR_SAMPLES = 8
+# Runtimes whose artifacts have a value for every value of the traced program.
+BISECTED = (ort.NAME, coreml.NAME)
 GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
 
 
@@ -125,6 +127,10 @@ def verify(
         verified = verified.and_at(shape, found)
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
+            if name not in BISECTED:
+                note = f"{name} was not bisected: it hides the values in between; bisect a bundle for onnxruntime"
+                verified = replace(verified, caveats=(*verified.caveats, note))
+                continue
             departed = _bisect(bundle, source, of_one, name, limits)
             verified.departures.update(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
