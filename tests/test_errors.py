@@ -370,6 +370,6 @@ def test_profile_refuses_what_the_bundle_lacks(run: Run) -> None:
     status, stdout, stderr = run("profile", bundle, "--steps", "3")
     assert (status, stdout) == (2, "")
     assert "bundle has no schedule for 3 steps, it has 1, 2, 4" in " ".join(stderr.split())
-    status, _, stderr = run("profile", bundle, "--runtime", "abacus")
+    status, _, stderr = run("profile", bundle, "--runtime", "coreml")
     assert status == 2
-    assert "bundle has no denoiser for runtime 'abacus'" in " ".join(stderr.split())
+    assert "bundle has no denoiser for runtime 'coreml'" in " ".join(stderr.split())
