@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, RunModel, Runtime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,7 +36,12 @@ def availability() -> Availability:
 
 
 def open_session(
-    path: Path, spec: ComponentSpec, threads: int | None = None, *, mapped: bool = False
+    path: Path,
+    spec: ComponentSpec,
+    threads: int | None = None,
+    *,
+    mapped: bool = False,
+    settings: Mapping[str, str] | None = None,
 ) -> CheckedSession:
     """Returns a session on an ONNX file, whose inputs and outputs must be those of the manifest.
 
@@ -47,6 +52,7 @@ def open_session(
         mapped: compute with weights as they lie in the file of external data, which the system maps into memory once
             for all graphs that refer to it, and share the memory of what is in between. Otherwise every session packs
             copies of its weights for its kernels, which are faster then.
+        settings: further settings of the session, by ONNX Runtime's names.
 
     Raises:
         RuntimeMissingError: onnxruntime is not installed.
@@ -57,6 +63,8 @@ def open_session(
     import onnxruntime
 
     options = session_options(threads, mapped=mapped)
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exception classes are private and many
@@ -136,12 +144,19 @@ def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) 
     return ort_points.compare_integers(program, path, feeds)
 
 
+def _compare_integers_at(program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel) -> list[PointResult]:
+    from fewstep.runtimes import ort_points
+
+    return ort_points.compare_integers(program, path, feeds, run)
+
+
 RUNTIME = Runtime(
     NAME,
     availability,
     _compile,
     open_session,
     _compare_integers,
-    _compile_variants,
+    _compare_integers_at,
+    compile_variants=_compile_variants,
     open_mapped=functools.partial(open_session, mapped=True),
 )

@@ -90,19 +90,33 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str, *, exter
     ``external`` puts the weights in a file of their own, whatever their size.
     """
     _shrink(model, weights)
+    return write(program, model, folder, weights, external=external)
+
+
+def write(
+    program: Program,
+    model: ir.Model,
+    folder: Path,
+    weights: str,
+    *,
+    external: bool = False,
+    runtime: str = "onnxruntime",
+    compute: str = "fp32",
+) -> Artifact:
+    """Returns the artifact of a model, written as it is below a runtime's folder."""
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     save_model(model, path, external=external or size > _ONE_FILE_BYTES)
     total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
     relative = f"{program.folder}/{MODEL}"
-    return Artifact("onnxruntime", program.component, relative, weights, "fp32", total, variant=program.variant)
+    return Artifact(runtime, program.component, relative, weights, compute, total, variant=program.variant)
 
 
 def _shrink(model: ir.Model, weights: str) -> None:
     """Stores what is exact in fewer bits in those, and drops the exporter's notes, in place."""
     if weights == "fp16":
-        _store_halves(model)
+        store_halves(model)
     unfold_convolutions(model)
     fuse_linear_layers(model)
     multiply_packed(model)
@@ -188,7 +202,7 @@ def _optimize(result: torch.onnx.ONNXProgram) -> None:
         raise cause from None
 
 
-def _store_halves(model: ir.Model) -> None:
+def store_halves(model: ir.Model) -> None:
     """Replaces fp32 initializers whose values are exact in fp16 by halves and a Cast back, in place."""
     graph = model.graph
     for value in list(graph.initializers.values()):

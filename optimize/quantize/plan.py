@@ -106,6 +106,7 @@ class ComponentPlan:
         computes: sites that multiply whole numbers (the others dequantize their weight and compute in float).
         outputs: of those, the sites whose result goes onto a grid of its own at once.
         split: whether operations on concatenations are split first, see `fewstep.optimize.quantize.split`.
+        float_bias: whether sites that multiply whole numbers add a bias in float; else it is on their products' grid.
         reasons: why a tensor stays in float, by parameter or node name.
     """
 
@@ -116,6 +117,7 @@ class ComponentPlan:
     computes: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     split: bool = False
+    float_bias: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def weight_bits(self, sites: tuple[Site, ...]) -> float:
@@ -202,6 +204,7 @@ def _to_json(plan: ComponentPlan) -> dict[str, Any]:
     return {
         "network": plan.network,
         "split": plan.split,
+        "float_bias": plan.float_bias,
         "weights": {name: grid.to_json() for name, grid in plan.weights.items()},
         "activations": {name: grid.to_json() for name, grid in plan.activations.items()},
         "rounded": sorted(plan.rounded),
@@ -237,6 +240,7 @@ def _from_json(component: str, values: Mapping[str, Any], arrays: Mapping[str, A
     return ComponentPlan(
         network=values["network"],
         split=values["split"],
+        float_bias=values.get("float_bias", False),  # plans of before there was a choice
         weights={name: grid(name, v) for name, v in values["weights"].items()},
         activations={name: grid(name, v) for name, v in values["activations"].items()},
         rounded={name: arrays[f"{component}/{name}/rounded"] for name in values["rounded"]},

@@ -79,13 +79,19 @@ def decide(
     return [
         _decide(
             site,
-            quantization.at(site.op, f"{program.component}/{site.name}"),
+            _possible(quantization.at(site.op, f"{program.component}/{site.name}"), profile),
             profile,
             site.macs / macs,
             of_prompt=quantization.protect and _of_prompt(site, early),
         )
         for site in sites
     ]
+
+
+def _possible(choice: Quantization, profile: TargetProfile) -> Quantization:
+    """Returns the choices as the target can store them."""
+    coarser = choice.granularity == "group" and not profile.groups
+    return replace(choice, granularity="channel") if coarser else choice
 
 
 def _of_prompt(site: Site, early: frozenset[str]) -> bool:
@@ -122,6 +128,9 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
         activation_reason = None
+    if activation_reason is not None and bits < FLOAT_BITS and not profile.weight_only:
+        bits = FLOAT_BITS
+        reason = activation_reason = f"{profile.name} stores whole numbers only to multiply them: {activation_reason}"
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
 
 
@@ -378,6 +387,7 @@ def draw_up(
             axis=site.channel_axis,
             granularity=_granularity(d),
             group_size=d.choice.group_size,
+            profile=profile,
         )
         if d.computes:
             computes.append(site.name)
@@ -389,7 +399,13 @@ def draw_up(
                     activations[name] = step_grids.beside(name in of_whole).grid(ranges, name, d.choice.ranges, profile)
     reasons |= {name: reason for name, reason in _float_reasons(module, profile).items() if name not in activations}
     return ComponentPlan(
-        network_sha256(sites), weights, activations, computes=tuple(computes), outputs=tuple(outputs), reasons=reasons
+        network_sha256(sites),
+        weights,
+        activations,
+        computes=tuple(computes),
+        outputs=tuple(outputs),
+        float_bias=profile.float_bias,
+        reasons=reasons,
     )
 
 

@@ -53,7 +53,8 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                 inputs[data] = activations[site.data]
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)
                 # One for each step would have to be as many biases: it is added in float.
-                if bias is not None and not self._plan.activations[site.data].by_row:
+                in_float = self._plan.float_bias or self._plan.activations[site.data].by_row
+                if bias is not None and not in_float:
                     inputs[_own(bias, node)] = self._bias(model, site, grid)
                 if site.name in self._plan.outputs and site.result == node.name:
                     output = activations[node.name]

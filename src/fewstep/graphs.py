@@ -14,6 +14,7 @@ from fewstep.program import Program
 from fewstep.runtimes.base import Runtime
 from fewstep.runtimes.rows import has_rows, row_call, row_variant
 from fewstep.runtimes.tiled import tile_spec, tile_variant
+from fewstep.variants import nearest
 
 if TYPE_CHECKING:
     from fewstep.export import Programs
@@ -40,7 +41,7 @@ class Graph:
         if self.tile is not None:
             spec = tile_spec(spec, self.tile)
             height, width = self.tile
-            calls = [{name: x[..., :height, :width] for name, x in call.items()} for call in calls]
+            calls = [{name: x[:1, ..., :height, :width] for name, x in call.items()} for call in calls]
         shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
         calls = [call for call in calls if {name: x.shape for name, x in call.items()} == shapes]
         program = self.programs.make(self.component, spec)
@@ -60,10 +61,10 @@ class Graph:
 def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Mapping[str, Programs]) -> list[Graph]:
     """Returns the graphs of a component, the first of which brings the weights.
 
-    A shape has a graph of its own only where that is another one.
+    A shape or a batch has a graph of its own only where that is another one.
 
     Raises:
-        ExportError: the generator has other components at another shape.
+        ExportError: the generator has other components at another shape or in a batch.
     """
     for shape, at in others.items():
         if list(at.components) != list(programs.components):
@@ -79,9 +80,12 @@ def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Ma
     if has_rows(programs.contract, spec):
         rows = range(len(programs.contract.rows))
         return [Graph(row_variant(row), component, programs, row=row) for row in rows]
-    first = Graph("", component, programs)
-    further = [Graph(shape, component, at) for shape, at in others.items()]
-    return [first, *(graph for graph in further if graph.key() | {"variant": ""} != first.key())]
+    kept = {"": Graph("", component, programs)}
+    for name, at in others.items():
+        graph, shared = Graph(name, component, at), kept[nearest(name, kept) or ""]
+        if graph.key() != shared.key() | {"variant": name}:
+            kept[name] = graph
+    return [*kept.values()]
 
 
 def _tile_shapes(specs: Iterable[ComponentSpec]) -> list[tuple[int, int]]:
@@ -109,6 +113,6 @@ def compile_graphs(
     if runtime.compile_variants is None:
         raise RuntimeMissingError(
             f"runtime {runtime.name} cannot compile several graphs of one component",
-            hint="give one shape, no tiles and the table form for this target",
+            hint="give one shape, no batch, no tiles and the table form for this target",
         )
     return runtime.compile_variants((graph.program(samples) for graph in graphs), folder, weights)

@@ -10,7 +10,7 @@ A recipe's ``[quantization]`` table::
     rounding = "gptq"           # nearest | gptq | adaround
     ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     step_grids = "shared"       # activations of the loop: one grid for all steps, or "grouped", or one for "each"
-    profile = "x86"             # what the target computes well: see fewstep.profiles
+    profile = "x86"             # what the target computes well: see fewstep.profiles; some targets bring theirs
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own
@@ -40,7 +40,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fewstep.errors import RecipeError
-from fewstep.profiles import PROFILES
+from fewstep.profiles import PROFILES, REQUIRED
 
 FLOAT_BITS = 32
 WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
@@ -205,6 +205,34 @@ def with_budget(
             hint="use --recipe mixed, or add bits or max_bytes to the recipe's [quantization]",
         )
     return parse_quantization(given, "the command line", dataclasses.replace(quantization, bits=None, max_bytes=None))
+
+
+def for_targets(quantization: Quantization | None, targets: Collection[str]) -> Quantization | None:
+    """Returns the choices with the profile that the targets need, where one of them runs graphs of one profile only.
+
+    Raises:
+        RecipeError: the recipe names another profile, or other targets would have to run the same plan.
+    """
+    needs = {target: REQUIRED[target] for target in targets if target in REQUIRED}
+    if quantization is None or not needs or set(needs.values()) == {quantization.profile}:
+        return quantization
+    target, profile = next(iter(needs.items()))
+    if quantization.profile != Quantization.profile:
+        raise RecipeError(
+            f"the recipe's profile is {quantization.profile!r}, and {target} runs graphs of {profile!r} only",
+            hint="leave the profile out of the recipe",
+        )
+    if len(set(targets)) > 1:
+        raise RecipeError(
+            f"{target} takes a plan of the profile {profile!r}, and a bundle has one plan for all of its targets",
+            hint=f"build one bundle for each target, or write profile = {profile!r} into the recipe for all of them",
+        )
+    if not PROFILES[profile].weight_only and quantization.activations == FLOAT_BITS:
+        raise RecipeError(
+            f"the recipe computes in float with stored whole numbers, and {target} can only multiply those",
+            hint="use w8a8, or fp32; litert runs recipes that quantize weights only",
+        )
+    return dataclasses.replace(quantization, profile=profile)
 
 
 def refuse_unknown(values: Mapping[str, object], known: Collection[str], where: str) -> None:

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import further_shapes, quantize_programs, sized
+from fewstep.build import quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.compiling import check_targets, compile_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
+from fewstep.further import further_programs
 from fewstep.inputs import example_inputs
 from fewstep.metrics import psnr_db
 from fewstep.progress import Progress, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Limits, check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
 from fewstep.source import SourceSpec
@@ -35,7 +37,7 @@ Array = npt.NDArray[Any]
 def draw(
     bundle: Bundle,
     prompts: Sequence[str],
-    seed: int,
+    seeds: Sequence[int],
     *,
     inputs: Sequence[Mapping[str, Array]],
     steps: int | None,
@@ -43,17 +45,29 @@ def draw(
     runtime: str | None,
     progress: Progress,
 ) -> list[Sample]:
-    """Returns a sample for every prompt with its other inputs; a single one holds one component in memory at a time."""
-    schedule = bundle.manifest.schedule(bundle.manifest.default_steps if steps is None else steps)
-    sampler = open_sampler(bundle, runtime=runtime, keep_open=len(prompts) > 1)
-    advance = progress.task("steps", len(prompts) * schedule.steps)
+    """Returns a sample for every prompt with its seed and other inputs, as many at once as the bundle draws.
+
+    A single call holds one component in memory at a time.
+    """
+    manifest, size = bundle.manifest, bundle.manifest.contract.batch
+    schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
+    sampler = open_sampler(bundle, runtime=runtime, keep_open=len(prompts) > size)
+    advance = progress.task("steps", -(-len(prompts) // size) * schedule.steps)
+    samples: list[Sample] = []
     try:
-        return [
-            sampler(prompt, seed, schedule, guidance=guidance, inputs=given, on_step=lambda _, __: advance())
-            for prompt, given in zip(prompts, inputs, strict=True)
-        ]
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            samples += sampler.batch(
+                prompts[rows],
+                seeds[rows],
+                schedule,
+                guidance=guidance,
+                inputs=inputs[rows],
+                on_step=lambda _, __: advance(),
+            )
     finally:
         sampler.close()
+    return samples
 
 
 def inspect(source: str | SourceSpec) -> dict[str, Any]:
@@ -183,14 +197,14 @@ def compile(
     from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
 
-    chosen = load_recipe(recipe)
     check_targets(targets)
+    chosen = load_recipe(recipe)
+    chosen = replace(chosen, quantization=for_targets(chosen.quantization, targets))
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
         with stage(progress, f"load {spec}"):
             w = chosen.guidance if guidance is None else guidance
-            eager = chosen.quantization is not None or chosen.palette is not None
-            original = sized(load(spec, guidance=w, eager=eager), chosen)
+            original = sized(load(spec, guidance=w, eager=chosen.whole), chosen)
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
@@ -199,7 +213,13 @@ def compile(
         programs = programs_of(generator, described, chosen)
         quantized = quantize_programs(programs, chosen, folder, cache, progress)
         artifacts = compile_targets(
-            quantized or programs, chosen, targets, folder, cache, progress, further_shapes(programs, chosen)
+            quantized or programs,
+            chosen,
+            targets,
+            folder,
+            cache,
+            progress,
+            {name: at.programs for name, at in further_programs(programs, chosen).items()},
         )
     return [out / artifact.path for artifact in artifacts]
 
