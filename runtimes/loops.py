@@ -8,16 +8,17 @@ from pathlib import Path
 
 from fewstep import noise
 from fewstep.bundle import Bundle
-from fewstep.errors import BundleError
+from fewstep.errors import BundleError, RuntimeMissingError
 from fewstep.guidance import guidance_embedding
 from fewstep.manifest import GUIDANCE, INPUT, MASK, NOISE, TOKENS, Manifest
-from fewstep.runtimes import coreml
+from fewstep.runtimes import coreml, ort
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.runtimes.unroll import input_name
 
 Feeds = Mapping[str, Array]
 _PACKAGE = ".mlpackage"
+_RUNTIMES = (ort.NAME, coreml.NAME)
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,14 @@ def write_loop(bundle: Bundle, path: Path, *, runtime: str, steps: int) -> Path:
     Raises:
         BundleError: a Core ML package has to be called one.
         ContractError: see `fewstep.runtimes.unroll.check_unrolls`.
+        RuntimeMissingError: the runtime's artifacts cannot be put into one file.
     """
-    if runtime != coreml.NAME:
+    if runtime not in _RUNTIMES:
+        raise RuntimeMissingError(
+            f"{runtime} has no file that samples on its own, expected one of {', '.join(_RUNTIMES)}",
+            hint="name one of the bundle's runtimes with --runtime, or build it for one",
+        )
+    if runtime == ort.NAME:
         from fewstep.runtimes import ort_loop  # needs onnx_ir, which running a bundle does not
 
         return ort_loop.write_loop(bundle, path, runtime=runtime, steps=steps)
@@ -48,7 +55,7 @@ def write_loop(bundle: Bundle, path: Path, *, runtime: str, steps: int) -> Path:
 
 def open_loop(path: Path, runtime: str) -> OpenLoop:
     """Returns one file that samples, opened; a Core ML package on the evaluator, in fp32."""
-    if runtime != coreml.NAME:
+    if runtime == ort.NAME:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

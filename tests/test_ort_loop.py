@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from fewstep import stages
-from fewstep.errors import ContractError, ParityError
+from fewstep.errors import ContractError, ParityError, RuntimeMissingError
 from fewstep.progress import Silent
 from fewstep.runtimes.loops import loop_feeds
 from tests.bundles import STEPS, built, plain
@@ -55,3 +55,8 @@ def test_two_passes_are_refused(tmp_path: Path) -> None:
     changed = replace(bundle, manifest=replace(bundle.manifest, contract=guided))
     with pytest.raises(ContractError, match="guided with two passes"):
         stages.loop(changed, tmp_path / "x.onnx", steps=1, runtime=None, progress=Silent())
+
+
+def test_other_runtimes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeMissingError, match="litert has no file that samples on its own"):
+        stages.loop(built("turbo").bundle, tmp_path / "x", steps=1, runtime="litert", progress=Silent())

@@ -245,6 +245,7 @@ def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, p
         BundleError: there is something at ``out`` that is not to be replaced, or its name does not fit the runtime.
         ContractError: see `fewstep.runtimes.unroll.check_unrolls`.
         ParityError: what it draws is not what the bundle draws; no file is left.
+        RuntimeMissingError: the runtime's artifacts cannot be put into one file.
     """
     from fewstep.runtimes.loops import open_loop, write_loop
 
