@@ -81,7 +81,7 @@ def test_ways_to_hold_graphs_are_measured(tmp_path: Path) -> None:
 
 def test_the_pages_tables_are_written_from_figures() -> None:
     psnr = {f"w8a8 {how}": [40.0, 41.0 + i] for i, how in enumerate(STEP_GRIDS)}
-    page = step_grids.markdown({"steps": 4, "psnr_db": psnr, "grids": dict.fromkeys(STEP_GRIDS, 3)})
+    page = step_grids.markdown({"steps": 4, "samples": 8, "psnr_db": psnr, "grids": dict.fromkeys(STEP_GRIDS, 3)})
     assert "| w8a8 | 40.50 | 41.00 | 41.50 | +1.00 ± 1.00 |" in page
     times = {name: [2.0, 4.0] for name in stickers.BUNDLES}
     where = {name: {"denoiser": [4, 1.0]} for name in ("table", "int8")}

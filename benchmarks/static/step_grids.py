@@ -6,6 +6,7 @@ recipe: they show what step grids are worth where activations, and not weights, 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -91,7 +92,7 @@ def measure(work: Path, *, steps: int = 4, prompts: int = 16, seeds: int = 1, sa
                 denoiser = quantize(floats[DENOISER], _with_grids(plan, ranges, grids, recipe, of_activations))
                 values = [psnr_db(a.output, b.output) for a, b in zip(references, draw(denoiser), strict=True)]
                 found[f"w{bits}a{of_activations} {how}"] = [round(value, 3) for value in values]
-    return {"steps": steps, "psnr_db": found, "grids": _shares(programs, ranges, calls)}
+    return {"steps": steps, "samples": samples, "psnr_db": found, "grids": _shares(programs, ranges, calls)}
 
 
 def _with_grids(
@@ -121,8 +122,8 @@ def markdown(figures: Mapping[str, Any]) -> list[str]:
     pictures = len(next(iter(psnr.values())))
     lines = [
         f"Mean PSNR in dB of {pictures} held-out pictures at N = {figures['steps']} against the float denoiser's, "
-        "computed in PyTorch; only the denoiser is quantized. *Margin* is of *each* over *shared*, picture by picture, "
-        "with its standard error.",
+        f"computed in PyTorch; only the denoiser is quantized, calibrated with {figures['samples']} samples. *Margin* is "
+        "of *each* over *shared*, picture by picture, with its standard error.",
         "",
         "| weights, activations | shared | grouped | each | margin |",
         "|---|---|---|---|---|",
@@ -135,4 +136,13 @@ def markdown(figures: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {kind} | {means} | {statistics.fmean(differences):+.2f} ± {error:.2f} |")
     counts = figures["grids"]
     lines += ["", "Grids of activations in all: " + ", ".join(f"{counts[how]} {how}" for how in STEP_GRIDS) + "."]
+    if {"w8a8 shared", "w4a8 shared"} <= psnr.keys():
+        wide, narrow = (statistics.fmean(psnr[f"{kind} shared"]) for kind in ("w8a8", "w4a8"))
+        share = 10 ** ((narrow - wide) / 10)
+        most = -10 * math.log10(1 - share) if share < 1 else math.inf
+        lines += [
+            "",
+            f"With 4-bit weights, all that 8-bit weights and activations cost is {share:.1%} of the squared error. Grids of "
+            f"activations can win back no more than that, {most:.2f} dB: what is lost is lost to the weights.",
+        ]
     return lines
