@@ -122,8 +122,8 @@ def markdown(figures: Mapping[str, Any]) -> list[str]:
     pictures = len(next(iter(psnr.values())))
     lines = [
         f"Mean PSNR in dB of {pictures} held-out pictures at N = {figures['steps']} against the float denoiser's, "
-        f"computed in PyTorch; only the denoiser is quantized, calibrated with {figures['samples']} samples. *Margin* is "
-        "of *each* over *shared*, picture by picture, with its standard error.",
+        f"computed in PyTorch; only the denoiser is quantized, calibrated with {figures['samples']} samples. "
+        "*Margin* is of *each* over *shared*, picture by picture, with its standard error.",
         "",
         "| weights, activations | shared | grouped | each | margin |",
         "|---|---|---|---|---|",
@@ -142,7 +142,7 @@ def markdown(figures: Mapping[str, Any]) -> list[str]:
         most = -10 * math.log10(1 - share) if share < 1 else math.inf
         lines += [
             "",
-            f"With 4-bit weights, all that 8-bit weights and activations cost is {share:.1%} of the squared error. Grids of "
-            f"activations can win back no more than that, {most:.2f} dB: what is lost is lost to the weights.",
+            f"With 4-bit weights, all that 8-bit weights and activations cost is {share:.1%} of the squared error. Grids "
+            f"of activations can win back no more than that, {most:.2f} dB: what is lost is lost to the weights.",
         ]
     return lines
