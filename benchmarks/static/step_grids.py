@@ -142,7 +142,7 @@ def markdown(figures: Mapping[str, Any]) -> list[str]:
         most = -10 * math.log10(1 - share) if share < 1 else math.inf
         lines += [
             "",
-            f"With 4-bit weights, all that 8-bit weights and activations cost is {share:.1%} of the squared error. Grids "
-            f"of activations can win back no more than that, {most:.2f} dB: what is lost is lost to the weights.",
+            f"With 4-bit weights, all that 8-bit weights and activations cost is {share:.1%} of the squared error. "
+            f"Grids of activations can win back no more than that, {most:.2f} dB: what is lost is lost to the weights.",
         ]
     return lines
