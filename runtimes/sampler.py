@@ -37,8 +37,10 @@ from fewstep.manifest import (
     step_numbers,
 )
 from fewstep.output import to_output
+from fewstep.recipe import ROW_GRAPHS
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.base import CheckedSession, Runtime
+from fewstep.runtimes.rows import RowSession, has_rows, row_spec, row_variant
 from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
@@ -261,25 +263,46 @@ class Sampler:
 def open_sampler(
     bundle: Bundle,
     *,
-    runtime: str | None = None,
+    runtime: str | Runtime | None = None,
     threads: int | None = None,
     keep_open: bool = True,
     exact: bool = False,
+    rows: str | None = None,
 ) -> Sampler:
-    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named).
+    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named or given).
 
-    ``exact`` computes in fp32 where the runtime can tell that apart from its own arithmetic.
+    Args:
+        bundle: the bundle.
+        runtime: one of its runtimes.
+        threads: inside an op; None leaves the choice to the runtime.
+        keep_open: leaves components open for the next picture.
+        exact: compute in fp32 where the runtime can tell that apart from its own arithmetic.
+        rows: how graphs of the specialized form are held, one of `fewstep.recipe.ROW_GRAPHS`; None takes the recipe's.
+
+    Raises:
+        ContractError: ``rows`` is none of them.
     """
     manifest = bundle.manifest
-    name = runtime or manifest.runtimes[0]
-    backend = get_runtime(name)
+    backend = runtime if isinstance(runtime, Runtime) else get_runtime(runtime or manifest.runtimes[0])
+    name = backend.name
     opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
+    held = rows or manifest.recipe.get("row_graphs", ROW_GRAPHS[0])
+    if held not in ROW_GRAPHS:
+        raise ContractError(f"rows is {held!r}, expected one of {', '.join(ROW_GRAPHS)}")
+    open_of_several = backend.open_mapped if held == "mapped" and backend.open_mapped is not None else opened
 
     def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
         return opened(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
 
     def open_session(component: str) -> CheckedSession:
         spec = manifest.components[component]
+        if has_rows(manifest.contract, spec):
+
+            def open_row(row: int) -> CheckedSession:
+                path = bundle.file(manifest.artifact(name, component, row_variant(row)).path)
+                return open_of_several(path, row_spec(spec), threads)
+
+            return CheckedSession(component, spec, RowSession(spec, open_row, keep_open=held != "one"))
         if spec.tiles is None:
             return open_graph(component, None, spec)
 

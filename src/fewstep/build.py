@@ -10,12 +10,21 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_comparable, check_size, check_targets, compile_targets, record_reference, versions
+from fewstep.compiling import (
+    check_comparable,
+    check_shapes,
+    check_size,
+    check_targets,
+    compile_targets,
+    record_reference,
+    versions,
+)
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, Silent, stage
+from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
@@ -79,7 +88,8 @@ def build(
             first is the default; None takes the recipe's, then the generator's.
         decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
         batch: how many pictures the bundle can draw at once, beside one; None takes the recipe's.
-        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
+        form: ``step``, ``table`` or ``specialized``, see `fewstep.export.programs`; None takes the recipe's, then what
+            suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -89,7 +99,9 @@ def build(
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
     from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize
+    from fewstep.optimize.mixed_palettes import choose_palettes
     from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_targets
@@ -98,8 +110,10 @@ def build(
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
+    recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
+    check_shapes(targets, recipe.shape)
     if decoder_tile is not None:
         recipe = replace(recipe, decoder_tile=decoder_tile)
     if batch is not None:
@@ -113,11 +127,13 @@ def build(
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
             spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
-            # Quantization and palettes look at every weight several times: they hold them all.
-            original = load(spec, guidance=w, eager=recipe.quantization is not None or recipe.palette is not None)
+            # Recipes that look at every weight several times hold them all.
+            original = load(spec, guidance=w, eager=recipe.whole)
         else:
             original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
         original = sized(original, recipe)
+    recipe = choose_palettes(original, recipe, progress)
+    with stage(progress, "optimize and read the contract"):
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
@@ -193,9 +209,10 @@ def build(
         for name, references in beside.items():
             found = verify_targets(Bundle(folder, manifest.shaped(name)), *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
-        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
+        timed = [t for t in targets if get_runtime(t).availability().runs] if options.profile else []
+        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in timed]
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized, programs.removed)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)

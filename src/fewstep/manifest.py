@@ -145,7 +145,8 @@ class Contract:
     ``x / latent_scale + latent_shift``.
 
     ``form`` says what the networks of the loop are told of a step: its numbers (``step``), or which row of the table
-    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``.
+    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``. With a graph for
+    each row (``specialized``, variants ``row-0`` and on), the row chooses the graph, which does not take its number.
 
     ``batch`` is the number of samples that one call of every component draws, one row of its tensors for each.
     """
@@ -210,7 +211,8 @@ class Artifact:
     """What one runtime runs for one component.
 
     A component with several graphs has an artifact for each, told apart by ``variant``: empty for the first or only
-    one, a shape (``512x768``), or a size of tiles (``tile-32x16``). The weights are those of the first.
+    one, a shape (``512x768``), a size of tiles (``tile-32x16``), or a row of the table of steps (``row-2``). The
+    weights are those of the first.
     """
 
     runtime: str
@@ -314,7 +316,7 @@ class Manifest:
     def artifact(self, runtime: str, component: str, graph: str | None = None) -> Artifact:
         """Returns the artifact of a component for a runtime: of a variant, by default of the manifest's shape."""
         found = {a.variant: a for a in self.artifacts if (a.runtime, a.component) == (runtime, component)}
-        # Of tiles, the first stands for all.
+        # Of tiles and rows, the first stands for all.
         name = nearest(self.shape or "", found) if graph is None else graph
         if name in found:
             return found[name]

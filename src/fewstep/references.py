@@ -53,7 +53,7 @@ def load_original(bundle: Bundle, source: SourceSpec, progress: Progress) -> Gen
 
     with stage(progress, f"load {source}"):
         recipe = bundle.manifest.recipe
-        eager = recipe["quantization"] is not None or recipe.get("palette") is not None
+        eager = any(recipe.get(key) is not None for key in ("quantization", "palette", "sparsity"))
         original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
         _check_same(bundle.manifest.source, original.source)
     return original
@@ -110,7 +110,14 @@ def live_references(
 def recipe_of(manifest: Manifest) -> Recipe:
     """Returns what a bundle's recipe did to the generator's networks, but for their quantization."""
     recipe = manifest.recipe
-    return Recipe("", weights=recipe["weights"], palette=recipe.get("palette"), form=manifest.contract.form)
+    return Recipe(
+        "",
+        weights=recipe["weights"],
+        palette=recipe.get("palette"),
+        palette_choices=recipe.get("palette_choices") or {},
+        sparsity=recipe.get("sparsity"),
+        form=manifest.contract.form,
+    )
 
 
 def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, QuantizedPrograms | None, bool]:

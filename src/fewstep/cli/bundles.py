@@ -11,7 +11,7 @@ from rich.table import Table
 import fewstep
 from fewstep import app as web
 from fewstep import media, stages
-from fewstep.cli.console import OUT, print_json, print_parity, progress_bars
+from fewstep.cli.console import ERR, OUT, print_json, print_parity, progress_bars
 from fewstep.cli.options import (
     adapter_options,
     bundle_argument,
@@ -27,7 +27,9 @@ from fewstep.devices import read_device_report
 from fewstep.inputs import example_inputs
 from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
+from fewstep.replay import MINUTES, replay
 from fewstep.source import SourceSpec
+from fewstep.verify import stand_in_notes
 
 
 @click.command()
@@ -149,6 +151,8 @@ def generate(
     inputs = [example_inputs(contract.inputs, i) for i in range(len(prompts))]
     if given or not grid:
         inputs = [media.read_inputs(contract.inputs, given)] * len(prompts)
+    for note in stand_in_notes(runtime or opened.manifest.runtimes[0]):
+        ERR.print(f"note: {note}", markup=False)
     with progress_bars() as progress:
         samples = stages.draw(
             opened, prompts, seeds, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
@@ -187,6 +191,18 @@ def generate(
     type=click.Path(path_type=Path),
     help="Result of the app's device check, as one more executor; may be repeated.",
 )
+@click.option(
+    "--executor",
+    metavar="NAME",
+    help="Replay the golden pack there instead, e.g. on arm64; `fewstep runtimes` lists them.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=MINUTES,
+    show_default=True,
+    help="How long --executor may replay.",
+)
 @json_option
 @click.pass_context
 def verify(
@@ -199,27 +215,37 @@ def verify(
     seeds: int,
     bisect: bool,
     device_results: tuple[Path, ...],
+    executor: str | None,
+    minutes: float,
     as_json: bool,
 ) -> None:
-    """Compare BUNDLE with PyTorch again, on this machine."""
+    """Compare BUNDLE with PyTorch again, on this machine or where its artifacts are meant to run."""
+    if executor is not None and bisect:
+        raise click.UsageError("--bisect compares on this machine; leave --executor out")
     opened = fewstep.Bundle.open(bundle)
     devices = [read_device_report(path, opened) for path in device_results]
     given = replace(over, uri=against or "")
+    source = given if given != SourceSpec("") else None
     with progress_bars() as progress:
-        result = fewstep.verify(
-            opened,
-            against=given if given != SourceSpec("") else None,
-            runtime=runtime,
-            prompts=prompts,
-            seeds=seeds,
-            bisect=bisect,
-            progress=progress,
-        )
+        if executor is not None:
+            result = replay(opened, executor, runtime=runtime, against=source, minutes=minutes, progress=progress)
+        else:
+            result = fewstep.verify(
+                opened,
+                against=source,
+                runtime=runtime,
+                prompts=prompts,
+                seeds=seeds,
+                bisect=bisect,
+                progress=progress,
+            )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
         values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
         print_json({**values, "devices": [device.to_json() for device in devices]})
     else:
+        if executor is not None:
+            OUT.print(f"executor  {result.report.executor}", markup=False)
         print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             OUT.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
@@ -274,10 +300,10 @@ def app(
 @bundle_argument
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @runtime_option
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file, or .mlpackage.")
 @json_option
 def loop(bundle: Path, steps: int | None, runtime: str | None, out: Path, as_json: bool) -> None:
-    """Write one ONNX file that samples like BUNDLE: tokens and noise in, picture out."""
+    """Write one file that samples like BUNDLE: tokens and noise in, picture out."""
     with progress_bars() as progress:
         made = stages.loop(fewstep.Bundle.open(bundle), out, steps=steps, runtime=runtime, progress=progress)
     if as_json:
