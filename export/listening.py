@@ -121,7 +121,8 @@ def listen_to_scheduler(scheduler: Any, recorded: Run) -> Iterator[None]:
             recorded.step_options = {k: float(v) for k, v in kwargs.items() if _is_number(v)}
         recorded.note_state(sample)
         recorded.model_outputs.append(model_output)
-        recorded.scheduler_times.append(torch.as_tensor(timestep).clone())
+        times = torch.as_tensor(timestep)  # one, or the same for each sample of a batch
+        recorded.scheduler_times.append(times[:1].clone() if times.ndim else times.clone())
         with tape.paused():
             result = original["step"](model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
