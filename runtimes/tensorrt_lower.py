@@ -157,7 +157,8 @@ class _Weight:
 
     def floats(self) -> Array:
         """Returns the blocks' values."""
-        return self.q.astype(np.float32) * np.repeat(self.scale, self.block, axis=self.axis)
+        values: Array = self.q.astype(np.float32) * np.repeat(self.scale, self.block, axis=self.axis)
+        return values
 
 
 def _place(model: ir.Model, node: ir.Node, value: ir.Value, weight: _Weight) -> None:
