@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import coreml, ort, tensorrt_adapter
+from fewstep.runtimes import coreml, litert, ort, tensorrt_adapter, xnnpack
 from fewstep.runtimes.base import Runtime
 
 RUNTIMES: dict[str, Runtime] = {
     ort.NAME: ort.RUNTIME,
     coreml.NAME: coreml.RUNTIME,
+    litert.NAME: litert.RUNTIME,
+    xnnpack.NAME: xnnpack.RUNTIME,
     tensorrt_adapter.NAME: tensorrt_adapter.RUNTIME,
 }
 

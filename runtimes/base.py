@@ -71,6 +71,8 @@ class Runtime:
     """(programs of one component, runtime folder, weights) -> artifacts that share one set of weights."""
     open_exact: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
     """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
+    open_mapped: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
+    """The same for one of several graphs on one file of weights, which are to be in memory once."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
 

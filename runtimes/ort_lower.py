@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
@@ -25,6 +26,7 @@ from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_nbits import multiply_packed
 from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
+from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -55,7 +57,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
     """Returns the artifacts of several graphs of one component, all of them on the weights of the first.
 
     The first is ``model.onnx`` with its weights in ``model.onnx.data``; the others are ``model-<variant>.onnx``, which
-    hold what the first has not.
+    hold what the first has not, and none of what only helps to read a graph.
 
     Args:
         programs: looked at one after the other.
@@ -71,6 +73,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
             shared = SharedWeights(folder / program.folder / MODEL)
             continue
         _shrink(model, weights)
+        strip(model, notes=True)
         shared.attach(model)
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
@@ -120,6 +123,7 @@ def _shrink(model: ir.Model, weights: str) -> None:
     widen_weights(model)
     pack_int4(model)
     strip(model)
+    DeduplicateInitializersPass(size_limit=_SMALLEST_HALF_TENSOR)(model)
 
 
 def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:
@@ -148,6 +152,7 @@ def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgr
                 output_names=names_out,
                 verbose=False,
                 optimize=program.weights is None,
+                custom_translation_table=dict(TRANSLATIONS),
             )
             assert result is not None
             if program.weights is not None:

@@ -7,22 +7,18 @@ difference can reach the next operation, and one run of the model checks them al
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import torch
 
 from fewstep.errors import ExportError
-from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
+from fewstep.runtimes.integer_reference import integer_reference, judged
 
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _GIVEN = ".given"
 
 
@@ -52,7 +48,8 @@ def compare_integers(
     Raises:
         ExportError: the model and the program share no quantized tensor.
     """
-    reference, paths, outputs = _reference(program, feeds)
+    expected = integer_reference(program, feeds)
+    reference = expected.values
     model = ir.load(path)
     points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
     shared = [name for name in points if name in reference]
@@ -68,18 +65,8 @@ def compare_integers(
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
-        results = run(target, inputs, [*shared, *outputs])
-    found = []
-    for name in shared:
-        difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))
-        found.append(
-            PointResult(
-                name, paths[name], difference.size, int(np.count_nonzero(difference)), int(difference.max(initial=0))
-            )
-        )
-    for name, value in outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, results[name])))
-    return found
+        results = run(target, inputs, [*shared, *expected.outputs])
+    return judged(expected, {name: results[name] for name in shared}, results)
 
 
 def _cut(model: ir.Model, names: list[str]) -> list[str]:
@@ -96,44 +83,3 @@ def _cut(model: ir.Model, names: list[str]) -> list[str]:
         if value not in model.graph.outputs:
             model.graph.outputs.append(value)
     return read
-
-
-class _Recorder(torch.fx.Interpreter):
-    """Keeps the whole numbers of every quantized activation, and frees the rest."""
-
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[str, Array] = {}
-
-    def run_node(self, n: torch.fx.Node) -> object:
-        """Runs a node."""
-        result = super().run_node(n)
-        if n.target is _QUANTIZE:
-            self.values[n.name] = result.numpy().copy()
-        return result
-
-
-@torch.no_grad()
-def _reference(
-    program: Program, feeds: Mapping[str, Array]
-) -> tuple[dict[str, Array], dict[str, str], dict[str, Array]]:
-    """Returns the whole numbers of every quantized tensor, its module path, and the outputs in float by name."""
-    module = program.exported.module()
-    assert isinstance(module, torch.fx.GraphModule)
-    recorder = _Recorder(module)
-    results = recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
-    nodes = {node.name: node for node in module.graph.nodes}
-    outputs = {
-        spec.name: result.numpy()
-        for spec, result in zip(program.spec.outputs, results, strict=True)
-        if result.is_floating_point()
-    }
-    return recorder.values, {name: _path(nodes[name]) for name in recorder.values}, outputs
-
-
-def _path(node: torch.fx.Node) -> str:
-    """Returns the module path in whose result a quantized tensor has its origin."""
-    source = node.all_input_nodes[0]
-    stack = list(source.meta.get("nn_module_stack", {}).values())
-    path = str(stack[-1][0]) if stack else source.name
-    return re.sub(r"^(L\['self'\]\.)?(module\.?)?", "", path) or source.name

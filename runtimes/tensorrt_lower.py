@@ -152,7 +152,8 @@ class _Weight:
             return None
         if len(shape) != 2:
             # TensorRT has blocks in matrices alone: a convolution's groups are dequantized here.
-            return (self.q.astype(np.float32) * self.scale[:, None]).reshape(shape)
+            dequantized: Array = (self.q.astype(np.float32) * self.scale[:, None]).reshape(shape)
+            return dequantized
         return _Weight(self.q.reshape(shape), self.scale.reshape(shape[0], -1), 1, self.q.shape[1])
 
     def floats(self) -> Array:

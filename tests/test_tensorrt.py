@@ -156,15 +156,18 @@ def test_halves_that_do_not_hold_a_constant(tmp_path: Path) -> None:
     assert lower(traced, tmp_path, "bf16").compute == "bf16"
 
 
-def test_the_target_brings_its_profile() -> None:
+def test_targets_bring_their_profile() -> None:
     w8a8 = load_recipe("w8a8").quantization
     assert w8a8 is not None
     chosen = for_targets(w8a8, ["tensorrt"])
     assert chosen is not None and chosen.profile == "tensorrt"
     assert for_targets(chosen, ["onnxruntime", "tensorrt"]) == chosen, "ONNX Runtime takes any"
+    assert for_targets(w8a8, ["onnxruntime"]) == w8a8
     assert for_targets(None, ["tensorrt"]) is None
-    with pytest.raises(RecipeError, match="profile is 'arm', and tensorrt runs graphs of 'tensorrt' only"):
+    with pytest.raises(RecipeError, match="the recipe's profile is 'arm', and tensorrt runs graphs of 'tensorrt' only"):
         for_targets(replace(w8a8, profile="arm"), ["tensorrt"])
+    with pytest.raises(RecipeError, match="a bundle has one plan for all of its targets"):
+        for_targets(w8a8, ["tensorrt", "coreml"])
 
 
 @pytest.mark.skipif(adapter.missing() is None, reason="an engine can be built here")

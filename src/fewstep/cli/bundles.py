@@ -42,6 +42,7 @@ from fewstep.verify import stand_in_notes
     "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
 )
 @click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
+@click.option("--batch", type=click.IntRange(2), help="Draw so many pictures at once too, on the same weights.")
 @click.option("--bits", type=float, help="Bits of a weight in the mean, scales included; for mixed recipes.")
 @click.option("--max-size", metavar="SIZE", help="Size of all components together, such as 12MB; for mixed recipes.")
 @click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
@@ -60,6 +61,7 @@ def build(
     guidance: float | None,
     shape: str | None,
     decoder_tile: int | None,
+    batch: int | None,
     bits: float | None,
     max_size: str | None,
     form: str | None,
@@ -84,6 +86,7 @@ def build(
             guidance=guidance,
             shape=shape,
             decoder_tile=decoder_tile,
+            batch=batch,
             form=form,
             options=options,
             progress=progress,
@@ -104,6 +107,12 @@ def build(
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @click.option("--shape", metavar="HEIGHTxWIDTH", help="One of the bundle's shapes; its first unless given.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    help="Draw so many at once, of SEED and the seeds after it; the file's name gets the seed.",
+)
 @guidance_option
 @runtime_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
@@ -117,6 +126,7 @@ def generate(
     seed: int,
     steps: int | None,
     shape: str | None,
+    batch: int,
     guidance: float | None,
     runtime: str | None,
     out: Path,
@@ -126,10 +136,11 @@ def generate(
 ) -> None:
     """Draw PROMPT with BUNDLE, or whatever it makes of its inputs."""
     opened = fewstep.Bundle.open(bundle)
-    opened = opened if shape is None else opened.shaped(shape)
+    opened = (opened if shape is None else opened.shaped(shape)).batched(batch)
     contract, prompts = opened.manifest.contract, opened.manifest.prompts
+    seeds = [seed] * len(prompts)
     if not grid:
-        prompts = (prompt or "",)
+        prompts, seeds = (prompt or "",) * batch, [(seed + i) % 2**64 for i in range(batch)]
         media.check_output(out, contract.output, rate)
     if contract.takes_text and (prompt is None) != grid:
         raise click.UsageError("give a PROMPT or --grid, and not both")
@@ -144,16 +155,21 @@ def generate(
         ERR.print(f"note: {note}", markup=False)
     with progress_bars() as progress:
         samples = stages.draw(
-            opened, prompts, seed, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
+            opened, prompts, seeds, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
         )
+    paths = [out]
     if grid:
         media.write_whole(out, media.grid_png(samples))
     else:
-        media.write_output(out, samples[0].output, contract.output, rate)
+        paths = paths if batch == 1 else [out.with_stem(f"{out.stem}-{seed}") for seed in seeds]
+        for path, sample in zip(paths, samples, strict=True):
+            media.write_output(path, sample.output, contract.output, rate)
     if as_json:
-        kind = "picture" if grid else contract.output.kind
-        return print_json({kind: str(out), "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
-    OUT.print(str(out), markup=False)
+        kind, made = "picture" if grid else contract.output.kind, [str(path) for path in paths]
+        files = made[0] if len(made) == 1 else made
+        return print_json({kind: files, "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
+    for path in paths:
+        OUT.print(str(path), markup=False)
 
 
 @click.command()
@@ -284,10 +300,10 @@ def app(
 @bundle_argument
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @runtime_option
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file, or .mlpackage.")
 @json_option
 def loop(bundle: Path, steps: int | None, runtime: str | None, out: Path, as_json: bool) -> None:
-    """Write one ONNX file that samples like BUNDLE: tokens and noise in, picture out."""
+    """Write one file that samples like BUNDLE: tokens and noise in, picture out."""
     with progress_bars() as progress:
         made = stages.loop(fewstep.Bundle.open(bundle), out, steps=steps, runtime=runtime, progress=progress)
     if as_json:
