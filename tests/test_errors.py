@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from fewstep import cli
+from fewstep.cli import machines
 from fewstep.errors import ExportError
 from fewstep.export import describe, load
+from fewstep.selftest import Trial
 from tests.bundles import built
 
 Run = Callable[..., tuple[int, str, str]]
@@ -322,6 +324,14 @@ def test_results_on_stdout_are_json_alone(run: Run, tmp_path: Path) -> None:
     status, stdout, _ = run("inspect", bundle, "--json")
     assert status == 0
     assert json.loads(stdout)["contract"]["latent_shape"] == [4, 8, 8]
+
+
+def test_a_command_that_finds_a_departure_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial("fp32", 0, "", "picture is below its limit")
+    monkeypatch.setattr(machines, "self_test", lambda name, progress: [trial])
+    status, stdout, _ = run("runtimes", "--self-test", "onnxruntime")
+    assert status == 1
+    assert "FAILED  onnxruntime fp32: picture is below its limit" in stdout
 
 
 def test_single_stages(run: Run, source: Path, tmp_path: Path) -> None:

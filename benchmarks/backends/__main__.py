@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--executors", nargs="+", choices=list(EXECUTORS), default=list(EXECUTORS))
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for a bundle on an executor that is not native")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
+    parser.add_argument("--untimed", action="store_true", help="no latency and memory: the machine is busy")
     options = parser.parse_args()
     figures = _load()
     for recipe in options.recipes:
@@ -41,7 +42,7 @@ def main() -> None:
                 if key in figures["rows"] and not options.again:
                     continue
                 sys.stderr.write(f"{key}\n")
-                row = measure(runtime, recipe, executor, WORK, options.minutes)
+                row = measure(runtime, recipe, executor, WORK, minutes=options.minutes, timed=not options.untimed)
                 figures["rows"][key] = row.to_json()
                 _save(figures)
     _save(figures)

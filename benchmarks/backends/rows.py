@@ -65,14 +65,18 @@ class Row:
         return asdict(self)
 
 
-def measure(runtime: str, recipe: str, executor: str, work: Path, minutes: float) -> Row:
-    """Returns a row, measured now; its pictures go to ``work``, where its bundle is or will be."""
+def measure(runtime: str, recipe: str, executor: str, work: Path, *, minutes: float, timed: bool) -> Row:
+    """Returns a row, measured now; its pictures go to ``work``, where its bundle is or will be.
+
+    ``timed`` asks for latency and memory too, which a busy machine falsifies.
+    """
     try:
         bundle = bundle_of(runtime, recipe, work)
         allowed = _NATIVE_MINUTES if executor == NATIVE else minutes
         found = replay(bundle, executor, runtime=runtime, minutes=allowed)
         runs = get_runtime(runtime).availability().runs
-        profile = fewstep.profile(bundle, runtime=runtime, runs=5, threads=1) if runs and executor == NATIVE else None
+        timed = timed and runs and executor == NATIVE
+        profile = fewstep.profile(bundle, runtime=runtime, runs=5, threads=1) if timed else None
     except FewstepError as error:
         return Row(runtime, recipe, executor, error=error.message)
     pictures = {label(sample): sample.output for sample in found.results}

@@ -27,8 +27,8 @@ def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
         "*Lowering* is the least SQNR of a network's output, each call fed with the inputs of the PyTorch network that "
         "was compiled; *picture* the mean PSNR of free-running pictures to that network's; *recipe* the mean PSNR of "
         "its pictures to the original's. Whole numbers are judged by their noise floor, not by these "
-        "(docs/quantization.md). Milliseconds are of a picture on this machine, one thread, and of orientation while "
-        "it is shared; emulated times say nothing and are not given.",
+        "(docs/quantization.md). Milliseconds are of a picture on this machine, one thread; where it was busy they are "
+        "not given (`--untimed`), and emulated times never are.",
         "",
         "| runtime | recipe | executor | verified | lowering dB | picture dB | recipe dB | MB | ms | peak MB |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -28,7 +28,7 @@ from fewstep.runtimes.parity import Check, ParityReport, agreement_db, compare_c
 from fewstep.runtimes.quantized_parity import floor_checks, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.source import SourceSpec
-from fewstep.verify import GOLDEN, Verification, executor_text, known_floor
+from fewstep.verify import GOLDEN, Verification, answering, executor_text, known_floor
 
 MINUTES = 8.0
 # What checks between two executors are called: neither is the reference of the other.
@@ -126,7 +126,9 @@ class _Replay:
         finally:
             sampler.close()
         if self._manifest.shapes:
-            self.notes.append(f"not replayed: the shapes {', '.join(self._manifest.shapes)}")
+            self.notes.append(
+                f"not replayed: {', '.join(self._manifest.shapes)}, the bundle's further shapes and batches"
+            )
         calls = sum(len(sample.feeds) for sample in self.replayed)
         of = sum(len(sample.feeds) for sample in recorded)
         self.notes.append(
@@ -201,14 +203,15 @@ class _Replay:
         advance = self._progress.task("compare operations", len(self._integers))
         left_out = 0
         for component in self._integers:
-            program = quantized.make(component)
-            path = self._bundle.file(self._manifest.artifact(self._there.name, component).path)
+            made = quantized.make(component)
             for i, feed in enumerate(f for f in sample.feeds if f.component == component):
                 if i > 0 and not self._budget.has(2):
                     left_out += 1
                     continue
                 started = time.monotonic()
-                self.checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
+                program, inputs, variant = answering(self._manifest, made, feed.inputs)
+                path = self._bundle.file(self._manifest.artifact(self._there.name, component, variant).path)
+                self.checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
                 self._budget.took(started)
             advance()
         if left_out:

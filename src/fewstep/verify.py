@@ -333,13 +333,13 @@ def _compare_operations(
         for component in components:
             made = quantized.make(component)
             for feed in (f for f in sample.feeds if f.component == component):
-                program, inputs, variant = _answering(bundle.manifest, made, feed.inputs)
+                program, inputs, variant = answering(bundle.manifest, made, feed.inputs)
                 path = bundle.file(bundle.manifest.artifact(runtime, component, variant).path)
                 checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
     return checks
 
 
-def _answering(
+def answering(
     manifest: Manifest, program: Program, inputs: Mapping[str, Array]
 ) -> tuple[Program, Mapping[str, Array], str | None]:
     """Returns the program of the graph that answers a call of a component, what it takes, and its name."""
@@ -424,7 +424,7 @@ def _bisect(
             spec, inputs, variant = first_tile(spec, inputs)
         program = (quantized or programs).make(component, spec)
         if variant is None:
-            program, inputs, variant = _answering(manifest, program, inputs)
+            program, inputs, variant = answering(manifest, program, inputs)
         path = bundle.file(manifest.artifact(runtime, component, variant).path)
         found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found

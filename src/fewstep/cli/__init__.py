@@ -33,7 +33,7 @@ def main() -> NoReturn:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries, for their developers; `python -W` brings them back
     try:
-        cli.main(standalone_mode=False)
+        status = cli.main(standalone_mode=False)  # what a command exits with: click raises nothing for it
     except FewstepError as error:
         # Not through rich's markup: messages hold [1, 4, 16, 16] and paths.
         ERR.print("error:", style="bold red", end=" ")
@@ -52,4 +52,4 @@ def main() -> NoReturn:
             markup=False,
         )
         sys.exit(2)
-    sys.exit(0)
+    sys.exit(status or 0)
