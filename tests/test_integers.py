@@ -10,7 +10,15 @@ from torch.fx import GraphModule
 from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
 from fewstep.quantization import Quantization
-from fewstep.runtimes.integers import dequantized_weights, mark_points, marked, sign_grids, tag, unfold_weights
+from fewstep.runtimes.integers import (
+    dequantized_weights,
+    guard_weights,
+    mark_points,
+    marked,
+    sign_grids,
+    tag,
+    unfold_weights,
+)
 from fewstep.runtimes.points import judged, reference
 from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
@@ -79,6 +87,17 @@ def test_markers_change_nothing_and_say_which_point_they_are() -> None:
     wide = torch.linspace(-1e30, 1e30, 256).reshape(X.shape)
     with torch.no_grad():
         assert torch.isfinite(module(wide)[0]).all()
+
+
+def test_guards_stand_around_products_and_change_nothing() -> None:
+    program = quantized(Quantization(rounding="nearest"))
+    module = graph(program)
+    assert guard_weights(module, unfold_weights(module), 5) == 3  # nothing folds into the last one's output
+    clamps = [n for n in module.graph.nodes if n.target is torch.ops.aten.clamp.default]
+    assert sorted(marked(n.args[1]) or 0 for n in clamps) == [5, 6, 7]
+    assert {n.args[0].target for n in clamps} > {torch.ops.aten.conv2d.default}
+    with torch.no_grad():
+        torch.testing.assert_close(module(X)[0], run(program, X), rtol=0, atol=0)
 
 
 def test_tags_survive_float32_and_are_no_bounds_of_a_network() -> None:
