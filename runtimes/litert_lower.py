@@ -75,7 +75,7 @@ def convert(program: Program, module: GraphModule) -> bytes:
         except Exception as error:  # the converter raises whatever its translation of an op happens to raise
             raise ExportError(
                 f"{program.component} cannot be lowered to LiteRT: {type(error).__name__}: {_first_line(error)}",
-                hint="the op that stops it is named above; rewrite it in the module, or report it",
+                hint="rewrite what stops it in the module, or report it",
             ) from error
     return content
 
