@@ -86,9 +86,14 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 	mv docs/families.new docs/families.md
 
 .PHONY: coreml-operators
-coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (an hour or more)
+coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (hours; goes on where it was interrupted)
 	$(BIN)/python -W ignore -m tests.mil.operators > docs/coreml-operators.new
 	mv docs/coreml-operators.new docs/coreml-operators.md
+
+.PHONY: coreml-families
+coreml-families: $(VENV)/.dev ## Compiles every network of tests/zoo for Core ML and writes docs/coreml-families.md (goes on where it was interrupted)
+	$(BIN)/python -W ignore -m tests.coreml_families > docs/coreml-families.new
+	mv docs/coreml-families.new docs/coreml-families.md
 
 # The other world of versions: Optimum and transformers 4, in an environment of its own.
 INTEROP := .venv-interop
@@ -127,8 +132,11 @@ litert-families executorch-families: %-families: .venv-%/.installed # builds eve
 # --- the web app -------------------------------------------------------------------------------------------------------
 
 WEB := apps/web
-# The bundles that the app is tested with in a browser; `make test-app BUNDLES=build/stickers,build/stickers-w8a8`.
-BUNDLES ?= $(BUNDLE)
+# The bundles that the app is tested with in a browser, the first also in all that can go wrong; those that are not there
+# are built. `make test-app BUNDLES=build/stickers` takes the least time.
+BUNDLES ?= $(BUNDLE)-w8a8,$(BUNDLE)-w8,$(BUNDLE)
+comma := ,
+TESTED := $(subst $(comma), ,$(BUNDLES))
 
 .PHONY: app
 app: app-build bundle ## Builds the web app, serves it with build/stickers and opens it (needs Node 18 or later)
@@ -139,11 +147,19 @@ app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep
 	cd $(WEB) && npx --no-install tsc --noEmit && npx --no-install vite build
 
 .PHONY: test-app
-test-app: app-build bundle ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
+test-app: $(VENV)/.dev app-build $(TESTED:=/manifest.json) ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
 	$(WEB)/build/need.sh chromium
-	@git diff --quiet -- src/fewstep/app/static || { echo 'src/fewstep/app/static was not what apps/web builds: commit it' >&2; exit 1; }
-	cd $(WEB) && npx --no-install vitest run
+	@changed=$$(git status --porcelain -- src/fewstep/app/static); test -z "$$changed" || { \
+		echo 'error: src/fewstep/app/static is not what apps/web builds' >&2; \
+		echo 'hint: commit it, as make app-build has just written it' >&2; exit 1; }
+	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run
 	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
+
+$(BUNDLE)/manifest.json: | $(VENV)/.all
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe fp32 -o $(@D)
+
+$(BUNDLE)-%/manifest.json: | $(VENV)/.all
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe $* -o $(@D)
 
 # Not `npm ci`, which refuses a lock file without the binaries of other platforms that a mirror may lack.
 $(WEB)/node_modules/.installed: $(WEB)/package-lock.json
@@ -188,9 +204,17 @@ bench-quant: $(VENV)/.dev bundle-step ## Compares recipes with other tools' int8
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
 
+.PHONY: bench-backends
+bench-backends: $(VENV)/.dev ## Builds and measures the built-in generator for every runtime, on every executor (goes on where it was interrupted)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.backends
+
 .PHONY: bench-static
 bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers --memory --step-grids
+
+.PHONY: bench-coreml
+bench-coreml: $(VENV)/.dev ## Compares recipes for Core ML by size and quality (goes on where it was interrupted); ROWS=... for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coreml $(ROWS)
 
 # --- distribution ------------------------------------------------------------------------------------------------------
 

@@ -34,10 +34,12 @@ class Palettize:
     Attributes:
         bits: 1, 2, 3, 4, 6 or 8, by parameter name where ``choices`` has one.
         choices: bits of single parameters, ``component/parameter``.
+        keep_zeros: leave zeros as they are, and share one palette in each weight: what a sparse weight is stored with.
     """
 
     bits: int
     choices: Mapping[str, int] | None = None
+    keep_zeros: bool = False
 
     def __call__(self, generator: Generator) -> tuple[Generator, PassNote]:
         """Returns a generator with palettized copies of its modules, and how many weights changed.
@@ -58,7 +60,8 @@ class Palettize:
                 if not worth_a_palette(parameter):
                     continue
                 bits = (self.choices or {}).get(f"{component}/{name}", self.bits)
-                values = palettized(parameter.detach().double().numpy(), bits)
+                weight = parameter.detach().double().numpy()
+                values = of_nonzero(weight, bits) if self.keep_zeros else palettized(weight, bits)
                 parameter.data.copy_(torch.from_numpy(values))
                 changed += 1
         return generator.with_modules(modules), PassNote(self._name(), changed > 0, f"{changed} weights")
@@ -89,6 +92,20 @@ def palettized(weight: Array, bits: int, group: int | None = -1) -> Array:
         palette = np.unique(kmeans(values, 1 << bits).astype(np.float16).astype(np.float64))
         result[at] = palette[_nearest(values, palette)].reshape(weight[at].shape)
     return result
+
+
+def of_nonzero(weight: Array, bits: int) -> Array:
+    """Returns a weight whose values other than zero take at most 2^bits values, all of them halves."""
+    result = weight.copy()
+    places = weight != 0
+    if places.any():
+        result[places] = palettized(weight[places][:, None], bits, None)[:, 0]
+    return result
+
+
+def rows_of_palette(bits: int) -> int | None:
+    """Returns how many rows share a palette of so many bits at most; None for all of them."""
+    return GROUPS[bits]
 
 
 def row_groups(rows: int, size: int | None) -> list[slice]:

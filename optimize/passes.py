@@ -30,12 +30,15 @@ def optimize(generator: Generator, recipe: Recipe) -> tuple[Generator, list[Pass
     """Returns the generator after every pass of the recipe, with their notes in order."""
     from fewstep.optimize.palettes import Palettize
     from fewstep.optimize.round_weights import RoundWeights
+    from fewstep.optimize.sparse import Sparsify
 
     passes: list[Pass] = []
     if recipe.weights == "fp16":
         passes.append(RoundWeights())
+    if recipe.sparsity is not None:
+        passes.append(Sparsify(recipe.sparsity))
     if recipe.palette is not None:
-        passes.append(Palettize(recipe.palette))
+        passes.append(Palettize(recipe.palette, recipe.palette_choices or None, keep_zeros=recipe.sparsity is not None))
     notes = []
     for apply in passes:
         generator, note = apply(generator)

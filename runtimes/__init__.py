@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import coreml, litert, ort, xnnpack
+from fewstep.runtimes import coreml, litert, ort, tensorrt_adapter, xnnpack
 from fewstep.runtimes.base import Runtime
 
 RUNTIMES: dict[str, Runtime] = {
@@ -11,6 +11,7 @@ RUNTIMES: dict[str, Runtime] = {
     coreml.NAME: coreml.RUNTIME,
     litert.NAME: litert.RUNTIME,
     xnnpack.NAME: xnnpack.RUNTIME,
+    tensorrt_adapter.NAME: tensorrt_adapter.RUNTIME,
 }
 
 

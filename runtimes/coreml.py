@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
 from fewstep.runtimes.mil.program import Feature
 from fewstep.runtimes.narrow import narrow
@@ -112,16 +113,22 @@ def open_core_ml(path: Path, spec: ComponentSpec, compute_units: str = "ALL") ->
     return CheckedSession(package.stem, spec, _CoreMLSession(model, spec))
 
 
+def interface_name(name: str) -> str:
+    """Returns what a package calls an input or output: Core ML's names have letters, digits and underscores."""
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
+
+
 def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Returns inputs in the types that Core ML has at its interface.
+    """Returns inputs by the names and in the types that Core ML has at its interface.
 
     Raises:
         ContractError: a whole number does not fit in 32 bits.
     """
-    return {
-        name: array.astype(np.int32) if array.dtype == np.bool_ else array
-        for name, array in narrow(feeds, "Core ML").items()
-    }
+    found = {}
+    for name, array in narrow(feeds, "Core ML").items():
+        dtype = _INTERFACE.get(str(array.dtype), str(array.dtype))
+        found[interface_name(name)] = array.astype(dtype)
+    return found
 
 
 class _EvaluatorSession:
@@ -134,7 +141,7 @@ class _EvaluatorSession:
         if self._evaluator is None:
             raise ContractError("the session is closed")
         results = self._evaluator.run(to_interface(feeds))
-        return {name: results[name].astype(dtype) for name, dtype in self._outputs.items()}
+        return {name: results[interface_name(name)].astype(dtype) for name, dtype in self._outputs.items()}
 
     def close(self) -> None:
         """Drops the program."""
@@ -153,7 +160,9 @@ class _CoreMLSession:
         if self._model is None:
             raise ContractError("the session is closed")
         results = self._model.predict(to_interface(feeds))
-        return {o.name: np.asarray(results[o.name], dtype=o.dtype).reshape(o.shape) for o in self._outputs}
+        return {
+            o.name: np.asarray(results[interface_name(o.name)], dtype=o.dtype).reshape(o.shape) for o in self._outputs
+        }
 
     def close(self) -> None:
         """Drops the model."""
@@ -163,11 +172,15 @@ class _CoreMLSession:
 def _check_contract(package: Path, program: MilProgram, spec: ComponentSpec) -> None:
     features = program.inputs[program.default], program.outputs[program.default]
     for given, expected in zip(features, (spec.inputs, spec.outputs), strict=True):
-        names, wanted = [g.name for g in given], [e.name for e in expected]
-        if names != wanted:
-            raise ContractError(f"{package}: model has {names}, the manifest has {wanted}", hint="build it again")
-        for value, tensor in zip(given, expected, strict=True):
-            _check_tensor(package, value, tensor)
+        # By name: conversion orders inputs as the graph first reads them.
+        found = {feature.name: feature for feature in given}
+        wanted = {interface_name(tensor.name): tensor for tensor in expected}
+        if found.keys() != wanted.keys():
+            raise ContractError(
+                f"{package}: model has {sorted(found)}, the manifest has {sorted(wanted)}", hint="build it again"
+            )
+        for name, tensor in wanted.items():
+            _check_tensor(package, found[name], tensor)
 
 
 def _check_tensor(package: Path, value: Feature, tensor: TensorSpec) -> None:
@@ -185,4 +198,12 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return coreml_lower.lower(program, folder, weights)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, open_exact=open_exact, executor=executor)
+def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+    from fewstep.runtimes import coreml_points  # needs torch, which running a bundle does not
+
+    return coreml_points.compare_integers(program, path, feeds)
+
+
+RUNTIME = Runtime(
+    NAME, availability, _compile, open_session, _compare_integers, open_exact=open_exact, executor=executor
+)

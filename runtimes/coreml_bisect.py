@@ -17,7 +17,7 @@ from fewstep.errors import ContractError, ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
-from fewstep.runtimes.coreml import to_interface
+from fewstep.runtimes.coreml import interface_name, to_interface
 from fewstep.runtimes.coreml_lower import decomposed
 from fewstep.runtimes.coreml_precision import FP16_SUFFIX
 from fewstep.runtimes.departure import Departure, traced_values
@@ -94,7 +94,7 @@ class _Comparison:
 def _outputs(exported: torch.export.ExportedProgram, program: Program) -> dict[str, str]:
     """Returns the fx names of a program's outputs by the names that the package gives to them."""
     names = exported.graph_signature.user_outputs
-    return {spec.name: str(name) for spec, name in zip(program.spec.outputs, names, strict=True)}
+    return {interface_name(spec.name): str(name) for spec, name in zip(program.spec.outputs, names, strict=True)}
 
 
 def _paths(exported: torch.export.ExportedProgram) -> dict[str, str]:

@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import logging
+import math
 import shutil
 import uuid
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import torch
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.coreml import ENTRY, NAME
+from fewstep.runtimes.coreml import ENTRY, NAME, interface_name
 from fewstep.runtimes.coreml_precision import choose_fp32_operations
 from fewstep.runtimes.materialize import materialized
 
@@ -38,6 +39,8 @@ PACKAGE_NAMES = {
 }
 TARGETS = ("iOS17", "iOS18")
 _DEFAULT_TARGET = "iOS18"
+# By name: torchao registers them, and is not there without quantization.
+_PER_TENSOR = tuple(f"quantized_decomposed.{name}_per_tensor.default" for name in ("quantize", "dequantize"))
 
 
 def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAULT_TARGET) -> Artifact:
@@ -54,6 +57,8 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAUL
         ExportError: the component has an op that cannot be lowered, or a value that fp16 cannot hold.
     """
     compute = "fp32" if weights == "fp32" else "fp16"
+    _check_names(program)
+    _check_grids(program)
     keep: frozenset[str] = frozenset()
     if compute == "fp16":
 
@@ -68,6 +73,39 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAUL
     save(model, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Artifact(NAME, program.component, f"{path.name}/{ENTRY}", weights, compute, size, program.variant)
+
+
+def _check_names(program: Program) -> None:
+    """Refuses two tensors that Core ML would call the same.
+
+    Raises:
+        ExportError: there are such.
+    """
+    taken: dict[str, str] = {}
+    for spec in (*program.spec.inputs, *program.spec.outputs):
+        name = interface_name(spec.name)
+        if taken.setdefault(name, spec.name) != spec.name:
+            raise ExportError(
+                f"{program.component}: {taken[name]} and {spec.name} would both be {name} on Core ML",
+                hint="rename one of them in the network",
+            )
+
+
+def _check_grids(program: Program) -> None:
+    """Refuses grids that Core ML cannot hold: scales that are no halves, and integers of more than 8 bits.
+
+    Raises:
+        ExportError: there is one.
+    """
+    for node in program.exported.graph.nodes:
+        if str(node.target) not in _PER_TENSOR:
+            continue
+        scale, dtype = node.args[1], node.args[5]
+        if float(np.float16(scale)) != scale or dtype not in (torch.int8, torch.uint8):
+            raise ExportError(
+                f"{program.component}: {node.name} has {dtype} and the scale {scale:.8g}, expected 8 bits and a half",
+                hint="plan for Core ML: leave the profile out of the recipe, or write profile = 'ane'",
+            )
 
 
 def package_name(folder: str) -> str:
@@ -105,7 +143,10 @@ def convert(
                 decomposed(program),
                 source="pytorch",
                 inputs=[_tensor_type(ct, spec) for spec in program.spec.inputs],
-                outputs=[ct.TensorType(name=spec.name, dtype=_interface(spec)) for spec in program.spec.outputs],
+                outputs=[
+                    ct.TensorType(name=interface_name(spec.name), dtype=_interface(spec))
+                    for spec in program.spec.outputs
+                ],
                 minimum_deployment_target=getattr(ct.target, target),
                 compute_precision=precision,
                 pass_pipeline=_pipeline(ct, target),
@@ -160,11 +201,14 @@ def quiet_coremltools() -> Iterator[Any]:
 
 
 def _pipeline(ct: Any, target: str) -> Any:
-    """Returns coremltools' own passes, then the one that stores weights in their smallest form (iOS 18)."""
-    pipeline = ct.PassPipeline()
-    if target != "iOS17":
-        from fewstep.runtimes import coreml_pack  # registers the pass, and imports coremltools, which talks
+    """Returns coremltools' own passes, then ours: exact norms, and weights in their smallest form (iOS 18)."""
+    # They register the passes, and import coremltools, which talks.
+    from fewstep.runtimes import coreml_norms, coreml_pack, coreml_pack_integers
 
+    pipeline = ct.PassPipeline()
+    pipeline.append_pass(coreml_norms.PASS)
+    if target != "iOS17":
+        pipeline.append_pass(coreml_pack_integers.PASS)
         pipeline.append_pass(coreml_pack.PASS)
     return pipeline
 
@@ -175,12 +219,40 @@ def _interface(spec: TensorSpec) -> Any:
 
 
 def _tensor_type(ct: Any, spec: TensorSpec) -> Any:
-    return ct.TensorType(name=spec.name, shape=spec.shape or (1,), dtype=_interface(spec))
+    return ct.TensorType(name=interface_name(spec.name), shape=spec.shape or (1,), dtype=_interface(spec))
+
+
+def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
+    """Returns the approximation by tanh in elementary operations: coremltools 9 does not see which one is asked for."""
+    if approximate != "tanh":
+        return NotImplemented
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
+    """Returns ones; layout and device say nothing of their values. coremltools takes a scalar from this op alone."""
+    return x.new_full(size, 1, dtype=dtype or x.dtype)
+
+
+def _either(logical: Any, bitwise: Any) -> Any:
+    """Returns what computes an operator of Python, by the type of its operands."""
+    return lambda x, y: logical(x, y) if x.dtype == torch.bool else bitwise(x, y)
+
+
+# What coremltools has no translation for, or a wrong one.
+_DECOMPOSED: Mapping[Any, Any] = {
+    torch.ops.aten.gelu.default: _gelu,
+    torch.ops.aten.new_ones.default: _new_ones,
+    torch.ops.aten.__and__.Tensor: _either(torch.logical_and, torch.bitwise_and),
+    torch.ops.aten.__or__.Tensor: _either(torch.logical_or, torch.bitwise_or),
+    torch.ops.aten.where.ScalarOther: lambda c, x, y: torch.where(c, x, x.new_full((), y)),
+    torch.ops.aten.where.ScalarSelf: lambda c, x, y: torch.where(c, y.new_full((), x), y),
+}
 
 
 def decomposed(program: Program) -> torch.export.ExportedProgram:
-    """Returns the program in core ATen, without the nodes that coremltools has no translation for and needs none."""
-    result: torch.export.ExportedProgram = program.exported.run_decompositions({})
+    """Returns the program in core ATen, without what coremltools has no translation for or a wrong one."""
+    result: torch.export.ExportedProgram = program.exported.run_decompositions(dict(_DECOMPOSED))
     for node in list(result.graph.nodes):
         if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
             node.replace_all_uses_with(node.args[0])

@@ -86,8 +86,9 @@ def find_unfit(path: Path, feeds: Sequence[Mapping[str, Array]], dtype: str) -> 
     evaluator = Evaluator(open_package(path), precision="fp32")
     found: dict[str, str] = {}
     for feed in feeds:
-        watch = _Watch(feed.keys(), dtype)
-        evaluator.run(to_interface(feed), observe=watch)
+        inputs = to_interface(feed)
+        watch = _Watch(inputs.keys(), dtype)
+        evaluator.run(inputs, observe=watch)
         for name, reason in watch.found.items():
             found.setdefault(name, reason)
     return found

@@ -15,9 +15,9 @@ from ai_edge_litert.interpreter import Interpreter
 from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
+from fewstep.runtimes.integer_reference import judged, signed_reference
 from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.narrow import narrow
-from fewstep.runtimes.points import judged, reference
 
 # Images are stored with their channels last.
 _LAST = (0, 2, 3, 1)
@@ -29,26 +29,26 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     Raises:
         ExportError: a quantized tensor of the program is not in the file, or of another shape there.
     """
-    expected = reference(program, feeds)
+    expected = signed_reference(program, feeds)
     model = LiteRTModel(path.read_bytes())
     places = {model.name(t): t for t in range(len(model.graph.tensors)) if model.grid(t) is not None}
-    lost = [name for name in expected.integers if name not in places]
-    if lost or not expected.integers:
+    lost = [name for name in expected.values if name not in places]
+    if lost or not expected.values:
         raise ExportError(
-            f"{path}: {len(lost)} of {len(expected.integers)} quantized tensors are not in it"
+            f"{path}: {len(lost)} of {len(expected.values)} quantized tensors are not in it"
             + (f", first {lost[0]}" if lost else ""),
             hint="was the model compiled from this program?",
         )
-    layouts = {name: _layout(model, places[name], values) for name, values in expected.integers.items()}
+    layouts = {name: _layout(model, places[name], values) for name, values in expected.values.items()}
     cut = Cut(model)
-    for name, values in expected.integers.items():
+    for name, values in expected.values.items():
         cut.at(places[name], values.transpose(layouts[name]))
     cut.run(narrow(feeds, "LiteRT"))
     integers = {
         name: cut.value(places[name])
         .reshape([values.shape[axis] for axis in layouts[name]])
         .transpose(np.argsort(layouts[name]))
-        for name, values in expected.integers.items()
+        for name, values in expected.values.items()
     }
     return judged(expected, integers, cut.outputs)
 

@@ -7,32 +7,49 @@ difference can reach the next operation, and one run of the model checks them al
 
 from __future__ import annotations
 
-import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import torch
 
 from fewstep.errors import ExportError
-from fewstep.metrics import sqnr_db
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, PointResult
+from fewstep.runtimes.base import Array, PointResult, RunModel
+from fewstep.runtimes.integer_reference import integer_reference, judged
 
-_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 _GIVEN = ".given"
 
 
-def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+def run_here(
+    path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, settings: Mapping[str, str] | None = None
+) -> dict[str, Array]:
+    """Returns a model's outputs by name, on this machine; ``settings`` as in `fewstep.runtimes.ort.open_session`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+
+
+def compare_integers(
+    program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel = run_here
+) -> list[PointResult]:
     """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
+
+    Args:
+        program: the quantized program.
+        path: the model that was compiled from it.
+        feeds: of one call.
+        run: runs a model, here or elsewhere.
 
     Raises:
         ExportError: the model and the program share no quantized tensor.
     """
-    reference, paths, outputs = _reference(program, feeds)
+    expected = integer_reference(program, feeds)
+    reference = expected.values
     model = ir.load(path)
     points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
     shared = [name for name in points if name in reference]
@@ -47,23 +64,9 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
-        wanted = [*shared, *outputs]
-        results = dict(zip(wanted, session.run(wanted, inputs), strict=True))
-    found = []
-    for name in shared:
-        difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))
-        found.append(
-            PointResult(
-                name, paths[name], difference.size, int(np.count_nonzero(difference)), int(difference.max(initial=0))
-            )
-        )
-    for name, value in outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, results[name])))
-    return found
+        results = run(target, inputs, [*shared, *expected.outputs])
+    return judged(expected, {name: results[name] for name in shared}, results)
 
 
 def _cut(model: ir.Model, names: list[str]) -> list[str]:
@@ -80,44 +83,3 @@ def _cut(model: ir.Model, names: list[str]) -> list[str]:
         if value not in model.graph.outputs:
             model.graph.outputs.append(value)
     return read
-
-
-class _Recorder(torch.fx.Interpreter):
-    """Keeps the whole numbers of every quantized activation, and frees the rest."""
-
-    def __init__(self, module: torch.fx.GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[str, Array] = {}
-
-    def run_node(self, n: torch.fx.Node) -> object:
-        """Runs a node."""
-        result = super().run_node(n)
-        if n.target is _QUANTIZE:
-            self.values[n.name] = result.numpy().copy()
-        return result
-
-
-@torch.no_grad()
-def _reference(
-    program: Program, feeds: Mapping[str, Array]
-) -> tuple[dict[str, Array], dict[str, str], dict[str, Array]]:
-    """Returns the whole numbers of every quantized tensor, its module path, and the outputs in float by name."""
-    module = program.exported.module()
-    assert isinstance(module, torch.fx.GraphModule)
-    recorder = _Recorder(module)
-    results = recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
-    nodes = {node.name: node for node in module.graph.nodes}
-    outputs = {
-        spec.name: result.numpy()
-        for spec, result in zip(program.spec.outputs, results, strict=True)
-        if result.is_floating_point()
-    }
-    return recorder.values, {name: _path(nodes[name]) for name in recorder.values}, outputs
-
-
-def _path(node: torch.fx.Node) -> str:
-    """Returns the module path in whose result a quantized tensor has its origin."""
-    source = node.all_input_nodes[0]
-    stack = list(source.meta.get("nn_module_stack", {}).values())
-    path = str(stack[-1][0]) if stack else source.name
-    return re.sub(r"^(L\['self'\]\.)?(module\.?)?", "", path) or source.name

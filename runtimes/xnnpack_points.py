@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
+from fewstep.runtimes.integer_reference import IntegerReference, judged, signed_reference
 from fewstep.runtimes.integers import QUANTIZE
-from fewstep.runtimes.points import Reference, judged, reference
 from fewstep.runtimes.xnnpack_lower import convert, prepared
 from fewstep.runtimes.xnnpack_session import load
 
@@ -34,24 +34,24 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     Raises:
         ExportError: the program has no quantized tensor.
     """
-    expected = reference(program, feeds)
-    if not expected.integers:
+    expected = signed_reference(program, feeds)
+    if not expected.values:
         raise ExportError(f"{path}: the program has no quantized tensors", hint="was it compiled from a plan?")
     inputs = [torch.from_numpy(feeds[spec.name]) for spec in program.spec.inputs]
     if program.exported not in _CUT:
         _CUT[program.exported] = _lowered(program, expected, inputs)
-    given = [torch.from_numpy(expected.integers[name]) for name in expected.integers]
+    given = [torch.from_numpy(expected.values[name]) for name in expected.values]
     loaded = load(_CUT[program.exported])
     results = [result.numpy().copy() for result in loaded.method.execute([*inputs, *given])]
-    integers = dict(zip(expected.integers, results[len(program.spec.outputs) :], strict=True))
+    integers = dict(zip(expected.values, results[len(program.spec.outputs) :], strict=True))
     named = zip(program.spec.outputs, results, strict=False)  # the outputs come before the integers
     return judged(expected, integers, {spec.name: values for spec, values in named})
 
 
-def _lowered(program: Program, expected: Reference, inputs: list[torch.Tensor]) -> bytes:
-    names = list(expected.integers)
+def _lowered(program: Program, expected: IntegerReference, inputs: list[torch.Tensor]) -> bytes:
+    names = list(expected.values)
     module = _cut(prepared(program), names)
-    given = [torch.from_numpy(expected.integers[name]) for name in names]
+    given = [torch.from_numpy(expected.values[name]) for name in names]
     return convert(program.component, module, (*inputs, *given))[0]
 
 

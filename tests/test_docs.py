@@ -82,7 +82,7 @@ def test_quantization_page_shows_what_the_code_does() -> None:
 
 def test_presets_of_the_recipes_page() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
     assert dict(rows) == {name: f"{preset.limits.compression_psnr_db:.0f}" for name, preset in PRESETS.items()}
 
 

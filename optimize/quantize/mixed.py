@@ -97,7 +97,7 @@ def share_out(
     measured, effects = [], {}
     for component, candidate in candidates.items():
         if candidate.weights:
-            found, effects[component] = _measure(component, candidate, options[component], drawn)
+            found, effects[component] = measure(component, candidate, options[component], drawn)
             measured += found
         advance()
     items = [Item(tuple(o.bytes for o in m.options), m.damage) for m in measured]
@@ -149,7 +149,7 @@ def _budget(
     return int(quantization.bits * count / 8)
 
 
-def _measure(
+def measure(
     component: str, candidate: Candidate, options: Mapping[str, tuple[Option, ...]], drawn: Pictures
 ) -> tuple[list[Measured], PictureDamage]:
     """Returns what each option of each weight does to the picture, and what all weights do at their smallest."""
@@ -158,7 +158,7 @@ def _measure(
     def substitute(name: str, i: int) -> torch.Tensor:
         return options[name][i].values(attribute(candidate.module, name), weights[name].axis)
 
-    counts = {name: sum(option.grid is not None for option in found) for name, found in options.items()}
+    counts = {name: sum(not option.exact for option in found) for name, found in options.items()}
     steps = len({step for step, _ in candidate.trials()})
     exact = Noise((0.0,) * steps)  # of the options after those on a grid: the weight as it is
     noise = {

@@ -19,8 +19,6 @@ from fewstep.optimize.quantize.sites import Site
 from fewstep.profiles import TargetProfile
 from fewstep.quantization import FLOAT_BITS, Quantization
 
-# What a backend stores beside a weight's integers: a float32 scale for each channel or group.
-_SCALE_BYTES = 4
 # Smaller tensors are stored in single precision: see `fewstep.runtimes.ort_lower`.
 _SMALLEST_HALVES = 256
 
@@ -40,6 +38,11 @@ class Option:
     grid: Grid | None
     integers: Array | None
     bytes: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether the values are those of the weight."""
+        return self.grid is None
 
     @property
     def granularity(self) -> str:
@@ -125,7 +128,7 @@ def options_of(
 def integer_bytes(parameters: int, grid: Grid, profile: TargetProfile) -> int:
     """Returns what a weight on a grid takes in a file of the profile's target."""
     bits = min(bits for bits in profile.weight_bits if bits >= grid.bits)
-    return math.ceil(parameters * bits / 8) + _SCALE_BYTES * grid.scale.size
+    return math.ceil(parameters * bits / 8) + (2 if profile.halves else 4) * grid.scale.size
 
 
 def float_bytes(values: torch.Tensor) -> int:
@@ -148,7 +151,7 @@ def _grids(values: torch.Tensor, weight: Weight, profile: TargetProfile) -> list
         most = max(profile.weight_bits)
         kinds = [(bits, kind) for bits in wanted for kind in ("channel", "group") if kind == "channel" or bits < most]
     return [
-        weight_grid(values, bits, axis=weight.axis, granularity=kind, group_size=choice.group_size)
+        weight_grid(values, bits, axis=weight.axis, granularity=kind, group_size=choice.group_size, profile=profile)
         for bits, kind in kinds
     ]
 

@@ -79,6 +79,7 @@ class Evaluator:
         function: str | None = None,
         state: MutableMapping[str, Array] | None = None,
         observe: Observer | None = None,
+        given: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Returns the outputs by name, fp16 ones as float32 if the precision is fp32.
 
@@ -87,6 +88,7 @@ class Evaluator:
             function: which entry point; None takes the default one.
             state: from `make_state`; updated in place. None starts from zeros and forgets.
             observe: told of every operation.
+            given: values that take the place of computed ones, by name, after ``observe`` was told of those.
 
         Raises:
             ContractError: an input, operation or result is not as declared, or (strict) not finite.
@@ -101,7 +103,7 @@ class Evaluator:
         for name, type_ in chosen.inputs:
             if not isinstance(type_, StateType):
                 scope.values[name] = self._declared(feeds[name], type_, f"input {name!r}")
-        run = _Run(self, states, observe)
+        run = _Run(self, states, observe, given or {})
         run.block(chosen.block, scope)
         return {name: run.value(name, scope) for name in chosen.block.outputs}
 
@@ -157,10 +159,17 @@ class _Scope:
 
 
 class _Run:
-    def __init__(self, evaluator: Evaluator, states: MutableMapping[str, Array], observe: Observer | None) -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        states: MutableMapping[str, Array],
+        observe: Observer | None,
+        given: Mapping[str, Array],
+    ) -> None:
         self._evaluator = evaluator
         self._states = states
         self._observe = observe
+        self._given = given
 
     def block(self, block: Block, scope: _Scope) -> None:
         for operation in block.operations:
@@ -219,7 +228,11 @@ class _Run:
         if self._observe is not None:
             self._observe(operation, arguments, declared)
         scope.values.update(
-            {name: v for (name, _), v in zip(operation.outputs, declared, strict=True) if name in scope.uses}
+            {
+                name: self._given.get(name, value)
+                for (name, _), value in zip(operation.outputs, declared, strict=True)
+                if name in scope.uses
+            }
         )
 
     def _arguments(self, operation: Operation, scope: _Scope) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def record_reference(
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
         "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "weights": recipe.weights,
-        "palette": recipe.palette,
+        "palette": [recipe.palette, dict(recipe.palette_choices), recipe.sparsity],
         "original": recipe.name == "original",
         "versions": versions(),
     }
@@ -79,8 +79,8 @@ def compile_targets(
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first. ``samples`` are
-    recorded runs at the first shape, for backends that choose a precision by the values in them.
+    ``others`` are the programs at further shapes and in batches, by name; their graphs share the weights of the first.
+    ``samples`` are recorded runs at the first shape, for backends that choose a precision by the values in them.
     """
     from fewstep.runtimes import get_runtime
 
@@ -93,7 +93,7 @@ def compile_targets(
                 "source": programs.generator.source.sha256,
                 "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
-                "palette": recipe.palette,
+                "palette": [recipe.palette, dict(recipe.palette_choices), recipe.sparsity],
                 "runtime": target,
                 "samples": [[label(sample), sample.guidance] for sample in samples],
                 "versions": versions(),
@@ -113,13 +113,25 @@ def compile_targets(
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Raises RuntimeMissingError unless every target can be compiled for and run here."""
+    """Raises RuntimeMissingError unless every target can be compiled for, and its artifacts computed, here."""
     from fewstep.runtimes import get_runtime
 
     for target in targets:
         state = get_runtime(target).availability()
-        if not (state.compiles and state.runs):
+        if not state.builds:
             raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
+
+
+def check_shapes(targets: Sequence[str], shapes: Sequence[tuple[int, int]]) -> None:
+    """Raises RuntimeMissingError unless every target can have graphs for all shapes over one set of weights."""
+    from fewstep.runtimes import get_runtime
+
+    for target in targets:
+        if len(shapes) > 1 and get_runtime(target).compile_variants is None:
+            raise RuntimeMissingError(
+                f"runtime {target} takes one shape, and the recipe has {len(shapes)}",
+                hint="build a bundle for each shape",
+            )
 
 
 def check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:
@@ -163,6 +175,7 @@ def versions() -> dict[str, str]:
         "onnxscript",
         "onnxruntime",
         "coremltools",
+        "tensorrt",
         "litert-torch",
         "litert-converter",
         "ai-edge-litert",

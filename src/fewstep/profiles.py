@@ -24,6 +24,9 @@ class TargetProfile:
         min_rows: a product of fewer rows than this reads more weights than it computes: whole numbers save nothing.
         weight_bits: which bits weights can be stored in.
         floats: why other operations stay in float, by name.
+        halves: whether scales are stored in half precision, so that a grid must have such scales to begin with.
+        float_bias: whether biases stay in float, where integers of 32 bits cannot be added to the products.
+        whole_kernels: whether inputs that share a scale are whole channels, with all of a convolution's kernel.
         groups: whether a weight that is multiplied in float may have scales of groups of inputs.
         weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
     """
@@ -37,6 +40,9 @@ class TargetProfile:
     min_rows: int
     weight_bits: tuple[int, ...]
     floats: Mapping[str, str]
+    halves: bool = False
+    float_bias: bool = False
+    whole_kernels: bool = False
     groups: bool = True
     weight_only: bool = True
 
@@ -72,6 +78,17 @@ _ARM = replace(_X86, name="arm", activation="int8")
 # Explicit, symmetric Q/DQ; what is fused is the builder's decision.
 _TENSORRT = replace(_ARM, name="tensorrt", symmetric=True, outputs=frozenset(), unfolded=0, min_rows=1, floats={})
 
+# Core ML on Apple's neural engine: int8 by int8 with zero points of 0, as coremltools quantizes; all else is fp16.
+_ANE = replace(
+    _TENSORRT,
+    name="ane",
+    computes=frozenset({"linear", "conv2d"}),
+    floats={"scaled_dot_product_attention": "Core ML computes attention in one operation, in fp16"},
+    halves=True,
+    float_bias=True,
+    whole_kernels=True,
+)
+
 # XNNPACK, which computes for LiteRT and ExecuTorch: int8 to int8, and what has no such kernel in float.
 _LITERT = replace(
     _ARM,
@@ -85,10 +102,15 @@ _LITERT = replace(
 # Its delegate in ExecuTorch unpacks no stored weight for a product in float.
 _EXECUTORCH = replace(_LITERT, name="executorch", weight_only=False)
 
-_ALL = (_X86, _ARM, _TENSORRT, _LITERT, _EXECUTORCH)
+_ALL = (_X86, _ARM, _TENSORRT, _ANE, _LITERT, _EXECUTORCH)
 PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in _ALL}
 # Targets that run graphs of one profile only.
-REQUIRED: Mapping[str, str] = {"litert": _LITERT.name, "executorch": _EXECUTORCH.name}
+REQUIRED: Mapping[str, str] = {
+    "coreml": _ANE.name,
+    "tensorrt": _TENSORRT.name,
+    "litert": _LITERT.name,
+    "executorch": _EXECUTORCH.name,
+}
 
 
 def get_profile(name: str) -> TargetProfile:

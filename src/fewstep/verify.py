@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError, RuntimeMissingError
 from fewstep.feeds import Sample
-from fewstep.manifest import INTEGERS, Artifact
+from fewstep.further import batches
+from fewstep.manifest import INTEGERS, Artifact, Manifest
+from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
 from fewstep.runtimes import coreml, get_runtime, ort
+from fewstep.runtimes.base import Array, Runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
+    LOWERING,
     LOWERING_FP16,
     Check,
     Floor,
@@ -27,7 +31,8 @@ from fewstep.runtimes.parity import (
     label,
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.runtimes.rows import has_rows, row_call, row_variant
+from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceSpec
 
@@ -139,7 +144,7 @@ def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
         if name not in bundle.manifest.runtimes:
             continue  # the manifest refuses it, and says what it has
         state = get_runtime(name).availability()
-        if not state.runs:
+        if not (state.runs or state.stand_in):
             others = [other for other in bundle.manifest.runtimes if other != name]
             remedy = [state.remedy] if state.remedy else []
             remedy += [f"verify {' or '.join(others)} alone with --runtime"] if others else []
@@ -221,7 +226,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *stand_in_notes(name), *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -229,24 +234,23 @@ def verify_against(
                 references, sampler.session, lambda c: None if c in integers else limits.component_sqnr_db
             )
         advance = progress.task("compare samples", len(references))
-        results = []
-        for r in references:
-            results.append(sampler(r.prompt, r.seed, manifest.schedule(r.steps), guidance=r.guidance, inputs=r.inputs))
-            advance()
+        results = _drawn(sampler, manifest, references, advance)
     finally:
         sampler.close()
     checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
-    if get_runtime(name).open_exact is not None and any(a.compute == "fp16" for a in artifacts.values()):
+    exact = results
+    narrower = get_runtime(name).open_exact is not None and any(a.compute != "fp32" for a in artifacts.values())
+    if narrower:
         # What conversion changed was compared in fp32; now what the device's own arithmetic makes of it.
-        shipped, results = _compare_shipped(bundle, name, references, progress)
+        shipped, results = _compare_shipped(bundle, name, references, integers, progress)
         checks += shipped
     if integers:
         some = references[:FLOOR_SAMPLES]
         floor = floor or _floor(bundle, quantized, some, progress)
         labels = {label(sample) for sample in some}
-        of_some = [x for x in checks if x.level == "component" and x.sample in labels]
+        of_some = [x for x in checks if (x.error, x.level) == (LOWERING, "component") and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
-        checks += floor_checks(floor, limits, found, some, results[: len(some)])
+        checks += floor_checks(floor, limits, found, some, exact[: len(some)])
         if quantized is None:
             notes.append("quantized operations were not compared one by one: that needs the source")
         else:
@@ -254,11 +258,10 @@ def verify_against(
     if uncompressed is not None:
         checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
         if integers:
-            checks.append(mean_check(uncompressed, references, results))
-    first = next(iter(artifacts.values()))
-    executor = f"{name}, {first.weights} weights, {first.compute} compute"
-    said = get_runtime(name).executor
-    executor += f", run by {said()}" if said is not None else ""
+            checks.append(mean_check(uncompressed, references, exact))
+        if integers and narrower:
+            checks.append(replace(mean_check(uncompressed, references, results), error=LOWERING_FP16))
+    executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
         tuple(references),
@@ -266,6 +269,24 @@ def verify_against(
         tuple(notes),
         uncompressed=None if uncompressed is None else tuple(uncompressed),
     )
+
+
+def _drawn(
+    sampler: Sampler, manifest: Manifest, references: Sequence[Sample], advance: Callable[[], None]
+) -> list[Sample]:
+    """Returns what a bundle draws for the prompts and seeds of the references."""
+    results: list[Sample] = []
+    for rows in batches(references, manifest.contract.batch):
+        results += sampler.batch(
+            [r.prompt for r in rows],
+            [r.seed for r in rows],
+            manifest.schedule(rows[0].steps),
+            guidance=rows[0].guidance,
+            inputs=[r.inputs for r in rows],
+        )
+        for _ in rows:
+            advance()
+    return results
 
 
 def _floor(
@@ -287,7 +308,13 @@ def known_floor(bundle: Bundle) -> Floor:
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
-    return Floor(known["components"], known["picture"])
+    try:
+        return Floor.from_json(known)
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{bundle.path} states its noise floor in another form than this fewstep does",
+            hint="build the bundle again",
+        ) from error
 
 
 def _compare_operations(
@@ -304,11 +331,39 @@ def _compare_operations(
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
-            program = quantized.make(component)
-            path = bundle.file(bundle.manifest.artifact(runtime, component).path)
+            made = quantized.make(component)
             for feed in (f for f in sample.feeds if f.component == component):
-                checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
+                program, inputs, variant = _answering(bundle.manifest, made, feed.inputs)
+                path = bundle.file(bundle.manifest.artifact(runtime, component, variant).path)
+                checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
     return checks
+
+
+def _answering(
+    manifest: Manifest, program: Program, inputs: Mapping[str, Array]
+) -> tuple[Program, Mapping[str, Array], str | None]:
+    """Returns the program of the graph that answers a call of a component, what it takes, and its name."""
+    if not has_rows(manifest.contract, program.spec):
+        return program, inputs, None
+    from fewstep.export.row import at_row
+
+    row, left = row_call(program.spec, inputs)
+    return at_row(program, row), left, row_variant(row)
+
+
+def executor_text(runtime: Runtime, artifacts: Iterable[Artifact]) -> str:
+    """Returns what ran artifacts, for people: the runtime, their precisions each once, and the place where it says."""
+    precisions = dict.fromkeys(f"{a.weights} weights, {a.compute} compute" for a in artifacts)
+    place = f", run by {runtime.executor()}" if runtime.executor is not None else ""
+    return f"{runtime.name}, {'; '.join(precisions)}{place}"
+
+
+def stand_in_notes(runtime: str) -> list[str]:
+    """Returns that a runtime did not run, where another one computed its artifacts."""
+    state = get_runtime(runtime).availability()
+    if state.runs or state.stand_in is None:
+        return []
+    return [f"{runtime} itself did not run: {state.stand_in} computed its artifacts ({state.detail})"]
 
 
 def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
@@ -322,23 +377,28 @@ def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
 
 
 def _compare_shipped(
-    bundle: Bundle, runtime: str, references: Sequence[Sample], progress: Progress
+    bundle: Bundle, runtime: str, references: Sequence[Sample], integers: Sequence[str], progress: Progress
 ) -> tuple[list[Check], list[Sample]]:
-    """Returns the checks of what the device makes of a bundle in its own arithmetic, and the samples."""
+    """Returns the checks of what the device makes of a bundle in its own arithmetic, and the samples.
+
+    Components that compute with whole numbers have no limit: fp16 lets many more roundings fall the other way than the
+    noise floor's kernels do. Theirs is the mean distance from the original.
+    """
     sampler = open_sampler(bundle, runtime=runtime)
     try:
         with stage(progress, "compare components in fp16"):
-            limit = FP16_LIMITS.component_sqnr_db
-            checks = compare_components(references, sampler.session, lambda _: limit, error=LOWERING_FP16)
+            checks = compare_components(
+                references,
+                sampler.session,
+                lambda c: None if c in integers else FP16_LIMITS.component_sqnr_db,
+                error=LOWERING_FP16,
+            )
         advance = progress.task("compare samples in fp16", len(references))
-        results = []
-        for r in references:
-            schedule = bundle.manifest.schedule(r.steps)
-            results.append(sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs))
-            advance()
+        results = _drawn(sampler, bundle.manifest, references, advance)
     finally:
         sampler.close()
-    checks += compare_samples(references, results, FP16_LIMITS.picture_psnr_db, error=LOWERING_FP16)
+    limit = None if integers else FP16_LIMITS.picture_psnr_db
+    checks += compare_samples(references, results, limit, error=LOWERING_FP16)
     return checks, results
 
 
@@ -363,6 +423,8 @@ def _bisect(
         if spec.tiles is not None:
             spec, inputs, variant = first_tile(spec, inputs)
         program = (quantized or programs).make(component, spec)
+        if variant is None:
+            program, inputs, variant = _answering(manifest, program, inputs)
         path = bundle.file(manifest.artifact(runtime, component, variant).path)
         found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found

@@ -2,13 +2,15 @@
 
 coremltools compares predictions with expected values on macOS only; elsewhere its tests convert and compare nothing.
 Here every comparison runs. What each test evaluated is kept beside its outcome, so that a test which passed without a
-prediction is not taken for a proof.
+prediction is not taken for a proof. A record is written when its test begins and again when it ends: the run goes on
+where it was interrupted, and a test that brought the process down is known.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from coremltools.models import MLModel
 from PIL import Image
 
 from fewstep.errors import ContractError
-from fewstep.runtimes.mil import Evaluator, Precision, open_package
+from fewstep.runtimes.mil import Evaluator, open_package
 from fewstep.runtimes.mil.program import Feature, Function, TensorType
+from tests.mil.operators import RULE
 
 # Beside every operation of interest: constants and the casts at a program's ends say nothing of it.
 _PLUMBING = {"const", "cast", "identity"}
@@ -39,11 +42,10 @@ class _Log:
         self.operations: set[str] = set()
         self.predictions = 0
         self.unknown: str | None = None
-        self.precision: Precision = "fp16"
 
 
 _LOG = _Log()
-_RESULTS: list[dict[str, Any]] = []
+_EMPTY: dict[str, Any] = {"operations": [], "predictions": 0, "unknown": None}
 
 
 def _operations(function: Function) -> set[str]:
@@ -66,14 +68,17 @@ def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[st
     function = program.functions[name]
     _LOG.operations |= _operations(function)
     try:
-        evaluator = Evaluator(program, precision=_LOG.precision)
+        evaluator = Evaluator(program, precision="fp16")
     except ContractError as error:
         _LOG.unknown = error.message
         raise
     declared = dict(function.inputs)
     features = {feature.name: feature for feature in program.inputs[name]}
     feeds = {key: _fed(value, features[key], declared[key]) for key, value in data.items()}
-    outputs = evaluator.run(feeds, function=name, state=None if state is None else state.values)
+    try:
+        outputs = evaluator.run(feeds, function=name, state=None if state is None else state.values)
+    except ContractError as error:  # in the words of Core ML, which tests of bad inputs look for
+        raise RuntimeError(f"Unable to compute the prediction using ML Program: {error.message}") from error
     _LOG.predictions += 1
     shown = {feature.name: feature for feature in program.outputs[name]}
     return {key: _shown(value, shown[key]) for key, value in outputs.items()}
@@ -115,36 +120,52 @@ def _make_state(model: MLModel) -> _State:
     return _State(Evaluator(program).make_state(model.function_name))
 
 
+def _write(record: dict[str, Any]) -> None:
+    line = json.dumps({**record, "rule": RULE, "evaluator": os.environ["FEWSTEP_MIL_EVALUATOR"]})
+    with Path(os.environ["FEWSTEP_MIL_RECORDS"]).open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.split("ops/tests/")[-1]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Puts the evaluator in Core ML's place."""
     testing_utils._IS_MACOS = True
-    ct.models.utils._macos_version = lambda: (15, 0)
+    ct.models.utils._macos_version = lambda: (15, 2)
     MLModel.predict = _predict
     MLModel.make_state = _make_state
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps at most ``FEWSTEP_MIL_CASES`` cases of each test function, spread over its parameters; 0 keeps all."""
-    most = int(os.environ.get("FEWSTEP_MIL_CASES", "0"))
-    if not most:
-        return
-    by_function: dict[str, list[pytest.Item]] = {}
+    """Takes the next cases without a record, and puts those first that spread over each function's parameters."""
+    counts = Counter(_name(item).split("::")[0] for item in items)
+    Path(os.environ["FEWSTEP_MIL_COUNTS"]).write_text(json.dumps(counts, indent=1), encoding="utf-8")
+    records = Path(os.environ["FEWSTEP_MIL_RECORDS"])
+    lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
+    done = {json.loads(line)["test"] for line in lines}
+    functions: dict[str, list[pytest.Item]] = {}
     for item in items:
-        by_function.setdefault(item.nodeid.split("[")[0], []).append(item)
-    kept = {id(cases[i * len(cases) // most]) for cases in by_function.values() for i in range(most)}
+        functions.setdefault(item.nodeid.split("[")[0], []).append(item)
+    turn: dict[int, int] = {}
+    for cases in functions.values():
+        bits = len(cases).bit_length()
+        spread = sorted(range(len(cases)), key=lambda i, bits=bits: int(f"{i:0{bits}b}"[::-1], 2))
+        turn.update({id(cases[i]): at for at, i in enumerate(spread)})
+    waiting = sorted((item for item in items if _name(item) not in done), key=lambda item: turn[id(item)])
+    chosen = waiting[: int(os.environ["FEWSTEP_MIL_BATCH"])]
+    kept = {id(item) for item in chosen}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
-    items[:] = [item for item in items if id(item) in kept]
+    items[:] = chosen
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Starts a record for the test, and chooses the arithmetic that its tolerances are for."""
+    """Starts a record for the test."""
     global _LOG
     _LOG = _Log()
-    # Cases of an fp32 backend have the tolerances of fp32 arithmetic, whatever types their values are stored in.
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = parameters.get("backend", ("mlprogram", "fp16"))
-    _LOG.precision = getattr(backend, "precision", None) or backend[1]
+    _write({**_EMPTY, "test": _name(item), "outcome": "failed", "reason": "the process ended"})
     return (yield)
 
 
@@ -152,23 +173,19 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
     """Keeps the outcome with what was evaluated."""
     report: pytest.TestReport = yield
-    if report.when == "call" or (report.when == "setup" and report.skipped):
+    if report.when == "call" or (report.when == "setup" and not report.passed):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-        error = str(call.excinfo.value).strip().split("\n")[0][:200] if call.excinfo is not None else ""
-        _RESULTS.append(
+        error = ""
+        if call.excinfo is not None:
+            error = str(call.excinfo.value).strip().split("\n")[0][:200] or call.excinfo.typename
+        _write(
             {
-                "test": item.nodeid.split("/ops/tests/")[-1],
+                "test": _name(item),
                 "outcome": report.outcome,
                 "operations": sorted(_LOG.operations - _PLUMBING),
                 "predictions": _LOG.predictions if report.when == "call" else 0,
                 "unknown": _LOG.unknown if report.when == "call" else None,
                 "reason": reason or error,
-                "arithmetic": _LOG.precision,
             }
         )
     return report
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Writes the records where the caller wants them."""
-    Path(os.environ["FEWSTEP_MIL_RESULTS"]).write_text(json.dumps(_RESULTS), encoding="utf-8")

@@ -26,12 +26,13 @@ def _inside(indices: Array, size: int, where: str, validate: Any) -> Array:
 
     Raises:
         ContractError: one is out of range. Core ML leaves the result undefined unless told to validate, so no program
-            that reaches this is right.
+            that reaches this is right. Where it validates, negative ones are out of range, too.
     """
     wide = np.asarray(indices).astype(np.int64)
-    if wide.size and (wide.min() < -size or wide.max() >= size):
+    least = 0 if bool(validate) else -size
+    if wide.size and (wide.min() < least or wide.max() >= size):
         raise ContractError(
-            f"{where}: index {wide.min() if wide.min() < -size else wide.max()} is out of range for {size} elements"
+            f"{where}: index {wide.min() if wide.min() < least else wide.max()} is out of range for {size} elements"
             f"{'' if bool(validate) else ' (undefined in Core ML)'}",
             hint="check the inputs",
         )
@@ -200,7 +201,7 @@ def resize(
     for axis, size in zip(range(x.ndim - count, x.ndim), sizes, strict=True):
         at = _grid(x.shape[axis], size, sampling_mode)
         if interpolation_mode == "NEAREST_NEIGHBOR":
-            rounded = np.floor(at if sampling_mode == "DEFAULT" else at + 0.5).astype(np.int64)
+            rounded = np.floor(at + 0.5).astype(np.int64)
             x = np.take(x, np.minimum(rounded, x.shape[axis] - 1), axis=axis)
         else:
             x = _interpolate(x, at, axis)

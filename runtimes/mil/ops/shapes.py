@@ -16,9 +16,10 @@ _PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 
 
 def reshape(x: Array, shape: Any) -> Array:
-    """Returns x in another shape; -1 is what is left over, and 0 keeps the dimension."""
+    """Returns x in another shape; -1 is what is left over, and 0 keeps the dimension, counted from the last one."""
     wanted = wholes(shape)
-    return x.reshape([x.shape[i] if n == 0 and x.size else n for i, n in enumerate(wanted)])
+    kept = [1] * (len(wanted) - x.ndim) + list(x.shape[max(0, x.ndim - len(wanted)) :])
+    return x.reshape([k if n == 0 and x.size else n for n, k in zip(wanted, kept, strict=True)])
 
 
 def reshape_like(x: Array, ref_tensors: Any, begins: Any, ends: Any, end_masks: Any) -> Array:

@@ -1,0 +1,120 @@
+"""Compiles every network of the zoo's families for Core ML and evaluates it: docs/coreml-families.md.
+
+``make coreml-families``, or ``python -m tests.coreml_families [FAMILY ...]``. Each family leaves a record in
+``build/coreml-families``, so that the run goes on where it was interrupted; a family that is named is run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fewstep.calibration import SampleRequest, record_samples
+from fewstep.errors import FewstepError
+from fewstep.export import describe, programs_of
+from fewstep.metrics import sqnr_db
+from fewstep.recipe import Recipe
+from fewstep.runtimes import coreml
+from fewstep.runtimes.coreml_lower import lower
+from tests import zoo
+from tests.families import REFUSED, generator_of
+from tests.zoo.family import Family
+
+RESULTS = Path("build/coreml-families")
+
+
+@dataclass(frozen=True)
+class Network:
+    """How one network of a family went: the worst SQNR of its outputs in all recorded calls, or what stopped it."""
+
+    family: str
+    component: str
+    sqnr_db: float | None
+    calls: int
+    error: str = ""
+
+
+def evaluate(family: Family) -> list[Network]:
+    """Returns how every network of a family converts and evaluates, in fp32 on the calls of one sample."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        generator = generator_of(family, folder / "source")
+        steps = family.steps[-1]
+        described = describe(generator, [steps])
+        programs = programs_of(generator, described, Recipe("fp32"))
+        prompts = generator.prompts[:1] or ("",)
+        (request,) = SampleRequest.grid(generator, prompts, range(1), steps, generator.guidance)
+        (sample,) = programs.restate(list(record_samples(generator, described, [request])))
+        found = []
+        for component in programs.components:
+            program = programs.make(component)
+            calls = [feed for feed in sample.feeds if feed.component == component]
+            try:
+                path = folder / lower(program, folder, "fp32").path
+                with coreml.open_exact(path, program.spec) as session:
+                    values = [
+                        sqnr_db(feed.outputs[output], result)
+                        for feed in calls
+                        for output, result in session.run(feed.inputs).items()
+                    ]
+            except FewstepError as error:
+                found.append(Network(family.name, component, None, len(calls), error.message))
+                continue
+            assert values, f"{family.name}: {component} was never called"
+            found.append(Network(family.name, component, min(values), len(calls)))
+        return found
+
+
+def page(families: Iterable[str], networks: Sequence[Network]) -> str:
+    """Returns the page of what was run."""
+    missing = [name for name in families if name not in {network.family for network in networks}]
+    fine = [network for network in networks if network.sqnr_db is not None and network.sqnr_db >= 100]
+    lines = [
+        "# Families of generators on Core ML",
+        "",
+        f"Written by `make coreml-families`: do not edit. {len(fine)} of {len(networks)} networks of "
+        f"{len({network.family for network in networks})} families compile for iOS 18 and keep 100 dB. Each is one of "
+        "a tiny generator with random weights (`tests/zoo`), evaluated from its package in fp32 on the calls of one "
+        "sample, against PyTorch. Figures are the worst of all calls and outputs.",
+        "",
+    ]
+    if missing:
+        lines += [f"Not run: {', '.join(missing)}.", ""]
+    lines += ["| family | networks, with SQNR in dB |", "|---|---|"]
+    for family in families:
+        of_family = [network for network in networks if network.family == family]
+        if of_family:
+            lines.append(f"| {family} | {', '.join(map(_told, of_family))} |")
+    stopped = [network for network in networks if network.sqnr_db is None]
+    lines += ["", "## What stops the others", ""]
+    lines += [f"- {n.family}, {n.component}: {n.error}" for n in stopped] or ["Nothing."]
+    return "\n".join(lines) + "\n"
+
+
+def _told(network: Network) -> str:
+    return f"{network.component} " + ("**no**" if network.sqnr_db is None else f"{network.sqnr_db:.0f}")
+
+
+def main(names: Sequence[str]) -> None:
+    """Runs the named families, or all that have no record, and prints the page of all records."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    families = [family for family in zoo.FAMILIES if family.name not in REFUSED]
+    networks = []
+    for family in families:
+        record = RESULTS / f"{family.name}.json"
+        if family.name in names or not (names or record.is_file()):
+            found = evaluate(family)
+            record.write_text(json.dumps([dataclasses.asdict(network) for network in found]), encoding="utf-8")
+            sys.stderr.write(f"{family.name}: {', '.join(map(_told, found))}\n")
+        if record.is_file():
+            networks += [Network(**values) for values in json.loads(record.read_text(encoding="utf-8"))]
+    sys.stdout.write(page([family.name for family in families], networks))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

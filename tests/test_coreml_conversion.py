@@ -1,0 +1,105 @@
+"""What coremltools converts only with our help: each case is a network that it refuses, or converts to another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fewstep.errors import ExportError
+from fewstep.manifest import ComponentSpec, TensorSpec
+from fewstep.metrics import sqnr_db
+from fewstep.program import Program
+from fewstep.runtimes import coreml
+from fewstep.runtimes.coreml_bisect import bisect
+from fewstep.runtimes.coreml_lower import lower
+from fewstep.runtimes.mil import open_package
+
+X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+SCALE, SHIFT = (torch.linspace(low, 2, 3).reshape(1, 3, 1, 1) for low in (0.5, -1))
+
+
+class Applied(torch.nn.Module):
+    """A function of two tensors as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.function(a, b)
+
+
+def program_of(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], names: tuple[str, str, str] = ("a", "b", "y")
+) -> Program:
+    given = (torch.from_numpy(X), torch.from_numpy(X[::-1].copy()))
+    exported = torch.export.export(Applied(function).eval(), given)
+    shape = tuple(function(*given).shape)
+    a, b, y = names
+    inputs = (TensorSpec(a, "float32", X.shape), TensorSpec(b, "float32", X.shape))
+    return Program("denoiser", "unet", exported, ComponentSpec(inputs, (TensorSpec(y, "float32", shape),), {}))
+
+
+def quality(program: Program, folder: Path) -> float:
+    given = dict(zip((spec.name for spec in program.spec.inputs), (X, X[::-1].copy()), strict=True))
+    path = folder / lower(program, folder, "fp32").path
+    (output,) = program.spec.outputs
+    with coreml.open_exact(path, program.spec) as session:
+        result = session.run(given)[output.name]
+    reference = program.exported.module()(*(torch.from_numpy(value) for value in given.values()))
+    assert bisect(program, path, given, limit_db=100.0) is None
+    return sqnr_db(reference.detach().numpy(), result)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        # Without help it becomes the exact GELU: 74 dB.
+        pytest.param(lambda a, b: functional.gelu(a, approximate="tanh") * b, id="gelu by tanh"),
+        pytest.param(lambda a, b: functional.gelu(a) * b, id="exact gelu"),
+        pytest.param(lambda a, b: torch.where(a > b, a, 0.5), id="where with a number last"),
+        pytest.param(lambda a, b: torch.where(a > b, -0.5, b), id="where with a number first"),
+        pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
+        pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
+        pytest.param(lambda a, b: torch.where((a > b) & a.new_ones((), dtype=torch.bool), a, b), id="a single one"),
+    ],
+)
+def test_operation(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    # fp32 on both sides, one operation deep: 1e-6 of the values is 120 dB.
+    assert quality(program_of(function), tmp_path) >= 110
+
+
+def test_batch_norms_of_products_and_sums_are_exact(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: a[..., None] * SCALE + SHIFT + b[..., None])
+    # The epsilon of coremltools' batch norm alone would leave 111 dB here.
+    assert quality(program, tmp_path) >= 130
+    package = open_package(tmp_path / "Unet.mlpackage")
+    assert "batch_norm" in {operation.type for operation in package.functions["main"].block.operations}
+
+
+def test_gelu_stays_one_operation(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: functional.gelu(a, approximate="tanh") + b)
+    package = open_package((tmp_path / lower(program, tmp_path, "fp32").path).parent)
+    operations = [o.type for o in package.functions["main"].block.operations if o.type != "const"]
+    assert operations == ["gelu", "add"]
+
+
+def test_names_with_dots_are_names_with_underscores(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: a - 2 * b, ("encoder.latent.mean", "encoder.latent.std", "a.b.c"))
+    assert quality(program, tmp_path) >= 110
+    package = open_package(tmp_path / "Unet.mlpackage")
+    assert {feature.name for feature in package.inputs["main"]} == {"encoder_latent_mean", "encoder_latent_std"}
+
+
+def test_inputs_may_be_read_in_another_order(tmp_path: Path) -> None:
+    assert quality(program_of(lambda a, b: torch.tanh(b) - 2 * a), tmp_path) >= 110
+
+
+def test_names_that_would_be_the_same_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"a\.b and a_b would both be a_b on Core ML"):
+        lower(program_of(torch.add, ("a.b", "a_b", "y")), tmp_path, "fp32")
