@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
 from fewstep.quantization import Quantization
+from fewstep.runtimes.integer_reference import judged, signed_reference
 from fewstep.runtimes.integers import (
     dequantized_weights,
     guard_weights,
@@ -19,7 +20,6 @@ from fewstep.runtimes.integers import (
     tag,
     unfold_weights,
 )
-from fewstep.runtimes.points import judged, reference
 from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
 
@@ -115,11 +115,11 @@ def test_weights_that_are_multiplied_in_float_are_told_apart() -> None:
 
 def test_reference_judges_itself_equal_and_a_flip_not() -> None:
     program = quantized(W8A8)
-    expected = reference(program, feeds(program, X))
-    assert all(values.dtype == np.int8 for values in expected.integers.values())
-    exact = judged(expected, expected.integers, expected.outputs)
+    expected = signed_reference(program, feeds(program, X))
+    assert all(values.dtype == np.int8 for values in expected.values.values())
+    exact = judged(expected, expected.values, expected.outputs)
     assert [p.differing for p in exact] == [0] * len(exact)
-    name = next(iter(expected.integers))
-    wrong = {**expected.integers, name: expected.integers[name] ^ np.int8(1)}
+    name = next(iter(expected.values))
+    wrong = {**expected.values, name: expected.values[name] ^ np.int8(1)}
     first = judged(expected, wrong, expected.outputs)[0]
     assert (first.equal, first.largest) == (0.0, 1)
