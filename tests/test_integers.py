@@ -61,7 +61,8 @@ def test_stored_weights_are_what_the_network_multiplies_by(bits: int, granularit
         groups = 1 if weight.axis is None else scale.shape[1]
         rows = weight.integers.reshape(len(weight.values), groups, -1).astype(np.float32) * scale
         np.testing.assert_array_equal(rows.reshape(weight.values.shape), weight.values)
-    assert [weight.grouped for weight in stored] == [granularity == "group", False]  # 36 inputs, and one group of 32
+    # 36 inputs of the convolution are two groups, 32 of the linear layer are one.
+    assert {weight.values.ndim: weight.grouped for weight in stored} == {4: granularity == "group", 2: False}
     with torch.no_grad():
         torch.testing.assert_close(module(X)[0], run(program, X), rtol=0, atol=0)
 
