@@ -168,6 +168,36 @@ def mark_points(module: GraphModule) -> list[Point]:
     return points
 
 
+def guard_weights(module: GraphModule, weights: list[StoredWeight], first: int) -> int:
+    """Puts markers around whatever multiplies a stored weight, in place, and returns how many.
+
+    Converters fold what scales the data or the result (the factors of a normalization, an attention's scale) into a
+    weight, whose integers are then of no use. No converter folds anything through a clamp. The markers' numbers start
+    at ``first``.
+    """
+    names = {weight.name for weight in weights}
+    count = 0
+    for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target in names]:
+        for user in [u for n in node.users for u in (n.users if n.target is _aten.t.default else (n,))]:
+            if user.target is _aten.embedding.default:
+                continue
+            data = user.args[0]
+            with module.graph.inserting_before(user):
+                before = module.graph.call_function(_aten.clamp.default, (data, tag(first + count)))
+            before.meta = dict(data.meta)
+            user.replace_input_with(data, before)
+            count += 1
+            if any(u.op == "output" or u.target is _aten.relu.default for u in user.users):
+                continue
+            with module.graph.inserting_after(user):
+                after = module.graph.call_function(_aten.clamp.default, (user, tag(first + count)))
+            after.meta = dict(user.meta)
+            user.replace_all_uses_with(after, delete_user_cb=lambda u, own=after: u is not own)
+            count += 1
+    module.recompile()
+    return count
+
+
 def tag(point: int) -> float:
     """Returns the number that a point's marker clamps at."""
     assert point < _TAGS

@@ -19,6 +19,8 @@ _MOVES = (_Op.TRANSPOSE, _Op.RESHAPE)
 def place_points(model: LiteRTModel, points: Sequence[Point], where: str) -> None:
     """Replaces every marker by QUANTIZE and DEQUANTIZE, in place, and moves these towards what computes with them.
 
+    Markers with numbers beyond the points' have done their work, and go.
+
     Raises:
         ExportError: the converter lost a marker.
     """
@@ -29,9 +31,12 @@ def place_points(model: LiteRTModel, points: Sequence[Point], where: str) -> Non
         if at is None:
             operators.append(operator)
             continue
-        point, data = points[at[0]], at[1]
+        data, result = at[1], int(operator.outputs[0])
+        if at[0] >= len(points):  # it guarded a weight
+            model.redirect([o for o in model.graph.operators if o is not operator], result, data)
+            continue
+        point = points[at[0]]
         found.add(at[0])
-        result = int(operator.outputs[0])
         integers = model.add_integers(point.name, model.shape(result), point.scale, point.zero_point)
         operators.append(model.operator(_Op.QUANTIZE, [data], [integers], version=2))
         operators.append(model.operator(_Op.DEQUANTIZE, [integers], [result], version=2))

@@ -17,7 +17,7 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
-from fewstep.runtimes.integers import Point, StoredWeight, mark_points, sign_grids, unfold_weights
+from fewstep.runtimes.integers import Point, StoredWeight, guard_weights, mark_points, sign_grids, unfold_weights
 from fewstep.runtimes.litert import NAME, SIGNATURE
 from fewstep.runtimes.litert_pack import pack
 from fewstep.runtimes.materialize import materialized
@@ -54,6 +54,7 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
     sign_grids(module)
     stored = unfold_weights(module)
     points = mark_points(module)
+    guard_weights(module, stored, len(points))
     spread_group_norms(module, channels_last=True)
     return module, stored, points
 
@@ -74,7 +75,7 @@ def convert(program: Program, module: GraphModule) -> bytes:
         except Exception as error:  # the converter raises whatever its translation of an op happens to raise
             raise ExportError(
                 f"{program.component} cannot be lowered to LiteRT: {type(error).__name__}: {_first_line(error)}",
-                hint="the op that stops it is named above; rewrite it in the module, or report it",
+                hint="rewrite what stops it in the module, or report it",
             ) from error
     return content
 

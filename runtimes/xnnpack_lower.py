@@ -85,7 +85,7 @@ def convert(component: str, module: GraphModule, inputs: tuple[torch.Tensor, ...
         except Exception as error:  # the compiler raises whatever its translation of an op happens to raise
             raise ExportError(
                 f"{component} cannot be lowered to ExecuTorch: {type(error).__name__}: {_innermost(error)}",
-                hint="the op that stops it is named above; rewrite it in the module, or report it",
+                hint="rewrite what stops it in the module, or report it",
             ) from error
     return content, Counter({name: count for name, count in left.items() if name.startswith("aten.")})
 

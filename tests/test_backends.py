@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def test_recipe_gets_the_profile_of_its_target(target: str) -> None:
 def test_one_plan_cannot_be_of_two_profiles() -> None:
     with pytest.raises(RecipeError, match="a bundle has one plan for all of its targets"):
         for_targets(load_recipe("w8a8").quantization, ["onnxruntime", "litert"])
+
+
+@pytest.mark.parametrize("target", ["litert", "executorch"])
+def test_grids_of_steps_are_refused_before_anything_is_made(target: str) -> None:
+    chosen = load_recipe("w8a8").quantization
+    assert chosen is not None
+    with pytest.raises(RecipeError, match=f"step_grids is 'each', and {target} has one grid for a tensor"):
+        for_targets(replace(chosen, step_grids="each"), [target])
 
 
 def test_executorch_refuses_recipes_that_only_store() -> None:

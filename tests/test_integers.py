@@ -10,8 +10,16 @@ from torch.fx import GraphModule
 from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
 from fewstep.quantization import Quantization
-from fewstep.runtimes.integers import dequantized_weights, mark_points, marked, sign_grids, tag, unfold_weights
-from fewstep.runtimes.points import judged, reference
+from fewstep.runtimes.integer_reference import judged, signed_reference
+from fewstep.runtimes.integers import (
+    dequantized_weights,
+    guard_weights,
+    mark_points,
+    marked,
+    sign_grids,
+    tag,
+    unfold_weights,
+)
 from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
 
@@ -53,7 +61,8 @@ def test_stored_weights_are_what_the_network_multiplies_by(bits: int, granularit
         groups = 1 if weight.axis is None else scale.shape[1]
         rows = weight.integers.reshape(len(weight.values), groups, -1).astype(np.float32) * scale
         np.testing.assert_array_equal(rows.reshape(weight.values.shape), weight.values)
-    assert [weight.grouped for weight in stored] == [granularity == "group", False]  # 36 inputs, and one group of 32
+    # 36 inputs of the convolution are two groups, 32 of the linear layer are one.
+    assert {weight.values.ndim: weight.grouped for weight in stored} == {4: granularity == "group", 2: False}
     with torch.no_grad():
         torch.testing.assert_close(module(X)[0], run(program, X), rtol=0, atol=0)
 
@@ -81,6 +90,17 @@ def test_markers_change_nothing_and_say_which_point_they_are() -> None:
         assert torch.isfinite(module(wide)[0]).all()
 
 
+def test_guards_stand_around_products_and_change_nothing() -> None:
+    program = quantized(Quantization(rounding="nearest"))
+    module = graph(program)
+    assert guard_weights(module, unfold_weights(module), 5) == 3  # nothing folds into the last one's output
+    clamps = [n for n in module.graph.nodes if n.target is torch.ops.aten.clamp.default]
+    assert sorted(marked(n.args[1]) or 0 for n in clamps) == [5, 6, 7]
+    assert {n.args[0].target for n in clamps} > {torch.ops.aten.conv2d.default}
+    with torch.no_grad():
+        torch.testing.assert_close(module(X)[0], run(program, X), rtol=0, atol=0)
+
+
 def test_tags_survive_float32_and_are_no_bounds_of_a_network() -> None:
     for point in (0, 1, 2, 1000, (1 << 20) - 1):
         assert marked(float(np.float32(tag(point)))) == point
@@ -96,11 +116,11 @@ def test_weights_that_are_multiplied_in_float_are_told_apart() -> None:
 
 def test_reference_judges_itself_equal_and_a_flip_not() -> None:
     program = quantized(W8A8)
-    expected = reference(program, feeds(program, X))
-    assert all(values.dtype == np.int8 for values in expected.integers.values())
-    exact = judged(expected, expected.integers, expected.outputs)
+    expected = signed_reference(program, feeds(program, X))
+    assert all(values.dtype == np.int8 for values in expected.values.values())
+    exact = judged(expected, expected.values, expected.outputs)
     assert [p.differing for p in exact] == [0] * len(exact)
-    name = next(iter(expected.integers))
-    wrong = {**expected.integers, name: expected.integers[name] ^ np.int8(1)}
+    name = next(iter(expected.values))
+    wrong = {**expected.values, name: expected.values[name] ^ np.int8(1)}
     first = judged(expected, wrong, expected.outputs)[0]
     assert (first.equal, first.largest) == (0.0, 1)

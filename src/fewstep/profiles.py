@@ -31,6 +31,7 @@ class TargetProfile:
         whole_kernels: whether inputs that share a scale are whole channels, with all of a convolution's kernel.
         groups: whether a weight that is multiplied in float may have scales of groups of inputs.
         weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
+        step_grids: whether an activation's grid may come from a table, by step.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TargetProfile:
     whole_kernels: bool = False
     groups: bool = True
     weight_only: bool = True
+    step_grids: bool = True
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
@@ -111,6 +113,7 @@ _LITERT = replace(
     floats=dict.fromkeys(_ORT_FLOATS, "XNNPACK computes it in float"),
     computed_scales=False,
     groups=False,
+    step_grids=False,
 )
 # Its delegate in ExecuTorch unpacks no stored weight for a product in float.
 _EXECUTORCH = replace(_LITERT, name="executorch", weight_only=False)

@@ -214,9 +214,16 @@ def for_targets(quantization: Quantization | None, targets: Collection[str]) -> 
         RecipeError: the recipe names another profile, or other targets would have to run the same plan.
     """
     needs = {target: REQUIRED[target] for target in targets if target in REQUIRED}
-    if quantization is None or not needs or set(needs.values()) == {quantization.profile}:
+    if quantization is None or not needs:
         return quantization
     target, profile = next(iter(needs.items()))
+    if quantization.step_grids != "shared" and not PROFILES[profile].step_grids:
+        raise RecipeError(
+            f"step_grids is {quantization.step_grids!r}, and {target} has one grid for a tensor",
+            hint="leave step_grids out of the recipe, or build for onnxruntime",
+        )
+    if set(needs.values()) == {quantization.profile}:
+        return quantization
     if quantization.profile != Quantization.profile:
         raise RecipeError(
             f"the recipe's profile is {quantization.profile!r}, and {target} runs graphs of {profile!r} only",

@@ -13,7 +13,7 @@ from tests.quantized import calls_of, plan_of, program_of, random
 
 
 class Net(torch.nn.Module):
-    """Convolutions of 1 and 3, a group norm, linear layers over places, an embedding, a residual."""
+    """Convolutions of 1 and 3, a group norm, linear layers over places behind a norm, an embedding, a residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,13 +21,15 @@ class Net(torch.nn.Module):
         self.first, self.norm = torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.GroupNorm(8, 32)
         self.middle, self.point = torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 1)
         self.up, self.down = torch.nn.Linear(32, 48), torch.nn.Linear(48, 32)
+        self.tokens = torch.nn.LayerNorm(32)
+        torch.nn.init.normal_(self.tokens.weight)
         self.last, self.label = torch.nn.Conv2d(32, 4, 3, padding=1), torch.nn.Embedding(9, 32)
 
     def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x) + self.label(label)[:, :, None, None]
         hidden = self.middle(torch.nn.functional.silu(self.norm(hidden)))
         tokens = hidden.flatten(2).transpose(1, 2)
-        tokens = tokens + self.down(torch.nn.functional.gelu(self.up(tokens)))
+        tokens = tokens + self.down(torch.nn.functional.gelu(self.up(self.tokens(tokens))))
         image = tokens.transpose(1, 2).unflatten(2, (8, 8))
         result: torch.Tensor = self.last(torch.tanh(self.point(image)) + hidden)
         return result

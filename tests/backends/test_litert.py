@@ -84,7 +84,7 @@ def test_a_wrong_scale_is_found_where_it_is(tmp_path: Path) -> None:
     model.graph.tensors[at].quantization.scale = model.graph.tensors[at].quantization.scale * 1.05
     path.write_bytes(model.content())
     wrong = [p.tensor for p in points(path, program) if p.sqnr_db is None and p.equal < 0.999]
-    assert wrong == ["quantize_per_tensor_5", "quantize_per_tensor_6"]
+    assert wrong == ["quantize_per_tensor_5"]
 
 
 def test_signature_has_the_manifests_names_and_others_are_refused(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_closed_session_and_wide_number_are_refused(tmp_path: Path) -> None:
 
 class _Unsupported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.lu_factor(x @ x.transpose(-1, -2))[0]
+        return torch.special.bessel_j0(x)
 
 
 def test_operation_that_stops_it_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"denoiser cannot be lowered to LiteRT: .*lu"):
+    with pytest.raises(ExportError, match=r"denoiser cannot be lowered to LiteRT: .*bessel"):
         lower(program_of(_Unsupported(), random(1, 4, 4)), tmp_path, "fp32")
 
 
