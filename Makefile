@@ -110,11 +110,33 @@ $(INTEROP)/.installed: pyproject.toml constraints-interop.txt | $(INTEROP)/bin/p
 		-e '.[onnxruntime]' diffusers hypothesis optimum-onnx peft pytest torch
 	touch $@
 
+# Backends whose packages do not go with constraints.txt, each in an environment of its own.
+.PHONY: test-backends
+test-backends: test-litert test-executorch ## Tests LiteRT and ExecuTorch, each in an environment of its own (2 GB each)
+
+.PHONY: test-litert test-executorch
+test-litert test-executorch: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -p no:anyio tests/backends/test_$*.py # an older plugin, whose warnings are errors
+
+.PHONY: litert-families executorch-families
+litert-families executorch-families: %-families: .venv-%/.installed # builds every family of tests/zoo for one of them
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -W ignore -m tests.backends.families $* > docs/$*-families.new
+	mv docs/$*-families.new docs/$*-families.md
+
+.venv-litert/.installed .venv-executorch/.installed: .venv-%/.installed: pyproject.toml constraints-%.txt
+	@test -n '$(PYTHON)' || { echo 'no Python 3.11 or later found; name one: make PYTHON=/path/to/python ...' >&2; exit 2; }
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --progress-bar off -c constraints-$*.txt -e '.[$*,onnxruntime,test]'
+	touch $@
+
 # --- the web app -------------------------------------------------------------------------------------------------------
 
 WEB := apps/web
-# The bundles that the app is tested with in a browser; `make test-app BUNDLES=build/stickers,build/stickers-w8a8`.
-BUNDLES ?= $(BUNDLE)
+# The bundles that the app is tested with in a browser, the first also in all that can go wrong; those that are not there
+# are built. `make test-app BUNDLES=build/stickers` takes the least time.
+BUNDLES ?= $(BUNDLE)-w8a8,$(BUNDLE)-w8,$(BUNDLE)
+comma := ,
+TESTED := $(subst $(comma), ,$(BUNDLES))
 
 .PHONY: app
 app: app-build bundle ## Builds the web app, serves it with build/stickers and opens it (needs Node 18 or later)
@@ -125,11 +147,19 @@ app-build: $(WEB)/node_modules/.installed ## Builds the web app into src/fewstep
 	cd $(WEB) && npx --no-install tsc --noEmit && npx --no-install vite build
 
 .PHONY: test-app
-test-app: app-build bundle ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
+test-app: $(VENV)/.dev app-build $(TESTED:=/manifest.json) ## Tests the web app in Chromium (installs Debian's Chromium and npm packages where it may)
 	$(WEB)/build/need.sh chromium
-	@git diff --quiet -- src/fewstep/app/static || { echo 'src/fewstep/app/static was not what apps/web builds: commit it' >&2; exit 1; }
-	cd $(WEB) && npx --no-install vitest run
+	@changed=$$(git status --porcelain -- src/fewstep/app/static); test -z "$$changed" || { \
+		echo 'error: src/fewstep/app/static is not what apps/web builds' >&2; \
+		echo 'hint: commit it, as make app-build has just written it' >&2; exit 1; }
+	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run
 	cd $(WEB) && FEWSTEP_BUNDLES=$(BUNDLES) npx --no-install vitest run -c vitest.browser.config.ts
+
+$(BUNDLE)/manifest.json: | $(VENV)/.all
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe fp32 -o $(@D)
+
+$(BUNDLE)-%/manifest.json: | $(VENV)/.all
+	$(BIN)/fewstep build stickers --target onnxruntime --recipe $* -o $(@D)
 
 # Not `npm ci`, which refuses a lock file without the binaries of other platforms that a mirror may lack.
 $(WEB)/node_modules/.installed: $(WEB)/package-lock.json
@@ -174,9 +204,13 @@ bench-quant: $(VENV)/.dev bundle-step ## Compares recipes with other tools' int8
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.operators
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
 
+.PHONY: bench-backends
+bench-backends: $(VENV)/.dev ## Builds and measures the built-in generator for every runtime, on every executor (goes on where it was interrupted)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.backends
+
 .PHONY: bench-static
 bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.static --stickers --memory --step-grids
 
 .PHONY: bench-coreml
 bench-coreml: $(VENV)/.dev ## Compares recipes for Core ML by size and quality (goes on where it was interrupted); ROWS=... for some
@@ -190,6 +224,6 @@ wheel: $(VENV)/.dev ## Builds dist/*.tar.gz, and dist/*.whl from it
 
 .PHONY: clean
 clean: ## Removes environments, caches and distributions; keeps build/, where training states and bundles are
-	rm -rf $(VENV) $(INTEROP) $(WEB)/node_modules $(WEB)/lib dist src/*.egg-info build/lib build/bdist.*
+	rm -rf $(VENV) $(INTEROP) .venv-litert .venv-executorch $(WEB)/node_modules $(WEB)/lib dist src/*.egg-info build/lib build/bdist.*
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -path ./build -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

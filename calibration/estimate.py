@@ -90,6 +90,16 @@ def estimate(
     return _search(histogram, full, losses[method], bits=bits, symmetric=symmetric)
 
 
+def squared_error(histogram: Histogram, found: Range, *, bits: int, symmetric: bool) -> float:
+    """Returns the mean squared error of a tensor's values on the integers that cover a range."""
+    values, weights = histogram.values()
+    if found.low == found.high:
+        return float(values**2 @ weights)
+    ends = np.array([found.low]), np.array([found.high])
+    quantized = _quantized(values, *ends, bits=bits, symmetric=symmetric)
+    return float(((quantized[0] - values) ** 2) @ weights)
+
+
 METHODS = ("minmax", "percentile", "ema", "lp", "mse", "l1", "cosine", "kl")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import SourceError
 from fewstep.export.stored import read_header
@@ -35,3 +38,21 @@ def check_weights_folder(folder: Path) -> None:
         raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")
     for path in weights:
         read_header(path)
+
+
+def check_complete(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises SourceError unless ``model_index.json`` names all that its pipeline cannot do without."""
+    import diffusers
+
+    class_name = str(index.get("_class_name"))
+    pipeline = getattr(diffusers, class_name, None)
+    if pipeline is None:
+        return  # diffusers says so itself
+    parameters = [p for p in inspect.signature(pipeline.__init__).parameters.values() if p.name != "self"]
+    wanted = [p.name for p in parameters if p.default is p.empty and p.name not in pipeline._optional_components]
+    missing = [name for name in wanted if not index.get(name) or index[name] == [None, None]]
+    if missing:
+        raise SourceError(
+            f"{folder}: {class_name} has no {missing[0]}, expected all of: {', '.join(wanted)}",
+            hint=f"{missing[0]} must be in model_index.json, with its folder",
+        )

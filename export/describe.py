@@ -10,11 +10,11 @@ from fewstep.export.generator import Generator
 from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
 from fewstep.export.reference import run
-from fewstep.export.sampling import Anatomy, loop_schedule, pipeline_schedule, probe_run
+from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run
 from fewstep.export.specs import read_specs, without_glue
 from fewstep.export.tiled_decoder import tiles_of
 from fewstep.export.wiring import Wiring
-from fewstep.inputs import example_inputs
+from fewstep.inputs import example_inputs, stacked
 from fewstep.manifest import (
     DECODER,
     ComponentSpec,
@@ -46,8 +46,8 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
         ScheduleError: its sampler is not a table.
         ExportError: it does something between the networks that a bundle cannot express.
     """
-    inputs = example_inputs(generator.inputs, 0)
-    prompt = generator.prompts[0] if generator.prompts else ""
+    inputs = stacked([example_inputs(generator.inputs, i) for i in range(generator.batch)])
+    prompt = example_prompts(generator)
     # Two steps tell what varies from step to step from what does not.
     count = generator.default_steps if generator.default_steps in steps else max(steps)
     count = count if generator.is_loop else max(2, count)
@@ -67,5 +67,6 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     specs = read_specs(generator, recorded, reader.anatomy, wirings)
     if tiles is not None:
         specs[DECODER] = replace(specs[DECODER], tiles=tiles)
-    tokenizers = read_tokenizers(generator, recorded, prompt)
+    tokenizers = read_tokenizers(generator, recorded, prompt if isinstance(prompt, str) else prompt[0])
+    contract = replace(contract, batch=generator.batch)
     return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)

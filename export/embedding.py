@@ -22,8 +22,7 @@ def read_guidance(generator: Generator, recorded: Run) -> Guidance:
     embedded = embedded_guidance(generator)
     if embedded is not None and any(is_embedding(t, embedded) for t in call.inputs.values()):
         return embedded
-    batch = next(iter(call.outputs.values())).shape[0]
-    if batch == 2:
+    if next(iter(call.outputs.values())).shape[0] == 2 * generator.batch:
         return Guidance("two_pass", generator.guidance, negative=str(generator.options.get("negative_prompt", "")))
     return Guidance("none", generator.guidance)
 
@@ -43,5 +42,5 @@ def embedded_guidance(generator: Generator) -> Guidance | None:
 def is_embedding(value: torch.Tensor, guidance: Guidance) -> bool:
     """Returns whether a tensor is the embedding of the guidance scale."""
     expected = torch.from_numpy(guidance_embedding(guidance, guidance.scale))
-    same = value.ndim == 2 and value.shape == expected.shape
-    return same and torch.allclose(value.double(), expected.double(), rtol=_RTOL, atol=_ATOL)
+    same = value.ndim == 2 and value.shape[1:] == expected.shape[1:]  # one row for each sample
+    return same and torch.allclose(value.double(), expected.expand_as(value).double(), rtol=_RTOL, atol=_ATOL)

@@ -78,6 +78,8 @@ class Generator:
     rate: int | None = None
     stored: StoredNetworks | None = None
     """Where the weights are, if the pipeline's modules have none."""
+    batch: int = 1
+    """How many samples one call of the pipeline draws."""
 
     @classmethod
     def from_pipeline(
@@ -201,6 +203,10 @@ class Generator:
             )
         options = {**self.options, "height": height, "width": width}
         return replace(self, options=options, inputs=_inputs(self.pipeline, self.module(DENOISER), options))
+
+    def batched(self, batch: int) -> Generator:
+        """Returns a generator whose pipeline draws so many samples in one call, each with a prompt of its own."""
+        return replace(self, batch=batch)
 
     def tiled(self, tile: int) -> Generator:
         """Returns a generator whose pipeline decodes in overlapping tiles of so many pixels to a side.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import torch
 from fewstep import noise
 from fewstep.errors import ExportError
 from fewstep.export.recorded import Call, Run, Text, name_inputs, name_outputs
-from fewstep.manifest import DENOISER, EARLY_DRAWS, LATENT, MASK, NOISE, TOKENS
+from fewstep.manifest import DENOISER, LATENT, MASK, NOISE, TOKENS, draw_offset
 
 # The result of `scale_model_input`, if the pipeline calls it.
 SCALED = "scaled_latent"
@@ -163,25 +164,32 @@ def _is_number(value: Any) -> bool:
 
 
 class Draws:
-    """fewstep's noise: one offset for every draw of a run."""
+    """fewstep's noise: one offset for every draw of a run, one row for every sample of its batch."""
 
-    def __init__(self, draw: Callable[[int, tuple[int, ...]], torch.Tensor], recorded: Run) -> None:
-        self._draw, self._run = draw, recorded
+    def __init__(self, draw: Callable[[int, tuple[int, ...]], torch.Tensor], recorded: Run, batch: int = 1) -> None:
+        self._draw, self._run, self._batch = draw, recorded, batch
 
     def __call__(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Returns the next draw: offset 0 before the first step, 1 + k during step k."""
-        run = self._run
+        """Returns the next draw: offset 0 before the first step, 1 + k for a latent's noise in step k."""
+        run, rows = self._run, self._rows(tuple(shape))
         offset = len(run.states)
-        if offset == 0 and 0 in run.draws:
-            offset = EARLY_DRAWS + len(run.draws) - 1
-        elif offset in run.draws:
-            raise ExportError(
-                f"step {offset - 1} draws noise more than once, expected at most one array",
-                hint="draw all that a step needs as one array",
-            )
-        run.draws[offset] = self._draw(offset, tuple(shape))
+        if offset in run.draws or (offset > 0 and rows != tuple(run.states[0].shape)):
+            further = (number for number in itertools.count(1) if draw_offset(offset, number) not in run.draws)
+            offset = draw_offset(offset, next(further))
+        run.draws[offset] = self._draw(offset, rows)
         run.tape.leaf(f"{NOISE}{offset}", run.draws[offset])
         return run.draws[offset]
+
+    def _rows(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of a draw for the whole batch; a loop in plain PyTorch asks for one row, whatever it is."""
+        if self._batch == 1 or shape[:1] == (self._batch,):
+            return shape
+        if shape[:1] != (1,):
+            raise ExportError(
+                f"noise {list(shape)} is drawn in a batch of {self._batch}, expected one row for each sample",
+                hint="build it without a batch",
+            )
+        return (self._batch, *shape[1:])
 
 
 def noise_tensor(seed: int, offset: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,6 +6,7 @@ Forms:
   bundle can sample with any schedule.
 - ``table``: the steps of the bundle's schedules are the rows of a table, and the networks of the loop take a row's
   number: see `fewstep.export.static`.
+- ``specialized``: the same programs, of which backends compile one graph for each row: see `fewstep.export.row`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.export.counts import Removed, removed
 from fewstep.export.dependence import user_inputs
 from fewstep.export.describe import Description
 from fewstep.export.fold import fold, parameter_reader
@@ -44,6 +46,8 @@ class Programs:
     static: Mapping[str, Static] = field(default_factory=dict)
     """By the name of the network of the loop; of the others there is nothing to specialize."""
     halves: bool = False
+    removed: Mapping[str, Removed] = field(default_factory=dict)
+    """What left each network of the loop, by its name."""
 
     def key(self, component: str) -> dict[str, Any]:
         """Returns all that determines a component's program beside the generator's weights, JSON-ready."""
@@ -123,18 +127,19 @@ def programs_of(generator: Generator, described: Description, recipe: Recipe) ->
     rows = _rows(schedules.values())
     loop = [name for name, spec in described.components.items() if spec.phase == LOOP]
     halves = recipe.weights == "fp16"
-    static, components = {}, {}
+    static, components, left = {}, {}, {}
     for name, spec in described.components.items():
         if name not in loop:
             components[name] = spec
             continue
         program = trace(generator, described.wirings[name], spec)
         static[name] = specialize(program, rows, varying=loop, halves=halves)
+        left[name] = removed(program, static[name])
         if (conditions := static[name].conditions) is not None:
             components[conditions.component] = conditions.spec
         components[name] = static[name].step.spec
     contract = replace(described.contract, form=form, rows=tuple(rows))
-    return Programs(generator, described, contract, components, static, halves)
+    return Programs(generator, described, contract, components, static, halves, left)
 
 
 def _rows(schedules: Iterable[Schedule]) -> list[dict[str, float]]:

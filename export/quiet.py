@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import util
 
 _TALKERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
@@ -22,4 +23,6 @@ def errors_only(*names: str) -> Iterator[None]:
 
 with errors_only(*_TALKERS):
     import diffusers.quantizers  # noqa: F401
-    import torchao  # noqa: F401
+
+    if util.find_spec("torchao") is not None:  # quantization alone needs it
+        import torchao  # noqa: F401

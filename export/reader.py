@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fewstep.errors import ExportError
 from fewstep.export.embedding import is_embedding
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
+from fewstep.export.post import read_post
 from fewstep.export.recorded import Run, name_inputs
+from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
 from fewstep.export.tape import MADE, Glue, GlueModule, Ref
@@ -31,6 +31,7 @@ from fewstep.manifest import (
     CONDITIONS,
     DECODER,
     DENOISER,
+    DRAW,
     GUIDANCE,
     INITIAL,
     LATENT,
@@ -41,6 +42,7 @@ from fewstep.manifest import (
     TIMESTEP,
     Contract,
     Guidance,
+    draw_offset,
 )
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
@@ -59,7 +61,8 @@ class Reader:
         if len(calls) != len(recorded.states):
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
         self._last = len(calls) - 1
-        self._refuse_other_networks()
+        refuse_other_networks(recorded, self._loop_names(), others)
+        self._loop_post = read_post(recorded) if generator.is_loop else None
         self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
         self._initial: tuple[int | None, Any] = (0, None)
         self._initial = self._read_initial()
@@ -71,44 +74,13 @@ class Reader:
             initial_offset=self._initial[0],
             guidance=plain,
             clips=recorded.clips,
+            post_after=None if self._loop_post is None else self._loop_post.after,
         )
-        self._refuse_other_shapes()
+        if generator.is_loop:
+            refuse_other_shapes(recorded, self._loop_post)
+        refuse_further_noise(recorded, self._loop_names(), self._originals, self.anatomy.latent)
 
     # --- the loop
-
-    def _refuse_other_networks(self) -> None:
-        """Raises if another network than those of every step takes part in some steps."""
-        inside, end = self._loop_names(), len(self._run.states)
-        for call in self._run.calls:
-            if call.component not in inside and 0 < call.steps_done < end:
-                raise ExportError(
-                    f"{call.component} runs after step {call.steps_done - 1} of {end}, expected it in every step or in "
-                    "none",
-                    hint="a network of some steps only cannot be expressed yet",
-                )
-        ours = _outside(self._run, inside)
-        for other in self._others:
-            theirs = _outside(other, inside)
-            for name in ours.keys() | theirs.keys():
-                if ours[name] != theirs[name]:
-                    raise ExportError(
-                        f"{name} is called {ours[name]} times in a loop of {end} calls of {DENOISER} and "
-                        f"{theirs[name]} times in one of {len(other.states)}, expected {DENOISER} alone to be called "
-                        "by the step",
-                        hint="another network in the first or the last steps cannot be expressed yet",
-                    )
-
-    def _refuse_other_shapes(self) -> None:
-        """Raises if what a loop in plain PyTorch gets from its denoiser cannot be added to its latent."""
-        if not self._generator.is_loop:
-            return
-        shape = self._run.states[0].shape
-        name, F = next(iter(self._run.of(DENOISER)[0].outputs.items()))
-        if F.shape != shape:
-            raise ExportError(
-                f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
-                hint=f"move what makes one of the other into the network {DENOISER!r}",
-            )
 
     def _loop_names(self) -> list[str]:
         """Components that are called once in every step, in order."""
@@ -150,7 +122,7 @@ class Reader:
         """The operations between the denoiser's first output and the scheduler, None where they are mere scaling."""
         run = self._run
         if not run.model_outputs:
-            return None
+            return None if self._loop_post is None else self._loop_post.glue
         k = self._last
         F = next(iter(run.of(DENOISER)[k].outputs.values()))
         if F.shape == run.model_outputs[k].shape:
@@ -242,7 +214,8 @@ class Reader:
         if latent is not None:
             direct[latent] = LATENT
         wiring = self._wire(call, LOOP, direct, self._since)
-        wiring = renamed(wiring, {SCALED: LATENT})
+        draws = {f"{NOISE}{draw_offset(k, int(n.removeprefix(DRAW)))}": n for n in self._run.step_draws()} if k else {}
+        wiring = renamed(wiring, {SCALED: LATENT, **draws})
         self._check_every_step(component, wiring)
         post = self._post() if component == DENOISER else None
         if post is not None:
@@ -270,6 +243,11 @@ class Reader:
         for k in range(self._last):
             originals = self._originals(component, k)
             for name, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
+                if direct is not None and direct.startswith(DRAW):
+                    if originals[name] is not self._run.step_draws()[direct][k]:
+                        raise refuse(
+                            f"{component}: input {name} is not the same draw of step {k} and step {self._last}"
+                        )
                 if direct is None or not direct.startswith(MADE):
                     continue
                 if not torch.equal(self._run.tape.tensor(direct), originals[name]):
@@ -361,11 +339,6 @@ class Reader:
             output=output,
         )
         return ([*wirings, finish] if finish else wirings), contract
-
-
-def _outside(run: Run, inside: Sequence[str]) -> Counter[str]:
-    """Returns how often each component outside the loop was called."""
-    return Counter(call.component for call in run.calls if call.component not in inside)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

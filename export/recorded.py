@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from fewstep.export.tape import Tape
-from fewstep.manifest import LATENT
+from fewstep.manifest import DRAW, LATENT, draw_offset
 
 # Names that ONNX Runtime users of diffusers models expect for the inputs and outputs of these methods.
 _INPUT_NAMES = {("vae_decoder", "z"): "latent_sample", ("vae_decoder", "x"): "latent_sample"}
@@ -83,6 +84,16 @@ class Run:
         if self.states:
             self.tape.leaf(LATENT, latent)
         self.states.append(latent)
+
+    def step_draws(self) -> dict[str, list[torch.Tensor]]:
+        """Returns the draws that every step makes beside its latent's noise, one for each step, by origin."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for number in itertools.count(1):
+            offsets = [draw_offset(k, number) for k in range(len(self.states))]
+            if not all(offset in self.draws for offset in offsets):
+                return found
+            found[f"{DRAW}{number}"] = [self.draws[offset] for offset in offsets]
+        return found
 
     def of(self, component: str) -> list[Call]:
         """Returns the calls of one component, in order."""

@@ -108,6 +108,7 @@ class _Reader:
             values = self._values[branch]
             scale = 1.0 if schedule is None else schedule.s[k]
             values[LATENT] = self._run.states[k] * scale
+            values.update({name: draws[k] for name, draws in self._run.step_draws().items()})
 
     def _sample(self) -> torch.Tensor:
         contract = self._described.contract

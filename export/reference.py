@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
 from typing import Any
@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from fewstep import noise
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.export.listening import (
@@ -27,7 +28,6 @@ from fewstep.export.listening import (
     Stub,
     listen_to_scheduler,
     listen_to_tokenizer,
-    noise_tensor,
     our_noise,
 )
 from fewstep.export.recorded import Run, flatten_tensors
@@ -38,7 +38,7 @@ from fewstep.manifest import DENOISER, INPUT, LATENT, TEXT
 @torch.no_grad()
 def run(
     generator: Generator,
-    prompt: str,
+    prompt: str | Sequence[str],
     seed: int,
     *,
     steps: int,
@@ -53,11 +53,12 @@ def run(
 
     Args:
         generator: what to run.
-        prompt: the text, if the generator takes one.
-        seed: of the noise: offset 0 for the first draw, 1 + k for the draw in the scheduler's step k.
+        prompt: the text, if the generator takes one; of a batch, one for each sample.
+        seed: of the noise: offset 0 for the first draw, 1 + k for the draw in the scheduler's step k. Of a batch, the
+            first sample's; the others count on from it.
         steps: step count, as the pipeline takes it.
         guidance: guidance scale, as the pipeline takes it.
-        inputs: the generator's other inputs, by name.
+        inputs: the generator's other inputs, by name; of a batch, one row for each sample.
         stubs: (number of the call, its arguments) -> result, by component; stands in for a network. None: the
             networks themselves.
         draw: (offset, shape) -> noise, in place of the seed's.
@@ -68,7 +69,8 @@ def run(
     recorded = Run(guidance, generator.is_loop)
     if on_start is not None:
         on_start(recorded)
-    draws = Draws(draw or functools.partial(noise_tensor, seed), recorded)
+    seeds = range(seed, seed + generator.batch)
+    draws = Draws(draw or (lambda *what: torch.from_numpy(noise.rows(seeds, *what))), recorded, generator.batch)
     with ExitStack() as stack:
         if generator.stored is not None:
             stubs = generator.stored.loaded(generator) if stubs is None else stubs
@@ -144,11 +146,15 @@ def _find_last_latent(recorded: Run) -> None:
     recorded.latents = [*recorded.states[1:], last]
 
 
-def _call_pipeline(generator: Generator, prompt: str, recorded: Run, steps: int, guidance: float) -> Any:
+def _call_pipeline(
+    generator: Generator, prompt: str | Sequence[str], recorded: Run, steps: int, guidance: float
+) -> Any:
     """Returns what a diffusers pipeline returns, called as its users call it."""
     pipeline = generator.pipeline
     parameters = inspect.signature(pipeline.__call__).parameters
     wanted: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
+    if generator.batch > 1:
+        wanted["batch_size"] = generator.batch
     if guidance > 1:
         wanted["negative_prompt"] = ""
     arguments = {name: value for name, value in wanted.items() if name in parameters}
@@ -161,8 +167,11 @@ def _call_pipeline(generator: Generator, prompt: str, recorded: Run, steps: int,
             f"{type(pipeline).__name__} takes no option {name!r}",
             hint=f"did you mean {close[0]!r}?" if close else "options are arguments of the pipeline's call",
         )
+    arguments |= options
+    if generator.batch > 1:  # pipelines want a list of each kind of prompt, or of none
+        arguments |= {n: [v] * generator.batch for n, v in arguments.items() if "prompt" in n and isinstance(v, str)}
     try:
-        return pipeline(**{**arguments, **options})
+        return pipeline(**arguments)
     except (TypeError, ValueError) as error:  # what pipelines and schedulers refuse their settings with
         raise ExportError(
             f"{type(pipeline).__name__} refuses {steps} steps with these settings: {error}",
@@ -171,7 +180,7 @@ def _call_pipeline(generator: Generator, prompt: str, recorded: Run, steps: int,
 
 
 def _call_loop(
-    generator: Generator, prompt: str, recorded: Run, steps: int, guidance: float, draw: Draws
+    generator: Generator, prompt: str | Sequence[str], recorded: Run, steps: int, guidance: float, draw: Draws
 ) -> torch.Tensor:
     """Returns what a sampling function in plain PyTorch returns."""
     inputs = dict(recorded.inputs)

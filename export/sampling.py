@@ -48,6 +48,14 @@ class Anatomy:
     initial_offset: int | None
     guidance: float
     clips: bool = False
+    post_after: int | None = None
+    """Of a loop in plain PyTorch: before the last operation of ``post`` so many others are recorded after the call."""
+
+
+def example_prompts(generator: Generator) -> str | list[str]:
+    """Returns the prompt that a generator is described with; of a batch, one for each sample."""
+    prompts = generator.prompts or ("",)
+    return prompts[0] if generator.batch == 1 else [prompts[i % len(prompts)] for i in range(generator.batch)]
 
 
 def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, Stub]:
@@ -79,8 +87,8 @@ def probe_run(
 ) -> Run:
     """Returns a run at another step count in which no network runs: its outputs are random numbers."""
     stubs = stand_ins(recorded, lambda number, shape: noise_tensor(_STUB_SEED, number, shape))
-    prompt = generator.prompts[0] if generator.prompts else ""
-    return run(generator, prompt, 0, steps=steps, guidance=guidance, inputs=inputs, stubs=stubs, clips=clips)
+    texts = example_prompts(generator)
+    return run(generator, texts, 0, steps=steps, guidance=guidance, inputs=inputs, stubs=stubs, clips=clips)
 
 
 def pipeline_schedule(
@@ -238,6 +246,8 @@ def loop_schedule(
     if numel < size:
         raise ScheduleError(f"the latent {list(shape)} is too small to probe {calls} steps, expected {size} numbers")
 
+    symbolic: list[Run] = []
+
     def symbol(index: int, wanted: tuple[int, ...]) -> torch.Tensor:
         if wanted != shape:
             return torch.zeros(wanted, dtype=torch.float64)
@@ -245,7 +255,15 @@ def loop_schedule(
         symbol[index] = 1.0
         return symbol.reshape(shape)
 
-    stubs = stand_ins(recorded, lambda number, wanted: symbol(1 + number, wanted))
+    def output(number: int, wanted: tuple[int, ...]) -> torch.Tensor:
+        if anatomy.post_after is None:
+            return symbol(1 + number, wanted)
+        tape = symbolic[0].tape
+        # A copy: what stands for a view must be none itself.
+        tape.replacements[tape.position + anatomy.post_after] = symbol(1 + number, shape).clone()
+        return torch.zeros(wanted, dtype=torch.float64)
+
+    stubs = stand_ins(recorded, output)
     anchors: list[str] = []
     if anatomy.initial_offset is not None:
         early = dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
@@ -253,15 +271,18 @@ def loop_schedule(
         anchors = [name for name in early if name != DENOISER and shape in shapes[name]]
     for name in anchors:
         stubs[name] = _anchor_stub(recorded.of(name)[0].result, shape, symbol(size - 1, shape))
-    symbolic: list[Run] = []
 
     def draw(offset: int, wanted: tuple[int, ...]) -> torch.Tensor:
-        return symbol(0 if offset == 0 else calls + offset, wanted)
+        if offset == anatomy.initial_offset:
+            return symbol(0, wanted)
+        if 0 < offset <= calls:
+            return symbol(calls + offset, wanted)
+        return counted.draws[offset].double()  # for networks, or for a first latent that is no mere noise
 
     with _LoopWatch(numel, generator.name, lambda: len(symbolic[0].states) if symbolic else 0) as watch:
         traced = run(
             generator,
-            generator.prompts[0],
+            example_prompts(generator),
             0,
             steps=steps,
             guidance=anatomy.guidance,
@@ -272,12 +293,12 @@ def loop_schedule(
             clips=anatomy.clips,
         )
     schedule = _solve(generator, traced, counted, anatomy, watch, size)
-    _check_on_numbers(generator, schedule, counted, recorded, anchors)
+    _check_on_numbers(generator, schedule, counted, recorded, anatomy, anchors)
     return schedule
 
 
 def _check_on_numbers(
-    generator: Generator, schedule: Schedule, counted: Run, recorded: Run, anchors: Sequence[str]
+    generator: Generator, schedule: Schedule, counted: Run, recorded: Run, anatomy: Anatomy, anchors: Sequence[str]
 ) -> None:
     """Raises unless the table gives what the loop gave for random network outputs: symbols do not show a square."""
     shape = counted.states[0].shape
@@ -288,7 +309,8 @@ def _check_on_numbers(
     held = [array(t) for name in anchors for t in recorded.of(name)[0].outputs.values() if t.shape == shape]
     history: list[np.ndarray[Any, Any]] = []
     for k, call in enumerate(counted.of(DENOISER)):
-        F = array(next(iter(call.outputs.values())))
+        output = next(iter(call.outputs.values()))
+        F = array(output if anatomy.post is None else anatomy.post(output))
         drawn = array(counted.draws[k + 1]) if schedule.uses_noise(k) else None
         anchor = held[0] if held else None
         x, x0 = advance(schedule, k, array(counted.states[k]), F, drawn, history, anchor)

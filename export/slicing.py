@@ -145,6 +145,13 @@ class PartBuilder:
             if node.op not in ("placeholder", "output"):
                 self._copies[node] = self._graph.node_copy(node, lambda n: self._copies[n])
 
+    def operation(self, node: Node, target: Any, args: tuple[Any, ...]) -> None:
+        """Puts another operation in the place of one."""
+        taken = torch.fx.node.map_arg(args, lambda n: self._copies[n])
+        copy = self._graph.create_node("call_function", target, taken, name=node.name)
+        copy.meta = dict(node.meta)
+        self._copies[node] = copy
+
     def finish(self, outputs: Sequence[Node]) -> ExportedProgram:
         """Returns the program with outputs that are nodes of the original."""
         results = tuple(self._copies[node] for node in outputs)

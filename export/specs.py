@@ -22,6 +22,7 @@ def read_specs(
     last = run.of(DENOISER)[-1]
     scaled = last.inputs.get(anatomy.latent or "", run.states[-1])
     found: dict[str, torch.Tensor] = {LATENT: scaled, SAMPLE: run.latents[-1]}
+    found |= {name: draws[-1] for name, draws in run.step_draws().items()}
     specs = {}
     for name, wiring in wirings.items():
         calls = [c for c in run.calls if c.instance == name]

@@ -36,7 +36,7 @@ from fewstep.export.slicing import (
     part_module,
     shape_of,
 )
-from fewstep.manifest import BEFORE, LATENT, STEP, TIME, TIMESTEP, ComponentSpec, TensorSpec
+from fewstep.manifest import BEFORE, DRAW, LATENT, STEP, TIME, TIMESTEP, ComponentSpec, TensorSpec
 from fewstep.program import Program
 
 # A value that depends on step and picture and has more numbers than this is no vector: it has an axis of tokens.
@@ -149,7 +149,8 @@ def _kind(origin: str, varying: Sequence[str]) -> str:
     """Returns what a value of this origin changes with: the step's numbers, the latent, or the picture."""
     if origin == TIMESTEP or origin.startswith(TIME):
         return "step"
-    return "latent" if origin == LATENT or origin.partition(".")[0] in varying else "picture"
+    moves = origin == LATENT or origin.startswith(DRAW) or origin.partition(".")[0] in varying
+    return "latent" if moves else "picture"
 
 
 def _hoisted(graph: torch.fx.Graph, depends: Mapping[Node, frozenset[str]]) -> frozenset[Node]:

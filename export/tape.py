@@ -100,6 +100,16 @@ class _Held:
     key: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Made:
+    """An operation on one tensor and what is made of it alone: so many of its arguments vary."""
+
+    position: int
+    op: Callable[..., Any]
+    sources: int
+    result: torch.Tensor
+
+
 class Tape(TorchDispatchMode):
     """A context that records what its block does to leaves and to what was made of them, except where it is paused."""
 
@@ -114,6 +124,9 @@ class Tape(TorchDispatchMode):
         self._overwritten: set[int] = set()
         self._kept: list[Any] = []  # the id of a tensor is its own while the tensor lives
         self._paused = 0
+        self._nodes: list[_Node] = []
+        self.replacements: dict[int, torch.Tensor] = {}
+        """What stands for the result of the operation at a position."""
 
     def leaf(self, name: str, tensor: torch.Tensor) -> None:
         """Names a tensor at which cutting stops; a tensor keeps the first name it is given."""
@@ -139,6 +152,16 @@ class Tape(TorchDispatchMode):
         """Returns whether a tensor was made by clamping another."""
         made = self._made_by.get(self._key(tensor))
         return made is not None and made.op in _CLAMPS
+
+    def made_of(self, tensor: torch.Tensor, since: int, until: int) -> list[Made]:
+        """Returns the operations between two positions that depend on a tensor, and on nothing else that varies."""
+        alone, found = {self._key(tensor)}, []
+        for node in self._nodes[since:until]:
+            sources = [held.key for held in _held(node) if self.varies(held.tensor)]
+            if sources and alone.issuperset(sources):
+                alone.update(result.key for result in node.results)
+                found.append(Made(node.position, node.op, len(sources), node.results[0].tensor))
+        return found
 
     def varies(self, tensor: torch.Tensor) -> bool:
         """Returns whether a tensor is a leaf or depends on one."""
@@ -175,12 +198,13 @@ class Tape(TorchDispatchMode):
             self._versions[id(args[0])] = self._versions.get(id(args[0]), 0) + 1
         else:
             held = self._hold(args), self._hold(kwargs)
-        result = func(*args, **kwargs)
+        result = self.replacements.get(self.position, func(*args, **kwargs))
         results = tuple(result) if isinstance(result, (list, tuple)) else (result,)
         node = _Node(self.position, op, *held, self._hold(results))
         if op in _CLAMPS:
             self.clamps.append(self.position)
         self.position += 1
+        self._nodes.append(node)
         for tensor in results:
             self._made_by.setdefault(self._key(tensor), node)
         return result

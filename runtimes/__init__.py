@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import coreml, ort
+from fewstep.runtimes import coreml, litert, ort, tensorrt_adapter, xnnpack
 from fewstep.runtimes.base import Runtime
 
-RUNTIMES: dict[str, Runtime] = {ort.NAME: ort.RUNTIME, coreml.NAME: coreml.RUNTIME}
+RUNTIMES: dict[str, Runtime] = {
+    ort.NAME: ort.RUNTIME,
+    coreml.NAME: coreml.RUNTIME,
+    litert.NAME: litert.RUNTIME,
+    xnnpack.NAME: xnnpack.RUNTIME,
+    tensorrt_adapter.NAME: tensorrt_adapter.RUNTIME,
+}
 
 
 def get_runtime(name: str) -> Runtime:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +15,11 @@ import numpy.typing as npt
 from fewstep.errors import ContractError
 from fewstep.manifest import Artifact, ComponentSpec
 from fewstep.program import Program
+from fewstep.progress import Progress
 
 Array = npt.NDArray[Any]
+RunModel = Callable[[Path, Mapping[str, Array], Sequence[str]], dict[str, Array]]
+"""(path of a model, inputs, names of outputs) -> outputs by name, wherever it is run."""
 
 
 class Session(Protocol):
@@ -40,6 +44,13 @@ class Availability:
     version: str | None
     detail: str
     remedy: str | None = None
+    stand_in: str | None = None
+    """What computes the artifacts here in place of a runtime that cannot run."""
+
+    @property
+    def builds(self) -> bool:
+        """Whether a bundle for this runtime can be compiled and its numbers compared here."""
+        return self.compiles and (self.runs or self.stand_in is not None)
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,40 @@ class Runtime:
     """(artifact path, spec, threads) -> session."""
     compare_integers: Callable[[Program, Path, Mapping[str, Array]], list[PointResult]] | None = None
     """(quantized program, artifact path, inputs) -> how every quantized tensor compares with the program's own."""
+    compare_integers_at: Callable[[Program, Path, Mapping[str, Array], RunModel], list[PointResult]] | None = None
+    """The same, of an artifact that is run elsewhere."""
     compile_variants: Callable[[Iterable[Program], Path, str], list[Artifact]] | None = None
     """(programs of one component, runtime folder, weights) -> artifacts that share one set of weights."""
     open_exact: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
     """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
+    open_mapped: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
+    """The same for one of several graphs on one file of weights, which are to be in memory once."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
+
+
+@dataclass(frozen=True)
+class ExecutorState:
+    """Whether an executor can run artifacts from here, why not, and what would change that."""
+
+    executor: str
+    ready: bool
+    detail: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Executor:
+    """A place where artifacts run: one line in the table of `fewstep.runtimes.executors`.
+
+    It gives a runtime back as it is there, with `Runtime.open` and what else computes replaced; whatever compares
+    artifacts goes on with that and knows of no place.
+    """
+
+    name: str
+    state: Callable[[], ExecutorState]
+    at: Callable[[Runtime, Progress], AbstractContextManager[Runtime]]
+    """(runtime, progress) -> the runtime as it is there, while the block runs. Prepares the place if need be."""
 
 
 @dataclass(frozen=True)

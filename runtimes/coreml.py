@@ -17,6 +17,7 @@ from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
 from fewstep.runtimes.mil.program import Feature
+from fewstep.runtimes.narrow import narrow
 
 NAME = "coreml"
 # The file of a package that the manifest of a bundle lists as its artifact: a package is a folder.
@@ -124,10 +125,8 @@ def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
         ContractError: a whole number does not fit in 32 bits.
     """
     found = {}
-    for name, array in feeds.items():
+    for name, array in narrow(feeds, "Core ML").items():
         dtype = _INTERFACE.get(str(array.dtype), str(array.dtype))
-        if array.dtype == np.int64 and array.size and np.abs(array).max() > np.iinfo(np.int32).max:
-            raise ContractError(f"{name} has {np.abs(array).max()}, beyond Core ML's int32", hint="check the inputs")
         found[interface_name(name)] = array.astype(dtype)
     return found
 

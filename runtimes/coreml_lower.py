@@ -22,6 +22,7 @@ from fewstep.manifest import Artifact, TensorSpec
 from fewstep.program import Program
 from fewstep.runtimes.coreml import ENTRY, NAME, interface_name
 from fewstep.runtimes.coreml_precision import choose_fp32_operations
+from fewstep.runtimes.materialize import materialized
 
 if TYPE_CHECKING:
     from coremltools.models import MLModel
@@ -132,7 +133,7 @@ def convert(
     """
     if target not in TARGETS:
         raise ExportError(f"unknown Core ML target {target!r}, expected one of {', '.join(TARGETS)}", hint="use iOS18")
-    with quiet_coremltools() as ct, _materialized(program):
+    with quiet_coremltools() as ct, materialized(program):
         names = frozenset(fp32_operations)
         precision: Any = ct.precision.FLOAT32
         if compute == "fp16":
@@ -258,22 +259,3 @@ def decomposed(program: Program) -> torch.export.ExportedProgram:
             result.graph.erase_node(node)
     result.graph_module.recompile()
     return result
-
-
-@contextlib.contextmanager
-def _materialized(program: Program) -> Iterator[None]:
-    """Puts the values of weights that stay in their files into the program, for the length of a block."""
-    if program.weights is None:
-        yield
-        return
-    state = program.exported.state_dict
-    fakes: Mapping[str, torch.Tensor] = dict(state)
-    names = set(program.weights)  # a mapping may read a value to say whether it has it
-    try:
-        for name in [*fakes]:
-            if name in names:
-                value = program.weights[name].to(fakes[name].dtype)
-                state[name] = torch.nn.Parameter(value, False) if isinstance(fakes[name], torch.nn.Parameter) else value
-        yield
-    finally:
-        state.update(fakes)

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fewstep.errors import ExportError
-from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
 from fewstep.runtimes.coreml import interface_name, to_interface
-from fewstep.runtimes.integer_reference import integer_reference
+from fewstep.runtimes.integer_reference import integer_reference, judged
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
 
 # coremltools numbers the quantize operations in the order of the graph that it translates, and may merge equal ones.
@@ -60,12 +57,5 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     outputs = Evaluator(package, precision="fp32").run(
         to_interface(feeds), observe=keep, given={name: reference.values[node] for name, node in given.items()}
     )
-    found = []
-    for name, value in computed.items():
-        node = given[name]
-        difference = np.abs(value.astype(np.int32) - reference.values[node].astype(np.int32))
-        differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
-        found.append(PointResult(node, reference.paths[node], difference.size, differing, largest))
-    for name, value in reference.outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, outputs[interface_name(name)])))
-    return found
+    named = {name: outputs[interface_name(name)] for name in reference.outputs}
+    return judged(reference, {given[name]: value for name, value in computed.items()}, named)

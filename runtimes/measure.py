@@ -18,6 +18,7 @@ from fewstep.bundle import Bundle
 from fewstep.errors import RuntimeMissingError
 from fewstep.inputs import example_inputs
 from fewstep.manifest import DENOISER
+from fewstep.runtimes import get_runtime
 from fewstep.runtimes.sampler import open_sampler
 
 
@@ -62,6 +63,12 @@ def profile(
         BundleError: the bundle has no artifacts for this runtime.
         RuntimeMissingError: the measuring process failed.
     """
+    state = get_runtime(runtime or bundle.manifest.runtimes[0]).availability()
+    if not state.runs and state.stand_in is not None:
+        raise RuntimeMissingError(
+            f"{state.runtime} cannot be timed here ({state.stand_in} in its place would say nothing): {state.detail}",
+            hint=state.remedy,
+        )
     # Refused here, with their own texts, what would end the other process with a traceback.
     bundle.manifest.schedule(bundle.manifest.default_steps if steps is None else steps)
     bundle.manifest.artifact(runtime or bundle.manifest.runtimes[0], DENOISER)

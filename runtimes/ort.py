@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from importlib import metadata, util
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, RunModel, Runtime
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,13 +35,24 @@ def availability() -> Availability:
     return Availability(NAME, installed and not missing, installed, version, detail, " and ".join(remedies) or None)
 
 
-def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+def open_session(
+    path: Path,
+    spec: ComponentSpec,
+    threads: int | None = None,
+    *,
+    mapped: bool = False,
+    settings: Mapping[str, str] | None = None,
+) -> CheckedSession:
     """Returns a session on an ONNX file, whose inputs and outputs must be those of the manifest.
 
     Args:
         path: the ``model.onnx``.
         spec: what the manifest says of the component.
         threads: threads inside an op; None leaves the choice to ONNX Runtime.
+        mapped: compute with weights as they lie in the file of external data, which the system maps into memory once
+            for all graphs that refer to it, and share the memory of what is in between. Otherwise every session packs
+            copies of its weights for its kernels, which are faster then.
+        settings: further settings of the session, by ONNX Runtime's names.
 
     Raises:
         RuntimeMissingError: onnxruntime is not installed.
@@ -50,10 +62,9 @@ def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) ->
         raise RuntimeMissingError("onnxruntime is not installed", hint="pip install 'fewstep[onnxruntime]'")
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = session_options(threads, mapped=mapped)
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exception classes are private and many
@@ -61,6 +72,33 @@ def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) ->
     for given, expected in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
         _check_contract(path, given, expected)
     return CheckedSession(path.parent.name, spec, _OrtSession(session))
+
+
+def session_options(threads: int | None, *, mapped: bool = False) -> onnxruntime.SessionOptions:
+    """Returns the options of `open_session`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if mapped:
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # The level above lays the weights of convolutions out anew.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    return options
+
+
+@functools.cache
+def _share_arena() -> None:
+    """Makes one arena that sessions can share for what they compute."""
+    import onnxruntime
+
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    where = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    onnxruntime.create_and_register_allocator(where, None)
 
 
 class _OrtSession:
@@ -106,4 +144,19 @@ def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) 
     return ort_points.compare_integers(program, path, feeds)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers, _compile_variants)
+def _compare_integers_at(program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel) -> list[PointResult]:
+    from fewstep.runtimes import ort_points
+
+    return ort_points.compare_integers(program, path, feeds, run)
+
+
+RUNTIME = Runtime(
+    NAME,
+    availability,
+    _compile,
+    open_session,
+    _compare_integers,
+    _compare_integers_at,
+    compile_variants=_compile_variants,
+    open_mapped=functools.partial(open_session, mapped=True),
+)

@@ -16,9 +16,8 @@ MICROSOFT = "com.microsoft"
 def float_bias(value: ir.Value) -> Array:
     """Returns a bias in float32: of whole numbers, as the product of q and scale that DequantizeLinear gives."""
     producer = value.producer()
-    if producer is None:
-        return constant(value)
-    assert producer.op_type == "DequantizeLinear"
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return constant(value).astype(np.float32)
     bias: Array = constant(producer.inputs[0]).astype(np.float32) * constant(producer.inputs[1])
     return bias
 

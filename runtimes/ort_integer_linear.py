@@ -74,7 +74,12 @@ def _added(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
     if len(users) != 1 or users[0].op_type != "Add" or node.outputs[0].is_graph_output():
         return None
     other = next((value for value in users[0].inputs if value is not node.outputs[0]), None)
-    producer = other.producer() if other is not None else None
-    if other is None or producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
-        return None
-    return (users[0], other) if producer.inputs[0].const_value is not None else None
+    return (users[0], other) if other is not None and _is_bias(other) else None
+
+
+def _is_bias(value: ir.Value) -> bool:
+    """Returns whether a value is a constant for each output: whole numbers, or in float where grids differ by step."""
+    producer = value.producer()
+    if producer is not None and producer.op_type in ("DequantizeLinear", "Cast") and producer.inputs[0] is not None:
+        value = producer.inputs[0]
+    return value.const_value is not None and len(value.const_value.shape) == 1

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import DeduplicateInitializersPass
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import _no_op
 
@@ -25,6 +26,7 @@ from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_nbits import multiply_packed
 from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
+from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
@@ -55,7 +57,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
     """Returns the artifacts of several graphs of one component, all of them on the weights of the first.
 
     The first is ``model.onnx`` with its weights in ``model.onnx.data``; the others are ``model-<variant>.onnx``, which
-    hold what the first has not.
+    hold what the first has not, and none of what only helps to read a graph.
 
     Args:
         programs: looked at one after the other.
@@ -71,6 +73,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
             shared = SharedWeights(folder / program.folder / MODEL)
             continue
         _shrink(model, weights)
+        strip(model, notes=True)
         shared.attach(model)
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
@@ -87,25 +90,40 @@ def save(program: Program, model: ir.Model, folder: Path, weights: str, *, exter
     ``external`` puts the weights in a file of their own, whatever their size.
     """
     _shrink(model, weights)
+    return write(program, model, folder, weights, external=external)
+
+
+def write(
+    program: Program,
+    model: ir.Model,
+    folder: Path,
+    weights: str,
+    *,
+    external: bool = False,
+    runtime: str = "onnxruntime",
+    compute: str = "fp32",
+) -> Artifact:
+    """Returns the artifact of a model, written as it is below a runtime's folder."""
     path = folder / program.folder / MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     save_model(model, path, external=external or size > _ONE_FILE_BYTES)
     total = sum(p.stat().st_size for p in path.parent.glob(f"{MODEL}*"))
     relative = f"{program.folder}/{MODEL}"
-    return Artifact("onnxruntime", program.component, relative, weights, "fp32", total, variant=program.variant)
+    return Artifact(runtime, program.component, relative, weights, compute, total, variant=program.variant)
 
 
 def _shrink(model: ir.Model, weights: str) -> None:
     """Stores what is exact in fewer bits in those, and drops the exporter's notes, in place."""
     if weights == "fp16":
-        _store_halves(model)
+        store_halves(model)
     unfold_convolutions(model)
     fuse_linear_layers(model)
     multiply_packed(model)
     widen_weights(model)
     pack_int4(model)
     strip(model)
+    DeduplicateInitializersPass(size_limit=_SMALLEST_HALF_TENSOR)(model)
 
 
 def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:
@@ -134,6 +152,7 @@ def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgr
                 output_names=names_out,
                 verbose=False,
                 optimize=program.weights is None,
+                custom_translation_table=dict(TRANSLATIONS),
             )
             assert result is not None
             if program.weights is not None:
@@ -183,7 +202,7 @@ def _optimize(result: torch.onnx.ONNXProgram) -> None:
         raise cause from None
 
 
-def _store_halves(model: ir.Model) -> None:
+def store_halves(model: ir.Model) -> None:
     """Replaces fp32 initializers whose values are exact in fp16 by halves and a Cast back, in place."""
     graph = model.graph
     for value in list(graph.initializers.values()):

@@ -22,18 +22,23 @@ _SMALLEST = 256
 _INT4_OPSET = 21
 
 
-def strip(model: ir.Model) -> None:
-    """Removes stack traces (with paths of this machine), namespaces and the like from a model, in place."""
+def strip(model: ir.Model, *, notes: bool = False) -> None:
+    """Removes stack traces (with paths of this machine), namespaces and the like from a model, in place.
+
+    ``notes`` removes module paths too, and the shapes of what is in between but on no grid.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
         kept = node.metadata_props.get(_KEPT)
         node.metadata_props.clear()
-        if kept is not None:
+        if kept is not None and not notes:
             node.metadata_props[_KEPT] = kept
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
+            if notes and node.op_type != "QuantizeLinear" and not value.is_graph_output():
+                value.shape = value.type = None
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
 

@@ -8,30 +8,48 @@ difference can reach the next operation, and one run of the model checks them al
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
 from fewstep.errors import ExportError
-from fewstep.metrics import sqnr_db
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, PointResult
-from fewstep.runtimes.integer_reference import integer_reference
+from fewstep.runtimes.base import Array, PointResult, RunModel
+from fewstep.runtimes.integer_reference import integer_reference, judged
 
 _GIVEN = ".given"
 
 
-def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+def run_here(
+    path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, settings: Mapping[str, str] | None = None
+) -> dict[str, Array]:
+    """Returns a model's outputs by name, on this machine; ``settings`` as in `fewstep.runtimes.ort.open_session`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+
+
+def compare_integers(
+    program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel = run_here
+) -> list[PointResult]:
     """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
+
+    Args:
+        program: the quantized program.
+        path: the model that was compiled from it.
+        feeds: of one call.
+        run: runs a model, here or elsewhere.
 
     Raises:
         ExportError: the model and the program share no quantized tensor.
     """
-    found_by_torch = integer_reference(program, feeds)
-    reference, paths, outputs = found_by_torch.values, found_by_torch.paths, found_by_torch.outputs
+    expected = integer_reference(program, feeds)
+    reference = expected.values
     model = ir.load(path)
     points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
     shared = [name for name in points if name in reference]
@@ -46,23 +64,9 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}
-        wanted = [*shared, *outputs]
-        results = dict(zip(wanted, session.run(wanted, inputs), strict=True))
-    found = []
-    for name in shared:
-        difference = np.abs(results[name].astype(np.int32) - reference[name].astype(np.int32))
-        found.append(
-            PointResult(
-                name, paths[name], difference.size, int(np.count_nonzero(difference)), int(difference.max(initial=0))
-            )
-        )
-    for name, value in outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, results[name])))
-    return found
+        results = run(target, inputs, [*shared, *expected.outputs])
+    return judged(expected, {name: results[name] for name in shared}, results)
 
 
 def _cut(model: ir.Model, names: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fewstep.feeds import Sample
 from fewstep.metrics import psnr_db, sqnr_db, ssim
 from fewstep.recipe import Limits
-from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.base import Session
 
 Array = npt.NDArray[Any]
 
@@ -67,15 +67,31 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Floor:
-    """What two executions of a quantized reference agree to, in dB: the outputs of each component, and the picture."""
+class Agreement:
+    """What several comparisons came to, in dB: enough to tell whether others come to less."""
 
-    components: Mapping[str, float]
-    picture: float
+    median_db: float
+    spread_db: float
+    """The standard deviation of normal values, from the median distance to the median."""
+    count: int
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What two executions of a quantized reference agree to: the outputs of each component, and the pictures."""
+
+    components: Mapping[str, Agreement]
+    picture: Agreement
 
     def to_json(self) -> dict[str, Any]:
         """Returns the floor as JSON-ready values."""
-        return {"components": dict(self.components), "picture": self.picture}
+        return {"components": {name: asdict(a) for name, a in self.components.items()}, "picture": asdict(self.picture)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Floor:
+        """Returns the floor of what `to_json` gave."""
+        components = {name: Agreement(**agreement) for name, agreement in values["components"].items()}
+        return cls(components, Agreement(**values["picture"]))
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ def fold(reports: Mapping[str, ParityReport]) -> ParityReport:
 
 def compare_components(
     samples: Iterable[Sample],
-    session: Callable[[str], CheckedSession],
+    session: Callable[[str], Session],
     limit_db: Callable[[str], float | None],
     *,
     error: str = LOWERING,

@@ -17,7 +17,12 @@ from fewstep.program import Program
 from fewstep.runtimes.base import Array, CheckedSession
 
 _ops = torch.ops.quantized_decomposed
-_QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_channel.default)
+_QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_tensor.tensor, _ops.quantize_per_channel.default)
+_DEQUANTIZE = (
+    _ops.dequantize_per_tensor.default,
+    _ops.dequantize_per_tensor.tensor,
+    _ops.dequantize_per_channel.default,
+)
 
 
 class _Double(torch.fx.Interpreter):
@@ -34,7 +39,7 @@ class _Double(torch.fx.Interpreter):
         """Calls an operation: one that asks for float32 gives float64, and quantization gets float32."""
         if target in _QUANTIZE:
             args = (args[0].float(), *args[1:])
-        elif target not in (_ops.dequantize_per_tensor.default, _ops.dequantize_per_channel.default):
+        elif target not in _DEQUANTIZE:
             args, kwargs = torch.utils._pytree.tree_map(_widened, (args, kwargs))
         else:
             args = tuple(a.float() if isinstance(a, torch.Tensor) and a.dtype == torch.float64 else a for a in args)

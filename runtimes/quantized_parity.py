@@ -14,7 +14,7 @@ from statistics import median
 from fewstep.feeds import Sample
 from fewstep.recipe import Limits
 from fewstep.runtimes.base import PointResult
-from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label, mean_db
+from fewstep.runtimes.parity import LOWERING, Agreement, Check, Floor, agreement_db, label, mean_db
 
 # Two kernels sum in another order, about 1e-7 of a value apart: one value in 10^4 lies that close to the middle between
 # two integers. A wrong zero point, scale or weight moves most of them.
@@ -24,10 +24,12 @@ LARGEST_DIFFERENCE = 1
 # An output that is computed in float from the reference's own integers: the limit of weight-only components. What is
 # multiplied in whole numbers is exact until it is scaled, what is not is a few operations deep.
 OUTPUT_SQNR_DB = 80.0
-# How far below the noise floor an artifact may be, beyond what the samples leave unsure of the floor.
+# How far below the noise floor an artifact may be, beyond what the samples leave unsure.
 BELOW_FLOOR_DB = 1.0
 # How much worse than the quantized reference an artifact may be, in its mean distance from the original.
 MEAN_DB = 0.5
+# The standard error of the median of normal values, in those of their mean: sqrt(pi / 2).
+_MEDIAN_TO_MEAN = 1.2533
 # What equal arrays count as: beyond float32.
 _EQUAL_DB = 150.0
 
@@ -58,9 +60,9 @@ def floor_checks(
 ) -> list[Check]:
     """Returns the checks of every component's SQNR and of the pictures' PSNR against the noise floor.
 
-    Floor and values are medians over the same samples: now and then no rounding of a call falls the other way, and it
-    agrees to 100 dB among others at 30. Above the limit of float pictures (60 dB, beyond 8 bits of colour) a handful of
-    roundings decide, of which one more is several dB: no more than that is asked.
+    Medians of both are compared: now and then no rounding of a call falls the other way, and it agrees to 100 dB among
+    others at 30. Above the limit of float pictures (60 dB, beyond 8 bits of colour) a handful of roundings decide, of
+    which one more is several dB: no more than that is asked.
 
     Args:
         floor: what two executions of the reference agree to, see `floor_of`.
@@ -77,13 +79,27 @@ def floor_checks_of(
     floor: Floor, limits: Limits, components: Mapping[str, Sequence[float]], agreements: Sequence[float], kind: str
 ) -> list[Check]:
     """Returns the checks of `floor_checks` for samples of a kind of which only the agreement in dB is known."""
-    checks = []
-    for component, values in components.items():
-        limit = min(floor.components[component] - BELOW_FLOOR_DB, limits.picture_psnr_db)
-        checks.append(_one("component", component, "median SQNR dB", median(values), limit))
-    limit = min(floor.picture - BELOW_FLOOR_DB, limits.picture_psnr_db)
-    checks.append(_one("picture", kind, "median agreement dB", median(agreements), limit))
-    return checks
+
+    def check(level: str, component: str, metric: str, known: Agreement, values: Sequence[float]) -> Check:
+        limit = floor_limit(known, max(len(values), 1), limits.picture_psnr_db)
+        return _one(level, component, metric, median(values) if values else math.nan, limit)
+
+    checks = [
+        check("component", component, "median SQNR dB", floor.components[component], values)
+        for component, values in components.items()
+    ]
+    return [*checks, check("picture", kind, "median agreement dB", floor.picture, agreements)]
+
+
+def floor_limit(floor: Agreement, count: int, most_db: float) -> float:
+    """Returns the least dB that the median of ``count`` values must have, to be no further away than the floor.
+
+    A second right execution gives other values of the same distribution. Two standard errors of the difference of both
+    medians (a median's is 1.2533 times a mean's) are what so few values leave unsure. The spread is that of the floor
+    alone: values that scatter more than right ones would be no excuse for themselves.
+    """
+    unsure = 2 * _MEDIAN_TO_MEAN * floor.spread_db * math.sqrt(1 / floor.count + 1 / count)
+    return min(floor.median_db - BELOW_FLOOR_DB - unsure, most_db)
 
 
 def floor_of(
@@ -91,22 +107,22 @@ def floor_of(
 ) -> Floor:
     """Returns the noise floor from a second execution: SQNR of each call by component, and the same samples."""
     pictures = [agreement_db(a, b) for a, b in zip(references, others, strict=True)]
-    return Floor({name: _at_least(values) for name, values in components.items()}, _at_least(pictures))
+    return Floor({name: agreement_of(values) for name, values in components.items()}, agreement_of(pictures))
 
 
-def _at_least(values: Sequence[float]) -> float:
-    """Returns the median less two of its standard errors, 1.2533 times a mean's: what a few samples know of it."""
+def agreement_of(values: Sequence[float]) -> Agreement:
+    """Returns what comparisons in dB came to."""
     known = [min(value, _EQUAL_DB) for value in values]
-    return median(known) - 2 * 1.2533 * _standard_error(known)
+    return Agreement(median(known), _spread(known), len(known))
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean of normal values, from their median distance to the median.
+def _spread(values: Sequence[float]) -> float:
+    """Returns the standard deviation of normal values, from their median distance to the median.
 
     Outliers do not widen it: neither calls that agree to 100 dB by luck, nor a sample that is broken.
     """
     middle = median(values)
-    return 1.4826 * median(abs(value - middle) for value in values) / math.sqrt(len(values))
+    return 1.4826 * median(abs(value - middle) for value in values)
 
 
 def mean_check(originals: Sequence[Sample], references: Sequence[Sample], results: Sequence[Sample]) -> Check:
@@ -118,7 +134,7 @@ def mean_check(originals: Sequence[Sample], references: Sequence[Sample], result
     pairs = zip(originals, references, results, strict=True)
     both = [(min(agreement_db(o, a), _EQUAL_DB), min(agreement_db(o, b), _EQUAL_DB)) for o, a, b in pairs]
     differences = [result - reference for reference, result in both]
-    unsure = 2 * _standard_error(differences)
+    unsure = 2 * _spread(differences) / math.sqrt(len(differences))
     reference, result = (mean_db(values) for values in zip(*both, strict=True))
     limit = reference - MEAN_DB - unsure
     return _one("picture", originals[0].kind, "mean agreement with the original dB", result, limit)

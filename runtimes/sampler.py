@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from fewstep.bundle import Bundle, resolve_inside
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample, StepFeed
 from fewstep.guidance import combine, guidance_embedding
-from fewstep.inputs import check_inputs
+from fewstep.inputs import check_inputs, stacked
 from fewstep.manifest import (
     AFTER,
     BEFORE,
     DENOISER,
+    DRAW,
     GUIDANCE,
     INPUT,
     LATENT,
@@ -32,11 +33,14 @@ from fewstep.manifest import (
     Contract,
     TensorSpec,
     TokenizerSpec,
+    draw_offset,
     step_numbers,
 )
 from fewstep.output import to_output
+from fewstep.recipe import ROW_GRAPHS
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.base import CheckedSession
+from fewstep.runtimes.base import CheckedSession, Runtime
+from fewstep.runtimes.rows import RowSession, has_rows, row_spec, row_variant
 from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
@@ -47,7 +51,7 @@ OnStep = Callable[[int, int], None]
 
 
 class Sampler:
-    """Samples with one session for each component.
+    """Samples with one session for each component, as many samples at once as the contract's batch.
 
     Components are opened when they are first needed. ``keep_open=False`` closes each as soon as the next one's turn
     comes, so that memory holds one at a time.
@@ -79,41 +83,67 @@ class Sampler:
         inputs: Mapping[str, Array] | None = None,
         on_step: OnStep | None = None,
     ) -> Sample:
-        """Returns the sample of a prompt and a seed.
+        """Returns the sample of a prompt and a seed, with every network call; for a contract whose batch is 1.
+
+        The arguments are those of `batch`, for one sample.
+        """
+        given = [inputs or {}]
+        (sample,) = self.batch([prompt], [seed], schedule, guidance=guidance, inputs=given, on_step=on_step)
+        return sample
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        schedule: Schedule,
+        *,
+        guidance: float | None = None,
+        inputs: Sequence[Mapping[str, Array]] | None = None,
+        on_step: OnStep | None = None,
+    ) -> list[Sample]:
+        """Returns the samples of a batch. Each is what its prompt and seed draw alone.
 
         Args:
-            prompt: any text; what the tokenizer's length leaves out is cut off.
-            seed: 0 to 2^64 - 1.
+            prompts: any text for each sample; what the tokenizer's length leaves out is cut off.
+            seeds: 0 to 2^64 - 1, one for each sample.
             schedule: the table of the step count wanted.
             guidance: the scale w; None takes the generator's own.
-            inputs: what the generator takes beside the prompt, by name: see `InputSpec`.
+            inputs: what the generator takes beside the prompt, by name, for each sample: see `InputSpec`.
             on_step: called with (steps done, steps) after each.
 
+        Returns:
+            The samples in order. The first holds the network calls, which are those of the whole batch.
+
         Raises:
-            ContractError: guidance for a generator that takes none, an input missing, unknown or of another shape, or a
-                step that the networks are not compiled for.
+            ContractError: another number of samples than the contract's batch, guidance for a generator that takes
+                none, an input missing, unknown or of another shape, or a step that the networks are not compiled for.
         """
-        contract = self._contract
+        contract, size = self._contract, self._contract.batch
+        inputs = [{}] * len(prompts) if inputs is None else inputs
+        if not len(prompts) == len(seeds) == len(inputs) == size:
+            counts = f"{len(prompts)} prompts, {len(seeds)} seeds and {len(inputs)} sets of inputs"
+            raise ContractError(f"a batch of {size} is given {counts}", hint=f"give {size} of each")
         w = contract.guidance.scale if guidance is None else guidance
         if guidance is not None and contract.guidance.kind == "none" and guidance != contract.guidance.scale:
             raise ContractError(
                 f"guidance is {guidance}, but this generator takes none",
                 hint="leave --guidance out, or build it with --guidance",
             )
-        given = check_inputs(contract.inputs, inputs or {})
+        each = [check_inputs(contract.inputs, given) for given in inputs]
         rows = [0 if contract.form == "step" else contract.row(schedule, k) for k in range(schedule.steps)]
         feeds: list[StepFeed] = []
         latents: list[Array] = []
         branches = ("uncond", "cond") if contract.guidance.kind == "two_pass" else ("cond",)
-        texts = {"cond": prompt, "uncond": contract.guidance.negative}
-        values = {branch: self._before(texts[branch], given, seed, w, branch, feeds) for branch in branches}
-        shape = (1, *contract.latent_shape)
+        texts = {"cond": prompts, "uncond": [contract.guidance.negative] * size}
+        given = stacked(each)
+        values = {branch: self._before(texts[branch], given, seeds, w, branch, feeds) for branch in branches}
+        shape = (size, *contract.latent_shape)
         anchor = values["cond"][contract.anchor] if contract.anchor else None
 
         def denoise(k: int, x: Array) -> Array:
             outputs = {}
             for branch in branches:
-                values[branch].update({LATENT: x, STEP: rows[k], **step_numbers(schedule, k)})
+                values[branch].update({LATENT: x, STEP: rows[k], **step_numbers(schedule, k), **self._draws(k, seeds)})
                 for component in self._phase(LOOP):
                     feeds.append(
                         self._call(component, values[branch], step=k, timestep=schedule.timesteps[k], branch=branch)
@@ -128,19 +158,29 @@ class Sampler:
                 on_step(k + 1, schedule.steps)
 
         # A python float keeps float32 arithmetic in float32.
-        x_init = schedule.init_scale * self._value(values["cond"], contract.initial, shape, seed)
+        x_init = schedule.init_scale * self._value(values["cond"], contract.initial, shape, seeds)
         if anchor is not None and schedule.init_anchor:
             x_init = x_init + schedule.init_anchor * anchor
-        x = sample_loop(schedule, x_init, denoise, lambda k: noise.normal(seed, k + 1, shape), step_done, anchor=anchor)
+        x = sample_loop(schedule, x_init, denoise, lambda k: noise.rows(seeds, k + 1, shape), step_done, anchor=anchor)
         last = values["cond"]
         last[SAMPLE] = result = x / contract.latent_scale + contract.latent_shift
         for component in self._phase(AFTER):
             feeds.append(self._call(component, last))
             result = next(iter(feeds[-1].outputs.values()))
-        output = to_output(result, contract.output)
-        return Sample(
-            prompt, seed, schedule.steps, w, tuple(feeds), tuple(latents), output, contract.output.kind, given
-        )
+        return [
+            Sample(
+                prompts[i],
+                seeds[i],
+                schedule.steps,
+                w,
+                tuple(feeds) if i == 0 else (),
+                tuple(latent[i : i + 1] for latent in latents),
+                to_output(row, contract.output),
+                contract.output.kind,
+                each[i],
+            )
+            for i, row in enumerate(np.split(result, size))
+        ]
 
     def close(self) -> None:
         """Closes every open session."""
@@ -160,22 +200,38 @@ class Sampler:
         return [name for name, spec in self._components.items() if spec.phase == phase]
 
     def _before(
-        self, prompt: str, given: Mapping[str, Array], seed: int, w: float, branch: str, feeds: list[StepFeed]
+        self,
+        prompts: Sequence[str],
+        given: Mapping[str, Array],
+        seeds: Sequence[int],
+        w: float,
+        branch: str,
+        feeds: list[StepFeed],
     ) -> dict[str, Any]:
         """Returns all that is known before the loop, by origin."""
         values: dict[str, Any] = {GUIDANCE: w, **{f"{INPUT}{name}": array for name, array in given.items()}}
         for name, tokenizer in self._tokenizers.items():
-            values[f"{TOKENS}{name}"], values[f"{MASK}{name}"] = tokenizer(prompt)
+            ids, masks = zip(*map(tokenizer, prompts), strict=True)
+            values[f"{TOKENS}{name}"], values[f"{MASK}{name}"] = np.concatenate(ids), np.concatenate(masks)
         for component in self._phase(BEFORE):
             for spec in self._components[component].inputs:
                 origin = self._components[component].bindings[spec.name]
-                values.setdefault(origin, self._value(values, origin, spec.shape, seed))
+                values.setdefault(origin, self._value(values, origin, spec.shape, seeds))
             feeds.append(self._call(component, values, branch=branch))
         return values
 
-    def _value(self, values: Mapping[str, Any], origin: str, shape: tuple[int, ...], seed: int) -> Any:
+    def _draws(self, k: int, seeds: Sequence[int]) -> dict[str, Array]:
+        """Returns what the networks of a step are given of the seeds' noise, by origin."""
+        specs = [self._components[name] for name in self._phase(LOOP)]
+        wanted = {s.bindings[t.name]: t.shape for s in specs for t in s.inputs if s.bindings[t.name].startswith(DRAW)}
+        return {
+            origin: noise.rows(seeds, draw_offset(k, int(origin.removeprefix(DRAW))), shape)
+            for origin, shape in wanted.items()
+        }
+
+    def _value(self, values: Mapping[str, Any], origin: str, shape: tuple[int, ...], seeds: Sequence[int]) -> Any:
         if origin not in values and origin.startswith(NOISE):
-            return noise.normal(seed, int(origin.removeprefix(NOISE)), shape)
+            return noise.rows(seeds, int(origin.removeprefix(NOISE)), shape)
         return values[origin]
 
     def _call(
@@ -198,6 +254,8 @@ class Sampler:
         if origin == GUIDANCE:
             value = guidance_embedding(self._contract.guidance, value)
         array = np.asarray(value, dtype=spec.dtype)
+        if origin == GUIDANCE:  # one row, or one for each sample
+            return np.broadcast_to(array, spec.shape)
         # A number of the step may be wanted once for every token.
         return np.full(spec.shape, array.reshape(-1)[0]) if array.size == 1 else array.reshape(spec.shape)
 
@@ -205,25 +263,46 @@ class Sampler:
 def open_sampler(
     bundle: Bundle,
     *,
-    runtime: str | None = None,
+    runtime: str | Runtime | None = None,
     threads: int | None = None,
     keep_open: bool = True,
     exact: bool = False,
+    rows: str | None = None,
 ) -> Sampler:
-    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named).
+    """Returns a sampler on a bundle's artifacts for a runtime (the bundle's first unless named or given).
 
-    ``exact`` computes in fp32 where the runtime can tell that apart from its own arithmetic.
+    Args:
+        bundle: the bundle.
+        runtime: one of its runtimes.
+        threads: inside an op; None leaves the choice to the runtime.
+        keep_open: leaves components open for the next picture.
+        exact: compute in fp32 where the runtime can tell that apart from its own arithmetic.
+        rows: how graphs of the specialized form are held, one of `fewstep.recipe.ROW_GRAPHS`; None takes the recipe's.
+
+    Raises:
+        ContractError: ``rows`` is none of them.
     """
     manifest = bundle.manifest
-    name = runtime or manifest.runtimes[0]
-    backend = get_runtime(name)
+    backend = runtime if isinstance(runtime, Runtime) else get_runtime(runtime or manifest.runtimes[0])
+    name = backend.name
     opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
+    held = rows or manifest.recipe.get("row_graphs", ROW_GRAPHS[0])
+    if held not in ROW_GRAPHS:
+        raise ContractError(f"rows is {held!r}, expected one of {', '.join(ROW_GRAPHS)}")
+    open_of_several = backend.open_mapped if held == "mapped" and backend.open_mapped is not None else opened
 
     def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
         return opened(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
 
     def open_session(component: str) -> CheckedSession:
         spec = manifest.components[component]
+        if has_rows(manifest.contract, spec):
+
+            def open_row(row: int) -> CheckedSession:
+                path = bundle.file(manifest.artifact(name, component, row_variant(row)).path)
+                return open_of_several(path, row_spec(spec), threads)
+
+            return CheckedSession(component, spec, RowSession(spec, open_row, keep_open=held != "one"))
         if spec.tiles is None:
             return open_graph(component, None, spec)
 
@@ -258,10 +337,34 @@ def generate(
     on_step: OnStep | None = None,
 ) -> Sample:
     """Returns one picture from a bundle, holding one component in memory at a time."""
+    given = None if inputs is None else [inputs]
+    (sample,) = generate_batch(
+        bundle, [prompt], [seed], steps=steps, guidance=guidance, inputs=given, runtime=runtime, on_step=on_step
+    )
+    return sample
+
+
+def generate_batch(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    inputs: Sequence[Mapping[str, Array]] | None = None,
+    runtime: str | None = None,
+    on_step: OnStep | None = None,
+) -> list[Sample]:
+    """Returns the samples of a batch from a bundle, holding one component in memory at a time: see `Sampler.batch`.
+
+    Raises:
+        ContractError: the bundle was not built for batches of so many, or as `Sampler.batch`.
+    """
+    bundle = bundle.batched(len(prompts))
     manifest = bundle.manifest
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
     sampler = open_sampler(bundle, runtime=runtime, keep_open=False)
     try:
-        return sampler(prompt, seed, schedule, guidance=guidance, inputs=inputs, on_step=on_step)
+        return sampler.batch(prompts, seeds, schedule, guidance=guidance, inputs=inputs, on_step=on_step)
     finally:
         sampler.close()

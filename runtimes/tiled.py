@@ -20,15 +20,15 @@ def tile_variant(shape: Shape) -> str:
 
 
 def tile_spec(spec: ComponentSpec, shape: Shape) -> ComponentSpec:
-    """Returns what the graph for tiles of a height and width takes and gives."""
+    """Returns what the graph for tiles of a height and width takes and gives, one tile at a time."""
     assert spec.tiles is not None
     (latent,), (picture,) = spec.inputs, spec.outputs
     height, width = shape
     scale = spec.tiles.scale
     return replace(
         spec,
-        inputs=(replace(latent, shape=(*latent.shape[:2], height, width)),),
-        outputs=(replace(picture, shape=(*picture.shape[:2], scale * height, scale * width)),),
+        inputs=(replace(latent, shape=(1, latent.shape[1], height, width)),),
+        outputs=(replace(picture, shape=(1, picture.shape[1], scale * height, scale * width)),),
         tiles=None,
     )
 
@@ -38,14 +38,15 @@ def first_tile(spec: ComponentSpec, feeds: Mapping[str, Array]) -> tuple[Compone
     assert spec.tiles is not None
     (latent,) = spec.inputs
     height, width = shape = spec.tiles.shapes(*latent.shape[2:])[0]
-    tile = np.ascontiguousarray(feeds[latent.name][:, :, :height, :width])
+    tile = np.ascontiguousarray(feeds[latent.name][:1, :, :height, :width])
     return tile_spec(spec, shape), {latent.name: tile}, tile_variant(shape)
 
 
 class TiledSession:
     """Cuts its input into tiles, runs a graph on each and blends what comes out.
 
-    One graph is open at a time: each holds the weights.
+    One graph is open at a time: each holds the weights. Of a batch, one picture is decoded after the other: tiles are
+    there to save memory.
     """
 
     def __init__(self, spec: ComponentSpec, tiles: Tiles, open_tile: Callable[[Shape], CheckedSession]) -> None:
@@ -56,7 +57,8 @@ class TiledSession:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the blended output by name."""
-        return {self._output: decode_tiles(self._tiles, feeds[self._input], self._decode)}
+        rows = feeds[self._input]
+        return {self._output: np.concatenate([decode_tiles(self._tiles, x[None], self._decode) for x in rows])}
 
     def _decode(self, tile_NCHW: Array) -> Array:
         height, width = tile_NCHW.shape[2:]

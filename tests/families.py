@@ -24,12 +24,9 @@ ROOT = Path(__file__).parents[1]
 
 # What is refused, with words of the reason.
 REFUSED: Mapping[str, str] = {
-    "dd-gan": "step 0 draws noise more than once",
     "growing-latents": "the latent of step 3 is [1, 4, 8, 8], expected [1, 4, 4, 4] as in step 0",
-    "gmflow": "denoiser: output output.0 is [1, 20, 8, 8], expected the latent's [1, 4, 8, 8]",
-    "dsno": "denoiser: output output.0 is [4, 3, 16, 16], expected the latent's [1, 3, 16, 16]",
+    "dsno": "denoiser cannot be lowered to ONNX",  # a Fourier transform
     "hybrid-sd": "denoiser_small is called 2 times in a loop of 2 calls of denoiser",
-    "invsr": "a latent is not made element by element",  # its first latent depends on the step count
 }
 
 _KINDS = {"prompt": "text", "class": "class", "image": "image", "mask": "image"}

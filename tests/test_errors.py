@@ -174,7 +174,7 @@ def test_hub_without_a_network(run: Run, tmp_path: Path) -> None:
 
 def test_unknown_recipe(run: Run, source: Path, tmp_path: Path) -> None:
     text = refused(run, source, tmp_path, "--recipe", "fp61")
-    presets = "fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2"
+    presets = "fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2, palette-mixed"
     assert f"unknown recipe 'fp61', expected one of {presets} or a .toml file" in text
     assert "did you mean 'fp16'?" in text
 
@@ -315,7 +315,7 @@ def test_results_on_stdout_are_json_alone(run: Run, tmp_path: Path) -> None:
     assert json.loads(stdout)["passed"] is True
     status, stdout, _ = run("runtimes", "--json")
     assert status == 0
-    assert json.loads(stdout)[0]["runtime"] == "onnxruntime"
+    assert json.loads(stdout)["runtimes"][0]["runtime"] == "onnxruntime"
     status, stdout, _ = run("profile", bundle, "--runs", "3", "--json")
     assert status == 0
     assert json.loads(stdout)["picture"]["median_ms"] > 0
@@ -370,6 +370,6 @@ def test_profile_refuses_what_the_bundle_lacks(run: Run) -> None:
     status, stdout, stderr = run("profile", bundle, "--steps", "3")
     assert (status, stdout) == (2, "")
     assert "bundle has no schedule for 3 steps, it has 1, 2, 4" in " ".join(stderr.split())
-    status, _, stderr = run("profile", bundle, "--runtime", "abacus")
+    status, _, stderr = run("profile", bundle, "--runtime", "coreml")
     assert status == 2
-    assert "bundle has no denoiser for runtime 'abacus'" in " ".join(stderr.split())
+    assert "bundle has no denoiser for runtime 'coreml'" in " ".join(stderr.split())

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fewstep
+from fewstep import noise
 from fewstep.errors import FewstepError, SourceError
 from fewstep.export import Generator, describe
 from fewstep.export.describe import Description
 from fewstep.export.loop import Draw, Loop, Networks, SampleFunction
+from fewstep.export.wiring import wired_module
 from fewstep.inputs import example_inputs
 from fewstep.manifest import InputSpec
 from fewstep.schedule import Schedule, sample_loop
@@ -136,6 +140,50 @@ def test_consistency_that_clips() -> None:
         assert_table_is_the_loop(generator, found.schedules[n], n)
 
 
+def test_what_a_loop_makes_of_the_output_alone_goes_with_the_network() -> None:
+    generator, found = described(mixture, denoiser=Net(8))
+    assert found.components["denoiser"].outputs[0].shape == SHAPE
+    wiring = found.wirings["denoiser"]
+    assert wiring.after is not None and torch.ops.aten._softmax.default in [op for op, _, _ in wiring.after.steps]
+    module = wired_module(generator, wiring)
+    draw = noise.normal(0, 0, SHAPE)
+    for n, schedule in found.schedules.items():
+
+        def denoise(k: int, x: np.ndarray, table: Schedule = schedule) -> np.ndarray:
+            with torch.no_grad():
+                (output,) = module(torch.from_numpy(x), torch.tensor([table.timesteps[k]]))
+            return np.asarray(output)
+
+        with torch.no_grad():
+            expected = generator.pipeline({}, steps=n, guidance=0.0, noise=lambda _: torch.from_numpy(draw))
+        np.testing.assert_allclose(schedule.q, 1.0)
+        np.testing.assert_allclose(schedule.b, -1 / n, rtol=1e-12)
+        x = sample_loop(schedule, draw, denoise, lambda _: draw)
+        np.testing.assert_allclose(x, expected.numpy(), rtol=0, atol=2e-6)
+
+
+def test_a_step_draws_for_its_networks_too(tmp_path: Path) -> None:
+    generator = Generator.assemble("gan", {"denoiser": Net()}, drawing_for_the_network, steps=(1, 3))
+    options = fewstep.Options(prompts=1, seeds=1, profile=False, cache_root=tmp_path / "cache")
+    bundle = fewstep.build(generator, out=tmp_path / "bundle", batch=2, options=options)
+    assert bundle.manifest.components["denoiser"].bindings["s"] == "draw:1"
+    for n in (1, 3):
+        # As docs/bundle.md numbers the draws, in the order in which the loop asks for them.
+        order = [offset for k in range(n) for offset in (k, 2**31 + 65536 * k)]
+        for seed, sample in zip((4, 5), bundle.generate_batch([""] * 2, [4, 5], steps=n), strict=True):
+            queue = iter(order)
+            with torch.no_grad():
+                expected = generator.pipeline(
+                    {},
+                    steps=n,
+                    guidance=0.0,
+                    noise=lambda shape, q=queue, s=seed: torch.from_numpy(noise.normal(s, next(q), shape)),
+                )
+            picture = (expected[0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1)
+            np.testing.assert_allclose(sample.output, picture.numpy(), rtol=0, atol=2e-6)
+            np.testing.assert_array_equal(sample.output, bundle.generate("", seed, steps=n).output)
+
+
 def test_anchor() -> None:
     generator, found = described(anchored, encoder=Net())
     schedule = found.schedules[2]
@@ -152,7 +200,37 @@ def test_anchor() -> None:
 def squared(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
     x = noise(SHAPE)
     for k in range(steps):
-        x = x - nets["denoiser"](x, torch.tensor([1 - k / steps])) ** 2
+        x = x - (x + nets["denoiser"](x, torch.tensor([1 - k / steps]))) ** 2
+    return x
+
+
+def mixture(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
+    """Steps along the mean of two velocities whose weights the network gives too."""
+    x = noise(SHAPE)
+    for k in range(steps):
+        output = nets["denoiser"](x, torch.tensor([1 - k / steps]))
+        means, weights = output[:, :6].unflatten(1, (2, 3)), output[:, 6:].softmax(dim=1)
+        x = x - (weights[:, :, None] * means).sum(dim=1) / steps
+    return x
+
+
+def drawing_for_the_network(
+    nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw
+) -> torch.Tensor:
+    """Every step draws a number for the network before it, then noise for the latent."""
+    x = noise(SHAPE)
+    for k in range(steps):
+        clean = nets["denoiser"](x, torch.tensor([1 - k / steps]), noise((1,))).tanh()
+        x = 0.5 * clean + 0.25 * x
+        if k < steps - 1:
+            x = x + 0.125 * noise(SHAPE)
+    return x
+
+
+def drawing_for_some_steps(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
+    x = noise(SHAPE)
+    for k in range(steps):
+        x = x - nets["denoiser"](x, torch.tensor([1 - k / steps]), noise((1,)) if k == 1 else torch.ones(1))
     return x
 
 
@@ -188,6 +266,15 @@ def with_another_network_in_the_middle(
     return x
 
 
+def wide(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
+    """What is made of the output depends on the step."""
+    x = noise(SHAPE)
+    for k in range(steps):
+        output = nets["denoiser"](x, torch.tensor([1 - k / steps]))
+        x = x - (output[:, :3] if k == 0 else output[:, 3:])
+    return x
+
+
 def growing(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
     x = noise(SHAPE)
     for k in range(steps):
@@ -201,26 +288,27 @@ def growing(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, nois
     [
         (squared, "loop: step 0 is not linear in latent, network output and noise", {}),
         (flipped, "a latent is not made element by element", {}),
-        (drawing_twice, "step 0 draws noise more than once, expected at most one array", {}),
+        (drawing_twice, "step 0 draws noise more than once, expected at most one array for the latent", {}),
+        (drawing_for_some_steps, "step 0 draws noise more than once", {}),
         (with_another_network_at_the_end, "small is called 2 times in a loop of 2 calls of denoiser", {"small": Net()}),
         (with_another_network_in_the_middle, "small runs after step 0 of 4", {"small": Net()}),
         (growing, "the latent of step 1 is [1, 3, 16, 16], expected [1, 3, 8, 8] as in step 0", {}),
-        (euler, "denoiser: output output.0 is [1, 6, 8, 8], expected the latent's [1, 3, 8, 8]", {"denoiser": Net(6)}),
+        (wide, "denoiser: output output.0 is [1, 6, 8, 8], expected the latent's [1, 3, 8, 8]", {"denoiser": Net(6)}),
     ],
-    ids=["not linear", "mixes elements", "draws twice", "other at the end", "other in the middle", "grows", "wide"],
+    ids=[
+        "not linear",
+        "mixes elements",
+        "draws twice",
+        "draws once",
+        "other at the end",
+        "other in the middle",
+        "grows",
+        "wide",
+    ],
 )
 def test_loops_that_are_refused(sample: SampleFunction, text: str, networks: dict[str, torch.nn.Module]) -> None:
-    if "denoiser" in networks:
-
-        def wide(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
-            first = {"denoiser": lambda *args: nets["denoiser"](*args)[:, :3]}
-            return sample(first, inputs, steps=steps, guidance=guidance, noise=noise)
-
-        chosen: SampleFunction = wide
-    else:
-        chosen = sample
     with pytest.raises(FewstepError) as caught:
-        described(chosen, steps=(2, 4), **networks)
+        described(sample, steps=(2, 4), **networks)
     assert text in caught.value.message
     assert caught.value.hint
 

@@ -12,7 +12,7 @@ import pytest
 from fewstep import stages
 from fewstep.errors import ContractError, ParityError
 from fewstep.progress import Silent
-from fewstep.runtimes.ort_loop import loop_feeds
+from fewstep.runtimes.loops import loop_feeds
 from tests.bundles import STEPS, built, plain
 
 
@@ -42,7 +42,7 @@ def test_a_file_that_draws_something_else_is_not_left(tmp_path: Path, monkeypatc
     def other_noise(*arguments: Any) -> dict[str, Any]:
         return {name: -array if name == "noise_0" else array for name, array in loop_feeds(*arguments).items()}
 
-    monkeypatch.setattr("fewstep.runtimes.ort_loop.loop_feeds", other_noise)
+    monkeypatch.setattr("fewstep.runtimes.loops.loop_feeds", other_noise)
     with pytest.raises(ParityError, match="one file of 2 steps draws a picture at"):
         stages.loop(built("turbo").bundle, tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnx
@@ -27,8 +28,16 @@ from fewstep.program import Program
 from fewstep.recipe import Limits
 from fewstep.runtimes import RUNTIMES, ort
 from fewstep.runtimes.base import Runtime
-from fewstep.runtimes.parity import Check, Floor, ParityReport, fold
-from fewstep.runtimes.quantized_parity import BELOW_FLOOR_DB, MEAN_DB, floor_checks_of, floor_of, mean_check
+from fewstep.runtimes.parity import Agreement, Check, Floor, ParityReport, fold
+from fewstep.runtimes.quantized_parity import (
+    BELOW_FLOOR_DB,
+    MEAN_DB,
+    agreement_of,
+    floor_checks_of,
+    floor_limit,
+    floor_of,
+    mean_check,
+)
 from tests.quantized import painted, painter, small
 from tests.test_parity import PICTURE, check, sample
 
@@ -108,6 +117,10 @@ def test_verify_from_the_golden_pack_takes_the_floor_of_the_manifest() -> None:
     without = replace(bundle, manifest=replace(bundle.manifest, parity={"passed": True}))
     with pytest.raises(BundleError, match="does not say what its noise floor is"):
         fewstep.verify(without)
+    numbers = {"floor": {"components": {"denoiser": 38.6}, "picture": 47.8}}
+    other = replace(bundle, manifest=replace(bundle.manifest, parity=numbers))
+    with pytest.raises(BundleError, match="states its noise floor in another form"):
+        fewstep.verify(other)
 
 
 def test_a_build_that_lowers_wrongly_fails_and_names_the_operation(
@@ -217,7 +230,7 @@ def test_fold() -> None:
 
 
 def test_floor_checks() -> None:
-    floor = Floor({"denoiser": 30.0}, 35.0)
+    floor = Floor({"denoiser": Agreement(30.0, 0.0, 8)}, Agreement(35.0, 0.0, 8))
     limits = Limits(component_sqnr_db=80.0, picture_psnr_db=60.0)
     right = floor_checks_of(floor, limits, {"denoiser": [29.5, 29.1, 90.0]}, [34.5], "picture")
     assert [c.passed for c in right] == [True, True]
@@ -225,8 +238,34 @@ def test_floor_checks() -> None:
     below = floor_checks_of(floor, limits, {"denoiser": [28.9, 28.9, 90.0]}, [33.9], "picture")
     assert [c.passed for c in below] == [False, False]
     # A floor beyond what float pictures must keep asks for no more than that.
-    high = floor_checks_of(Floor({"denoiser": 140.0}, 140.0), limits, {"denoiser": [61.0]}, [61.0], "picture")
+    equal = Agreement(140.0, 0.0, 8)
+    high = floor_checks_of(Floor({"denoiser": equal}, equal), limits, {"denoiser": [61.0]}, [61.0], "picture")
     assert all(c.passed and c.limit == 60.0 for c in high)
+    nothing = floor_checks_of(floor, limits, {"denoiser": []}, [35.0], "picture")
+    assert [c.passed for c in nothing] == [False, True], "a component without calls was not compared"
+
+
+def test_floor_limit_knows_how_few_values_there_are() -> None:
+    floor = Agreement(40.0, 2.0, 8)
+    assert floor_limit(floor, 8, 60.0) == pytest.approx(40.0 - 1.0 - 2 * 1.2533 * 2.0 / 2.0)
+    assert floor_limit(floor, 2, 60.0) < floor_limit(floor, 8, 60.0) < floor_limit(floor, 800, 60.0) < 39.0
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0], ids="spread {} dB".format)
+@pytest.mark.parametrize("count", [2, 8, 32], ids="{} values".format)
+def test_floor_limit_lets_right_executions_through_and_wrong_ones_not(count: int, spread: float) -> None:
+    """A right execution's values are drawn from the floor's own distribution; a wrong one's lie lower."""
+    source = np.random.default_rng(count)
+    unsure = 2 * 1.2533 * spread * math.sqrt(1 / 8 + 1 / count)
+    refused = {"right": 0, "wrong": 0}
+    for _ in range(500):
+        limit = floor_limit(agreement_of(source.normal(45.0, spread, 8).tolist()), count, math.inf)
+        value = median(source.normal(45.0, spread, count).tolist())
+        refused["right"] += value < limit
+        refused["wrong"] += value - BELOW_FLOOR_DB - 2 * unsure - 0.01 < limit
+    # Two standard errors leave 2 % on one side if the spread is known; from eight values it is known to a third.
+    assert refused["right"] <= 0.06 * 500
+    assert refused["wrong"] >= 0.9 * 500
 
 
 def test_floor_is_of_medians_and_mean_check_of_the_distance() -> None:
@@ -236,9 +275,10 @@ def test_floor_is_of_medians_and_mean_check_of_the_distance() -> None:
         return sample(PICTURE + by * noise)
 
     floor = floor_of({"denoiser": [30.0, 31.0, 150.0]}, [sample(PICTURE)], [distant(0.01)])  # type: ignore[list-item]
-    # The median less two standard errors: 2 x 1.2533 x 1.4826 x 1 / sqrt(3).
-    assert floor.components == {"denoiser": pytest.approx(31.0 - 2.1456, abs=1e-3)}
-    assert floor.picture == pytest.approx(40.0, abs=1.0), "PSNR of noise of a hundredth"
+    # The median distance to 31 is 1: the call that agrees by luck widens nothing.
+    assert floor.components == {"denoiser": Agreement(31.0, 1.4826, 3)}
+    assert floor.picture.median_db == pytest.approx(40.0, abs=1.0), "PSNR of noise of a hundredth"
+    assert Floor.from_json(json.loads(json.dumps(floor.to_json()))) == floor
     original, reference = [sample(PICTURE)], [distant(0.01)]
     nearer, further = ([distant(0.01 * 10 ** (db / 20))] for db in (MEAN_DB - 0.1, MEAN_DB + 0.1))
     assert mean_check(original, reference, nearer).passed  # type: ignore[arg-type]

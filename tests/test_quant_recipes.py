@@ -129,7 +129,8 @@ def test_unknown_preset_and_base(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError,
         match=re.escape(
-            "expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2 or a .toml"
+            "expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2, "
+            "palette-mixed or a .toml"
         ),
     ):
         load_recipe("w8a9")

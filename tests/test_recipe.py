@@ -38,7 +38,7 @@ def test_file(tmp_path: Path) -> None:
         ({"steps": [0]}, "0 is not a step count"),
         ({"steps": [True]}, "True is not a step count"),
         ({"guidance": "high"}, "guidance is 'high', expected a number"),
-        ({"form": "tabel"}, "form is 'tabel', expected one of step, table"),
+        ({"form": "tabel"}, "form is 'tabel', expected one of step, table, specialized"),
         ({"limits": 3}, "limits is 3, expected a table"),
         ({"limits": {"psnr": 3}}, r"\[limits\]: unknown key 'psnr'"),
         ({"limits": {"picture_psnr_db": "x"}}, "limits.picture_psnr_db is 'x', expected a number"),

@@ -97,7 +97,7 @@ def test_every_shape_is_verified_and_drawn(several: fewstep.Bundle, tmp_path: Pa
 
 def test_shapes_are_verified_without_their_source(several: fewstep.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("fewstep.verify")  # the attribute of that name is the function
-    monkeypatch.setattr(module, "_usable_source", lambda *_: (None, "it is gone"))
+    monkeypatch.setattr(module, "usable_source", lambda *_: (None, "it is gone"))
     report = fewstep.verify(several).report
     assert report and {c.sample for c in report.checks if c.sample and c.sample.endswith("16x24")}
 

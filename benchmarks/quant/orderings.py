@@ -83,9 +83,7 @@ def _variants() -> dict[str, Variant]:
         Variant("mixed-as-w4", "w4", {"rounding": "gptq"}, size_of="w4-gptq"),
         *(Variant(f"w4a8-{n}", "w4a8", steps=n) for n in _COUNTS),
         *(Variant(f"corrected-{n}", "w4a8", {"correction": True}, steps=n) for n in _COUNTS),
-        Variant(
-            "steps-each", "w8a8", _W8A8, missing="a grid for each step needs a graph for each step, which is not built"
-        ),
+        Variant("steps-each", "w8a8", {**_W8A8, "step_grids": "each"}),
         Variant("time-exact", "w4", {"exact_time": True}, form="step"),
         Variant("time-quantized", "w4", {"exact_time": False}, form="step"),
         *(Variant(f"float-{share:g}", "w8a8", {**_W8A8, "float_products": share}) for share in (0.05, 0.2)),

@@ -1,20 +1,20 @@
-"""Counts what leaves the loop of networks of full size, and times both forms of the built-in generator.
+"""Counts what leaves the loop of networks of full size, and measures the forms of the built-in generator.
 
-``python -m benchmarks.static [CASE ...] [--stickers]`` goes on where it was interrupted: what is in ``figures.json`` is
-not measured again. Networks of full size are traced without values: counting takes no memory for their weights.
+``python -m benchmarks.static [CASE ...] [--latency] [--stickers] [--memory] [--step-grids]`` goes on where it was
+interrupted: what is in ``figures.json`` is not measured again. Networks of full size are traced without values:
+counting takes no memory for their weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.table import describe_machine
+from benchmarks.static import latency, step_grids, stickers
 from benchmarks.static.jobs import count
 from benchmarks.static.networks import STATIC
 from benchmarks.static.table import markdown
@@ -23,7 +23,6 @@ from fewstep.isolated import run_isolated
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("build/static")
 STEPS = 4
-_RUNS = 15
 
 
 def main() -> None:
@@ -31,6 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(STATIC)}; all of them by default")
     parser.add_argument("--stickers", action="store_true", help="time the built-in generator too")
+    parser.add_argument("--memory", action="store_true", help="hold its graphs in every way")
+    parser.add_argument("--step-grids", action="store_true", help="draw with grids of activations by step")
+    parser.add_argument("--latency", action="store_true", help="time the cases (they take gigabytes and minutes)")
     options = parser.parse_args()
     unknown = set(options.cases) - set(STATIC)
     if unknown:
@@ -41,56 +43,27 @@ def main() -> None:
             sys.stderr.write(f"{case}\n")
             figures["counts"][case] = run_isolated(count, {"case": case, "steps": STEPS}).result
             _save(figures)
-    if options.stickers and "stickers" not in figures:
-        figures["stickers"] = _stickers()
+        timed = figures.setdefault("latency", {}) if options.latency else None
+        if timed is not None and case not in timed:
+            sys.stderr.write(f"{case}: latency\n")
+            timed[case] = latency.measure(case, STEPS, WORK)
+            _save(figures)
+    for recipe in stickers.HELD if options.memory else ():
+        held = figures.setdefault("memory", {})
+        if recipe not in held:
+            sys.stderr.write(f"memory: {recipe}\n")
+            held[recipe] = stickers.hold_graphs(WORK, recipe)
+            _save(figures)
+    jobs = {
+        "stickers": (options.stickers, lambda: stickers.time_pictures(WORK)),
+        "step_grids": (options.step_grids, lambda: step_grids.measure(WORK)),
+    }
+    for name, (wanted, job) in jobs.items():
+        if wanted and name not in figures:
+            sys.stderr.write(f"{name}\n")
+            figures[name] = job()
+            _save(figures)
     _save(figures)
-
-
-def _stickers() -> dict[str, Any]:
-    """Returns sizes, and times of a picture in turns, at each step count."""
-    import fewstep
-    from fewstep.runtimes.sampler import open_sampler
-
-    options = fewstep.Options(prompts=2, seeds=1, profile=False)
-    bundles = {}
-    for form in ("step", "table"):
-        out = WORK / f"stickers-{form}"
-        bundles[form] = (
-            fewstep.Bundle.open(out) if out.is_dir() else fewstep.build("stickers", form=form, out=out, options=options)
-        )
-    samplers = {form: open_sampler(bundle, threads=1) for form, bundle in bundles.items()}
-    times: dict[str, dict[str, list[float]]] = {}
-    for steps, schedule in sorted(bundles["step"].manifest.schedules.items()):
-        found: dict[str, list[float]] = {form: [] for form in samplers}
-        for seed in range(_RUNS + 2):
-            for form, sampler in samplers.items():
-                start = time.perf_counter()
-                sampler("a red apple", seed, schedule)
-                found[form].append(1e3 * (time.perf_counter() - start))
-        times[str(steps)] = {form: _summary(values[2:]) for form, values in found.items()}
-    sizes = {form: {a.component: a.bytes for a in bundle.manifest.artifacts} for form, bundle in bundles.items()}
-    return {"picture_ms": times, "bytes": sizes, "where_ms": _where(samplers["table"], bundles["table"])}
-
-
-def _where(sampler: Any, bundle: Any) -> dict[str, list[float]]:
-    """Returns the calls in a picture of the default steps and the least time of one, by component."""
-    manifest = bundle.manifest
-    sample = sampler("a red apple", 0, manifest.schedule(manifest.default_steps))
-    found = {}
-    for component in manifest.components:
-        feeds = [feed for feed in sample.feeds if feed.component == component]
-        times = []
-        for _ in range(_RUNS):
-            start = time.perf_counter()
-            sampler.session(component).run(feeds[0].inputs)
-            times.append(1e3 * (time.perf_counter() - start))
-        found[component] = [len(feeds), round(min(times), 2)]
-    return found
-
-
-def _summary(times_ms: list[float]) -> list[float]:
-    """Returns median and least time."""
-    return [round(statistics.median(times_ms), 1), round(min(times_ms), 1)]
 
 
 def _load() -> dict[str, Any]:

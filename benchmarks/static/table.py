@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_MIB = 1 << 20
+from benchmarks.static import latency, memory, step_grids, stickers
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -12,7 +12,7 @@ def markdown(figures: dict[str, Any]) -> str:
     lines = [
         "# Static steps",
         "",
-        "Written by `python -m benchmarks.static --stickers`.",
+        "Written by `python -m benchmarks.static --latency --stickers --memory --step-grids`.",
         "",
         "## What leaves the loop",
         "",
@@ -25,9 +25,16 @@ def markdown(figures: dict[str, Any]) -> str:
         "|---" * 10 + "|",
         *(_counts(case, figure["parts"]) for case, figure in figures["counts"].items()),
     ]
-    if "stickers" in figures:
-        lines += ["", "## The built-in generator", "", *_stickers(figures["stickers"], figures["machine"])]
-    return "\n".join(lines) + "\n"
+    parts = {
+        "latency": ("Time of networks of full size", lambda f: latency.markdown(f, 4)),
+        "stickers": ("The built-in generator", lambda f: stickers.markdown(f, figures["machine"])),
+        "memory": ("A graph for each step", memory.markdown),
+        "step_grids": ("A grid for each step", step_grids.markdown),
+    }
+    for name, (title, tell) in parts.items():
+        if name in figures:
+            lines += ["", f"## {title}", "", *tell(figures[name])]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _counts(case: str, parts: dict[str, dict[str, int]]) -> str:
@@ -42,30 +49,3 @@ def _counts(case: str, parts: dict[str, dict[str, int]]) -> str:
         *(f"{part['macs'] / 1e9:.2f}" for part in (was, now, once)),
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _stickers(figures: dict[str, Any], machine: dict[str, Any]) -> list[str]:
-    lines = [
-        f"ONNX Runtime, fp32, one thread of {machine['processor']}, which was shared: both forms in turns, median "
-        "(least) ms of a picture.",
-        "",
-        "| steps | step form | table form | table / step, medians | least |",
-        "|---" * 5 + "|",
-    ]
-    for steps, forms in figures["picture_ms"].items():
-        (step, least_step), (table, least_table) = forms["step"], forms["table"]
-        ratios = f"{table / step:.3f} | {least_table / least_step:.3f}"
-        lines.append(f"| {steps} | {step} ({least_step}) | {table} ({least_table}) | {ratios} |")
-    sizes = {form: sum(found.values()) for form, found in figures["bytes"].items()}
-    lines += [
-        "",
-        f"All components: {sizes['step'] / _MIB:.1f} MiB in step form, {sizes['table'] / _MIB:.1f} MiB in table form "
-        f"({sizes['table'] / sizes['step']:.3f}).",
-        "",
-        "Where the time of a picture goes (table form, default steps, least ms of a call):",
-        "",
-        "| component | calls | ms | together |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {name} | {n} | {ms} | {n * ms:.1f} |" for name, (n, ms) in figures["where_ms"].items()]
-    return lines

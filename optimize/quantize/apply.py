@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fewstep.errors import QuantizationError
+from fewstep.manifest import STEP
 from fewstep.optimize.quantize.plan import ComponentPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
@@ -58,10 +59,17 @@ def quantize(program: Program, plan: ComponentPlan) -> Program:
         warnings.simplefilter("ignore")  # torch.export and torchao warn about their own internals
         logging.disable(logging.WARNING)
         try:
-            prepared = prepare_pt2e(module, PlanQuantizer(plan, sites))
+            prepared = prepare_pt2e(module, PlanQuantizer(plan, sites, _step(program, module)))
             converted = convert_pt2e(prepared, fold_quantize=False)
             inputs = tuple(torch.zeros(value.shape, dtype=value.dtype) for value in example)
             exported = torch.export.export(converted, inputs)
         finally:
             logging.disable(logging.NOTSET)
     return replace(program, exported=exported)
+
+
+def _step(program: Program, module: GraphModule) -> str | None:
+    """Returns the name of the node that takes the row of the table of steps, None where none does."""
+    placeholders = (node.name for node in module.graph.nodes if node.op == "placeholder")
+    named = zip(program.spec.inputs, placeholders, strict=True)
+    return next((node for spec, node in named if program.spec.bindings[spec.name] == STEP), None)

@@ -16,12 +16,14 @@ from fewstep.profiles import TargetProfile
 _SMALLEST_HALF = np.float16(2.0**-24)
 
 
-def activation_grid(found: Range, profile: TargetProfile) -> Grid:
-    """Returns the 8-bit grid of an activation that covers a range."""
-    scale, zero = found.grid(8, symmetric=profile.symmetric)
-    low, high = (-128, 127) if profile.activation == "int8" else (0, 255)
+def activation_grid(found: Range, profile: TargetProfile, bits: int = 8) -> Grid:
+    """Returns the grid of an activation that covers a range; integers of fewer bits are stored in 8 all the same."""
+    scale, zero = found.grid(bits, symmetric=profile.symmetric)
+    low, high = 0, 2**bits - 1
+    if profile.activation == "int8":
+        low, high = low - 2 ** (bits - 1), high - 2 ** (bits - 1)
     if profile.activation == "int8" and not profile.symmetric:
-        zero -= 128
+        zero += low
     scales = np.array([scale], dtype=np.float32)
     if profile.halves:
         # Not the nearest: what is a little too coarse still covers the range.

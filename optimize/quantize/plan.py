@@ -39,7 +39,8 @@ class Grid:
         dtype: in which q is stored: int8, uint8 or int32.
         low: least q.
         high: largest q.
-        scale: float32; one number for the whole tensor, one for each channel, or [channels, groups].
+        scale: float32; one number for the whole tensor, one for each channel, or [channels, groups]. Without an axis,
+            several numbers are of the whole tensor in each row of the table of steps.
         zero_point: int32, of scale's shape.
         axis: of the channels; None for a grid of the whole tensor.
         group_size: how many successive inputs (a convolution's flattened with its kernel) share a scale; None: all.
@@ -77,11 +78,19 @@ class Grid:
         """Whether zero is q = 0."""
         return not self.zero_point.any()
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the grid is another one in each row of the table of steps."""
+        return self.axis is None and self.scale.size > 1
+
     def to_json(self) -> dict[str, Any]:
-        """Returns all but the arrays; a single scale is written out."""
+        """Returns all but the arrays; scales of whole tensors are written out."""
         values: dict[str, Any] = {"dtype": self.dtype, "bits": self.bits, "low": self.low, "high": self.high}
         if self.axis is None:
-            return values | {"scale": float(self.scale[0]), "zero_point": int(self.zero_point[0])}
+            scales, zeros = [float(scale) for scale in self.scale], [int(zero) for zero in self.zero_point]
+            if self.by_row:
+                return values | {"scale": scales, "zero_point": zeros}
+            return values | {"scale": scales[0], "zero_point": zeros[0]}
         return values | {"axis": self.axis, "group_size": self.group_size}
 
 
@@ -224,8 +233,8 @@ def _from_json(component: str, values: Mapping[str, Any], arrays: Mapping[str, A
             v["dtype"],
             v["low"],
             v["high"],
-            np.array([v["scale"]], dtype=np.float32),
-            np.array([v["zero_point"]], dtype=np.int32),
+            np.atleast_1d(np.array(v["scale"], dtype=np.float32)),
+            np.atleast_1d(np.array(v["zero_point"], dtype=np.int32)),
         )
 
     return ComponentPlan(

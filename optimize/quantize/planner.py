@@ -12,12 +12,12 @@ import torch
 from torch.fx import GraphModule
 
 from fewstep.calibration.observe import observe
-from fewstep.calibration.ranges import StepRanges, estimate
+from fewstep.calibration.ranges import StepRanges
 from fewstep.export import Programs
 from fewstep.manifest import BEFORE, LOOP
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
-from fewstep.optimize.quantize.grids import activation_grid, weight_grid
+from fewstep.optimize.quantize.grids import weight_grid
 from fewstep.optimize.quantize.mixed import Bought, Candidate, share_out
 from fewstep.optimize.quantize.options import Option, Weight, gather
 from fewstep.optimize.quantize.pictures import Pictures
@@ -25,6 +25,7 @@ from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, netwo
 from fewstep.optimize.quantize.precision import kept_in_float
 from fewstep.optimize.quantize.rounding import round_weights, some
 from fewstep.optimize.quantize.sites import Site
+from fewstep.optimize.quantize.step_grids import SHARED, StepGrids
 from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
 from fewstep.progress import Progress, Silent
@@ -78,13 +79,19 @@ def decide(
     return [
         _decide(
             site,
-            quantization.at(site.op, f"{program.component}/{site.name}"),
+            _possible(quantization.at(site.op, f"{program.component}/{site.name}"), profile),
             profile,
             site.macs / macs,
             of_prompt=quantization.protect and _of_prompt(site, early),
         )
         for site in sites
     ]
+
+
+def _possible(choice: Quantization, profile: TargetProfile) -> Quantization:
+    """Returns the choices as the target can store them."""
+    coarser = choice.granularity == "group" and not profile.groups
+    return replace(choice, granularity="channel") if coarser else choice
 
 
 def _of_prompt(site: Site, early: frozenset[str]) -> bool:
@@ -121,6 +128,9 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         activation_reason = f"first or last operation and {share:.1%} of the products: costs little, saves the ends"
     else:
         activation_reason = None
+    if activation_reason is not None and bits < FLOAT_BITS and not profile.weight_only:
+        bits = FLOAT_BITS
+        reason = activation_reason = f"{profile.name} stores whole numbers only to multiply them: {activation_reason}"
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
 
 
@@ -180,9 +190,10 @@ def make_plan(
             programs.make(name),
             quantization,
             profile,
-            partial(_calls, programs, calls, name),
+            partial(calls_of, programs, calls, name),
             _early(programs),
             _steps(calls) if programs.components[name].phase == LOOP else 1,
+            StepGrids.of(programs, quantization, calls, name),
         )
         for name in programs.components
     )
@@ -212,6 +223,7 @@ class _Part:
     decisions: list[Decision]
     calls: Calls
     steps: int | None = None
+    step_grids: StepGrids = SHARED
     options: Mapping[str, Option] | None = None
 
     @classmethod
@@ -223,11 +235,12 @@ class _Part:
         calls: Calls,
         early: frozenset[str],
         steps: int | None,
+        step_grids: StepGrids,
     ) -> _Part:
         """Returns a component with what the recipe and the profile make of it."""
         module, sites = float_graph(program, split=quantization.split)
         decisions = decide(program, sites, quantization, profile, early)
-        return cls(program.component, module, sites, decisions, calls, steps)
+        return cls(program.component, module, sites, decisions, calls, steps, step_grids)
 
     def weights(self, usual: int) -> list[Weight]:
         """Returns all weights that the recipe puts onto a grid; their bits are open unless it says other than usual."""
@@ -266,7 +279,7 @@ class _Part:
 
     def _drawn_up(self, ranges: StepRanges | None, quantization: Quantization, profile: TargetProfile) -> ComponentPlan:
         grids = {name: o.grid for name, o in (self.options or {}).items() if o.grid is not None}
-        plan = draw_up(self.module, self.sites, self.decisions, ranges, profile, grids)
+        plan = draw_up(self.module, self.sites, self.decisions, ranges, profile, grids, self.step_grids)
         plan = replace(plan, split=quantization.split)
         if self.options is not None:
             found = {name: o.integers for name, o in self.options.items() if o.integers is not None}
@@ -293,7 +306,7 @@ def _share_out(
 ) -> Bought:
     parts = list(parts)
     # The calls of whole trajectories: every step counts the same.
-    trials = {part.component: partial(_calls, programs, calls, part.component, _TRIALS) for part in parts}
+    trials = {part.component: partial(calls_of, programs, calls, part.component, _TRIALS) for part in parts}
     candidates = {
         part.component: Candidate(
             part.module,
@@ -311,7 +324,7 @@ def _share_out(
     )
 
 
-def _calls(
+def calls_of(
     programs: Programs, calls: CalibrationSet, component: str, trajectories: int | None = None
 ) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Yields the recorded calls of a component as its program takes them, one trajectory in memory at a time."""
@@ -338,9 +351,10 @@ def plan_component(
     early: frozenset[str] = frozenset(),
     *,
     steps: int | None = None,
+    step_grids: StepGrids = SHARED,
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""
-    return _Part.of(program, quantization, profile, calls, early, steps).plan(quantization, profile)
+    return _Part.of(program, quantization, profile, calls, early, steps, step_grids).plan(quantization, profile)
 
 
 def draw_up(
@@ -350,6 +364,7 @@ def draw_up(
     ranges: StepRanges | None,
     profile: TargetProfile,
     grids: Mapping[str, Grid] | None = None,
+    step_grids: StepGrids = SHARED,
 ) -> ComponentPlan:
     """Returns the plan that follows from decisions and ranges; ``grids`` are weights' that are known already."""
     weights: dict[str, Grid] = {}
@@ -378,7 +393,8 @@ def draw_up(
                 outputs.append(site.name)
             for name in _activations(site, profile):
                 if name not in activations:
-                    activations[name] = _activation(ranges, name, d.choice.ranges, profile)
+                    assert ranges is not None, "observe_sites finds ranges for whatever is computed in whole numbers"
+                    activations[name] = step_grids.grid(ranges, name, d.choice.ranges, profile)
     reasons |= {name: reason for name, reason in _float_reasons(module, profile).items() if name not in activations}
     return ComponentPlan(
         network_sha256(sites),
@@ -399,12 +415,6 @@ def _granularity(decision: Decision) -> str:
     asked = decision.choice.granularity
     grouped = not decision.computes and decision.site.channel_axis == 0
     return "channel" if asked == "group" and not grouped else asked
-
-
-def _activation(ranges: StepRanges | None, name: str, method: str, profile: TargetProfile) -> Grid:
-    assert ranges is not None, "observe_sites finds ranges for whatever is computed in whole numbers"
-    found = estimate(ranges.merged(name), method, bits=8, symmetric=profile.symmetric)
-    return activation_grid(found, profile)
 
 
 def _float_reasons(module: GraphModule, profile: TargetProfile) -> Mapping[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from fewstep.calibration import CalibrationSet, SampleRequest
 from fewstep.export import Generator, Programs
 from fewstep.feeds import Sample
-from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.manifest import Artifact, ComponentSpec, Contract
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.optimize.quantize.plan import QuantPlan
@@ -44,6 +44,11 @@ class QuantizedPrograms:
     def generator(self) -> Generator:
         """The generator, before quantization."""
         return self.programs.generator
+
+    @property
+    def contract(self) -> Contract:
+        """What a device must know to sample."""
+        return self.programs.contract
 
     @property
     def components(self) -> Mapping[str, ComponentSpec]:

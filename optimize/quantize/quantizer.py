@@ -26,17 +26,19 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
     Args:
         plan: the component's plan.
         sites: its sites, from `fewstep.optimize.quantize.find_sites` on the same graph.
+        step: name of the graph's node that is the row of the table of steps, for grids that each row has its own of.
     """
 
-    def __init__(self, plan: ComponentPlan, sites: tuple[Site, ...]) -> None:
+    def __init__(self, plan: ComponentPlan, sites: tuple[Site, ...], step: str | None = None) -> None:
         super().__init__()
         self._plan = plan
+        self._step = step
         self._sites = {site.node: site for site in sites}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Writes an annotation to every site that the plan quantizes."""
         # One specification for each tensor, however many sites read it: torchao shares what is identical.
-        activations = {name: _activation(grid) for name, grid in self._plan.activations.items()}
+        activations = {name: _specification(grid, step=self._step) for name, grid in self._plan.activations.items()}
         nodes = {node.name: node for node in model.graph.nodes}
         for name, site in self._sites.items():
             grid = self._plan.weights.get(site.weight)
@@ -50,7 +52,9 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
                 data = nodes[site.data]
                 inputs[data] = activations[site.data]
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)
-                if bias is not None and not self._plan.float_bias:
+                # One for each step would have to be as many biases: it is added in float.
+                in_float = self._plan.float_bias or self._plan.activations[site.data].by_row
+                if bias is not None and not in_float:
                     inputs[_own(bias, node)] = self._bias(model, site, grid)
                 if site.name in self._plan.outputs and site.result == node.name:
                     output = activations[node.name]
@@ -129,11 +133,12 @@ def spread(parameters: torch.Tensor, grid: Grid, shape: torch.Size) -> torch.Ten
 class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
     """Observes nothing: it stands where a tensor goes onto a grid, and puts the operations there when converted."""
 
-    def __init__(self, grid: Grid, constant: Callable[[], torch.Tensor] | None, **_: object) -> None:
+    def __init__(self, grid: Grid, constant: Callable[[], torch.Tensor] | None, step: str | None, **_: object) -> None:
         # What torchao adds to the arguments says again what the grid says.
         super().__init__(MappingType.ASYMMETRIC, _DTYPES[grid.dtype], PerTensor(), grid.low, grid.high)
         self._grid = grid
         self._constant = constant
+        self._step = step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns its input."""
@@ -147,8 +152,13 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
         """Replaces the observer by quantize and dequantize, or for a constant by its whole numbers and dequantize."""
         graph, source = model.graph, observer_node.args[0]
         assert isinstance(source, Node)
-        with graph.inserting_before(observer_node):
-            if self._constant is None:
+        with graph.inserting_before(_after_inputs(observer_node)):
+            if self._constant is None and self._grid.by_row:
+                parameters = self._row(model, source.name)
+                q = graph.call_function(_ops.quantize_per_tensor.tensor, (source, *parameters))
+                q.meta = dict(source.meta)
+                result = graph.call_function(_ops.dequantize_per_tensor.tensor, (q, *parameters))
+            elif self._constant is None:
                 q = graph.call_function(_ops.quantize_per_tensor.default, (source, *self._whole()))
                 q.meta = dict(source.meta)
                 result = graph.call_function(_ops.dequantize_per_tensor.default, (q, *self._whole()))
@@ -162,6 +172,19 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
         """Returns the arguments of the operations on a grid for the whole tensor."""
         g = self._grid
         return float(g.scale[0]), int(g.zero_point[0]), g.low, g.high, _DTYPES[g.dtype]
+
+    def _row(self, model: GraphModule, name: str) -> tuple[Node, Node, int, int, torch.dtype]:
+        """Returns the arguments of the operations on the grid of the row that the step names."""
+        g, graph = self._grid, model.graph
+        step = next((node for node in graph.nodes if node.op == "placeholder" and node.name == self._step), None)
+        if step is None:
+            raise QuantizationError(f"{name} has a grid for each step, and the graph does not take the step")
+        tables = (("scale_table", torch.from_numpy(g.scale)), ("zero_point_table", torch.from_numpy(g.zero_point)))
+        scale, zero = (
+            graph.call_function(torch.ops.aten.index_select.default, (_get_attr(model, f"{name}_{k}", table), 0, step))
+            for k, table in tables
+        )
+        return scale, zero, g.low, g.high, _DTYPES[g.dtype]
 
     def _dequantized(self, model: GraphModule, values: torch.Tensor, name: str) -> Node:
         """Returns the node that makes a constant from its whole numbers."""
@@ -186,16 +209,22 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
         return result
 
 
-def _activation(grid: Grid) -> QuantizationSpec:
-    return _specification(grid, None)
+def _after_inputs(node: Node) -> Node:
+    """Returns the node itself, or for one that stands between the inputs of its graph the first behind them."""
+    nodes: list[Node] = list(node.graph.nodes)
+    last = max((i for i, other in enumerate(nodes) if other.op == "placeholder"), default=-1)
+    return nodes[max(nodes.index(node), last + 1)]
 
 
 def _constant(grid: Grid, values: Callable[[], torch.Tensor]) -> QuantizationSpec:
-    return _specification(grid, values)
+    return _specification(grid, constant=values)
 
 
-def _specification(grid: Grid, constant: Callable[[], torch.Tensor] | None) -> QuantizationSpec:
-    return QuantizationSpec(_DTYPES[grid.dtype], _Planned.with_args(grid=grid, constant=constant), grid.low, grid.high)
+def _specification(
+    grid: Grid, *, constant: Callable[[], torch.Tensor] | None = None, step: str | None = None
+) -> QuantizationSpec:
+    planned = _Planned.with_args(grid=grid, constant=constant, step=step)
+    return QuantizationSpec(_DTYPES[grid.dtype], planned, grid.low, grid.high)
 
 
 def _get_attr(model: GraphModule, name: str, values: torch.Tensor) -> Node:

@@ -21,10 +21,11 @@ from fewstep.compiling import (
 )
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
-from fewstep.manifest import PLAN_FOLDER, Manifest, Shaped
+from fewstep.further import Further, further_programs
+from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.quantization import for_targets
-from fewstep.recipe import Recipe, check_form, check_steps, load_recipe, parse_shapes
+from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 PROMPTS, SEEDS = 8, 2
 # How many recorded samples backends see that choose a precision by values.
 COMPILE_SAMPLES = 1
-# How many samples each further shape is verified with: its graphs have the weights that the first shape's have shown.
-SHAPE_SAMPLES = 1
 # How many samples are decoded again to look for values beyond fp16.
 FP16_SAMPLES = 2
 # How many samples of the golden pack carry every network call, and how large the pack may grow with the others.
@@ -68,6 +67,7 @@ def build(
     guidance: float | None = None,
     shape: str | None = None,
     decoder_tile: int | None = None,
+    batch: int | None = None,
     form: str | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
@@ -87,7 +87,9 @@ def build(
         shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
             first is the default; None takes the recipe's, then the generator's.
         decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
-        form: ``step`` or ``table``, see `fewstep.export.programs`; None takes the recipe's, then what suits the steps.
+        batch: how many pictures the bundle can draw at once, beside one; None takes the recipe's.
+        form: ``step``, ``table`` or ``specialized``, see `fewstep.export.programs`; None takes the recipe's, then what
+            suits the steps.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -99,6 +101,7 @@ def build(
     from fewstep.optimize import optimize
     from fewstep.optimize.mixed_palettes import choose_palettes
     from fewstep.report.assemble import write_bundle_report
+    from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
     from fewstep.verify import verify_targets
@@ -113,6 +116,8 @@ def build(
     check_shapes(targets, recipe.shape)
     if decoder_tile is not None:
         recipe = replace(recipe, decoder_tile=decoder_tile)
+    if batch is not None:
+        recipe = replace(recipe, batch=check_batch(batch, "batch"))
     if form is not None:
         recipe = replace(recipe, form=check_form(form, "form"))
     cache = StageCache(options.cache_root)
@@ -134,7 +139,7 @@ def build(
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
         programs = programs_of(optimized, described, recipe)
-        others = further_shapes(programs, recipe)
+        others = further_programs(programs, recipe)
 
     with writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
@@ -142,22 +147,27 @@ def build(
         check_comparable(targets, quantized)
         changed = quantized is not None or any(note.modified for note in notes)
 
-        def reference(
-            at: Programs, plain: Generator, most: int | None = None
-        ) -> tuple[list[Sample], list[Sample] | None]:
-            requests = _requests(at.generator, at.described, options)[:most]
-            before = Recipe("original")
-            uncompressed = record_reference(plain, at.described, requests, before, cache, progress) if changed else None
+        def reference(at: Further, requests: Sequence[SampleRequest]) -> tuple[list[Sample], list[Sample] | None]:
+            generator, told, uncompressed = at.alone.generator, at.alone.described, None
+            if changed:
+                before, plain = Recipe("original"), at.plain(original)
+                uncompressed = record_reference(plain, told, requests, before, cache, progress)
             if quantized is not None:
                 return list(quantized.samples(requests)), uncompressed
-            return at.restate(
-                record_reference(at.generator, at.described, requests, recipe, cache, progress)
-            ), uncompressed
+            return at.restate(record_reference(generator, told, requests, recipe, cache, progress)), uncompressed
 
-        lowered_from, uncompressed = reference(programs, original)
+        first = Further(programs, programs, None)
+        lowered_from, uncompressed = reference(first, _requests(optimized, described, options))
         shown = lowered_from[:COMPILE_SAMPLES]
         artifacts = compile_targets(
-            quantized or programs, recipe, targets, folder, cache, progress, others, samples=shown
+            quantized or programs,
+            recipe,
+            targets,
+            folder,
+            cache,
+            progress,
+            {name: at.programs for name, at in others.items()},
+            samples=shown,
         )
         check_size(artifacts, recipe)
         if "onnxruntime" in targets and programs.contract.form == "step":
@@ -165,12 +175,9 @@ def build(
         if "coreml" in targets:
             write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
         _write_golden(lowered_from, folder / "golden")
-        at_shapes = {
-            name: reference(at, original.shaped(*size), SHAPE_SAMPLES)
-            for size, (name, at) in zip(recipe.shape[1:], others.items(), strict=True)
-        }
-        for name, (samples, _) in at_shapes.items():
-            _write_golden(samples, folder / "golden" / name)
+        beside = {name: reference(at, at.requests()) for name, at in others.items()}
+        for name, (samples, _) in beside.items():
+            _write_golden(samples, folder / "golden" / name, least=len(samples))
         manifest = Manifest(
             name=optimized.name,
             source=optimized.source,
@@ -186,7 +193,7 @@ def build(
             licences=optimized.licences,
             versions=versions(),
             shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
-            shapes={name: Shaped(at.contract, at.components, at.described.schedules) for name, at in others.items()},
+            shapes={name: at.shaped() for name, at in others.items()},
         )
         manifest = write_manifest(folder, manifest)
         caveats = _caveats(optimized, described, lowered_from, recipe, options)
@@ -199,13 +206,13 @@ def build(
             caveats=caveats,
             progress=progress,
         )
-        for name, references in at_shapes.items():
-            at_shape = Bundle(folder, manifest.shaped(name))
-            found = verify_targets(at_shape, *references, recipe.limits, progress=progress)
+        for name, references in beside.items():
+            found = verify_targets(Bundle(folder, manifest.shaped(name)), *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
-        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in targets] if options.profile else []
+        timed = [t for t in targets if get_runtime(t).availability().runs] if options.profile else []
+        profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in timed]
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles, quantized)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized, programs.removed)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)
@@ -216,18 +223,6 @@ def sized(generator: Generator, recipe: Recipe) -> Generator:
     """Returns a generator that draws at a recipe's first shape and decodes in its tiles."""
     generator = generator if recipe.decoder_tile is None else generator.tiled(recipe.decoder_tile)
     return generator.shaped(*recipe.shape[0]) if recipe.shape else generator
-
-
-def further_shapes(programs: Programs, recipe: Recipe) -> dict[str, Programs]:
-    """Returns the programs at a recipe's shapes after the first, by their names."""
-    from fewstep.export import describe, programs_of
-
-    found = {}
-    for height, width in recipe.shape[1:]:
-        generator = programs.generator.shaped(height, width)
-        described = describe(generator, sorted(programs.described.schedules))
-        found[f"{height}x{width}"] = programs_of(generator, described, recipe)
-    return found
 
 
 def quantize_programs(
@@ -289,12 +284,15 @@ def _caveats(
     return [] if caveat is None else [caveat]
 
 
-def _write_golden(samples: Sequence[Sample], folder: Path) -> None:
-    """Writes the golden pack: the first samples with every call, others with latents and picture while they fit."""
+def _write_golden(samples: Sequence[Sample], folder: Path, *, least: int = GOLDEN_WITH_FEEDS) -> None:
+    """Writes the golden pack: the first samples with every call, others with latents and picture while they fit.
+
+    At least ``least`` samples are written, whatever their size.
+    """
     kept, size = [], 0
     for i, sample in enumerate(samples):
         size += sample.output.nbytes + sum(x.nbytes for x in sample.latents)
-        if i >= GOLDEN_WITH_FEEDS and size > GOLDEN_BYTES:
+        if i >= least and size > GOLDEN_BYTES:
             break
         kept.append(sample)
     save_samples(kept, folder, with_feeds=GOLDEN_WITH_FEEDS)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -63,6 +63,10 @@ class Bundle:
         """Returns the bundle at one of its shapes, such as ``512x768``; `fewstep.manifest.Manifest.shaped` refuses."""
         return replace(self, manifest=self.manifest.shaped(shape))
 
+    def batched(self, batch: int) -> Bundle:
+        """Returns the bundle for so many pictures at once; `fewstep.manifest.Manifest.batched` refuses."""
+        return replace(self, manifest=self.manifest.batched(batch))
+
     def generate(
         self,
         prompt: str = "",
@@ -76,6 +80,20 @@ class Bundle:
         from fewstep.runtimes.sampler import generate  # a convenience that looks up the layers: the one place it does
 
         return generate(self, prompt, seed, steps=steps, guidance=guidance, inputs=inputs)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        inputs: Sequence[Mapping[str, npt.NDArray[Any]]] | None = None,
+    ) -> list[Sample]:
+        """Returns the samples of several prompts, drawn at once; see `fewstep.runtimes.sampler.generate_batch`."""
+        from fewstep.runtimes.sampler import generate_batch  # as above
+
+        return generate_batch(self, prompts, seeds, steps=steps, guidance=guidance, inputs=inputs)
 
 
 def resolve_inside(folder: Path, relative: str) -> Path:

@@ -79,8 +79,8 @@ def compile_targets(
 ) -> list[Artifact]:
     """Returns every component compiled for every target, under ``folder/<target>``; finished ones are cached.
 
-    ``others`` are the programs at further shapes, by name; their graphs share the weights of the first. ``samples`` are
-    recorded runs at the first shape, for backends that choose a precision by the values in them.
+    ``others`` are the programs at further shapes and in batches, by name; their graphs share the weights of the first.
+    ``samples`` are recorded runs at the first shape, for backends that choose a precision by the values in them.
     """
     from fewstep.runtimes import get_runtime
 
@@ -113,12 +113,12 @@ def compile_targets(
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Raises RuntimeMissingError unless every target can be compiled for and run here."""
+    """Raises RuntimeMissingError unless every target can be compiled for, and its artifacts computed, here."""
     from fewstep.runtimes import get_runtime
 
     for target in targets:
         state = get_runtime(target).availability()
-        if not (state.compiles and state.runs):
+        if not state.builds:
             raise RuntimeMissingError(f"runtime {target} cannot be built here: {state.detail}", hint=state.remedy)
 
 
@@ -175,6 +175,11 @@ def versions() -> dict[str, str]:
         "onnxscript",
         "onnxruntime",
         "coremltools",
+        "tensorrt",
+        "litert-torch",
+        "litert-converter",
+        "ai-edge-litert",
+        "executorch",
         "numpy",
     ):
         try:

@@ -1,4 +1,4 @@
-"""The programs of a bundle: one for each component, or several where shapes or tiles ask for them."""
+"""The programs of a bundle: one for each component, or several where shapes, tiles or the form ask for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fewstep.feeds import Sample
 from fewstep.manifest import Artifact, ComponentSpec
 from fewstep.program import Program
 from fewstep.runtimes.base import Runtime
+from fewstep.runtimes.rows import has_rows, row_call, row_variant
 from fewstep.runtimes.tiled import tile_spec, tile_variant
+from fewstep.variants import nearest
 
 if TYPE_CHECKING:
     from fewstep.export import Programs
@@ -21,12 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Graph:
-    """One program of a component, not traced yet; ``tile`` is the height and width of the tiles that it takes."""
+    """One program of a component, not traced yet.
+
+    ``tile`` is the height and width of the tiles that it takes, ``row`` the row of the table of steps that it is for.
+    """
 
     variant: str
     component: str
     programs: Programs | QuantizedPrograms
     tile: tuple[int, int] | None = None
+    row: int | None = None
 
     def program(self, samples: Iterable[Sample] = ()) -> Program:
         """Returns the traced program, with the calls of these samples that have its shapes, or its first tile's."""
@@ -35,10 +41,17 @@ class Graph:
         if self.tile is not None:
             spec = tile_spec(spec, self.tile)
             height, width = self.tile
-            calls = [{name: x[..., :height, :width] for name, x in call.items()} for call in calls]
+            calls = [{name: x[:1, ..., :height, :width] for name, x in call.items()} for call in calls]
         shapes = {tensor.name: tensor.shape for tensor in spec.inputs}
-        feeds = tuple(call for call in calls if {name: x.shape for name, x in call.items()} == shapes)
-        return replace(self.programs.make(self.component, spec), variant=self.variant, feeds=feeds)
+        calls = [call for call in calls if {name: x.shape for name, x in call.items()} == shapes]
+        program = self.programs.make(self.component, spec)
+        if self.row is not None:
+            from fewstep.export.row import at_row
+
+            program = at_row(program, self.row)
+            of_rows = (row_call(spec, call) for call in calls)
+            calls = [call for row, call in of_rows if row == self.row]
+        return replace(program, variant=self.variant, feeds=tuple(calls))
 
     def key(self) -> dict[str, Any]:
         """Returns what determines the program beside the source and the versions of packages, JSON-ready."""
@@ -48,10 +61,10 @@ class Graph:
 def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Mapping[str, Programs]) -> list[Graph]:
     """Returns the graphs of a component, the first of which brings the weights.
 
-    A shape has a graph of its own only where that is another one.
+    A shape or a batch has a graph of its own only where that is another one.
 
     Raises:
-        ExportError: the generator has other components at another shape.
+        ExportError: the generator has other components at another shape or in a batch.
     """
     for shape, at in others.items():
         if list(at.components) != list(programs.components):
@@ -64,9 +77,15 @@ def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Ma
     if spec.tiles is not None:
         specs = [spec, *(at.components[component] for at in others.values())]
         return [Graph(tile_variant(tile), component, programs, tile) for tile in _tile_shapes(specs)]
-    first = Graph("", component, programs)
-    further = [Graph(shape, component, at) for shape, at in others.items()]
-    return [first, *(graph for graph in further if graph.key() | {"variant": ""} != first.key())]
+    if has_rows(programs.contract, spec):
+        rows = range(len(programs.contract.rows))
+        return [Graph(row_variant(row), component, programs, row=row) for row in rows]
+    kept = {"": Graph("", component, programs)}
+    for name, at in others.items():
+        graph, shared = Graph(name, component, at), kept[nearest(name, kept) or ""]
+        if graph.key() != shared.key() | {"variant": name}:
+            kept[name] = graph
+    return [*kept.values()]
 
 
 def _tile_shapes(specs: Iterable[ComponentSpec]) -> list[tuple[int, int]]:
@@ -94,6 +113,6 @@ def compile_graphs(
     if runtime.compile_variants is None:
         raise RuntimeMissingError(
             f"runtime {runtime.name} cannot compile several graphs of one component",
-            hint="give one shape and no tiles for this target",
+            hint="give one shape, no batch, no tiles and the table form for this target",
         )
     return runtime.compile_variants((graph.program(samples) for graph in graphs), folder, weights)

@@ -89,6 +89,11 @@ def example_inputs(specs: Sequence[InputSpec], index: int) -> dict[str, Array]:
     return found
 
 
+def stacked(inputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Returns the inputs of several samples as those of a batch, one row for each."""
+    return {name: np.concatenate([of_one[name] for of_one in inputs]) for name in inputs[0]}
+
+
 def _smooth_picture(shape: tuple[int, ...], index: int, grid: int = 4) -> npt.NDArray[np.float32]:
     """Returns a few random colours, blended; float32 [1, C, H, W] in (0, 1)."""
     coarse_CGG = noise.normal(index, _EXAMPLE_OFFSET, (shape[1], grid, grid)).astype(np.float64)

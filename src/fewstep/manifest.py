@@ -14,6 +14,7 @@ from fewstep.errors import BundleError, ContractError
 from fewstep.schedule import Schedule
 from fewstep.source import SourceInfo
 from fewstep.tiles import Tiles
+from fewstep.variants import batch_of, nearest, variant
 
 SCHEMA_VERSION = 1
 # Folder of a bundle with the plan of its quantization, if it has one.
@@ -33,6 +34,7 @@ TOKENS = "tokens:"  # + tokenizer: the ids
 MASK = "mask:"  # + tokenizer: 1 for each id that is not padding
 INPUT = "input:"  # + name: what the user gave
 NOISE = "noise:"  # + offset: a draw of the seed's noise
+DRAW = "draw:"  # + number: a draw of the step for its networks, beside the one that its sampler adds
 LATENT = "latent"  # s_k x_k
 TIMESTEP = "timestep"  # t_k
 STEP = "step"  # the row of the contract's table of steps
@@ -46,8 +48,13 @@ BEFORE, LOOP, AFTER = "before", "loop", "after"
 # Kinds of inputs.
 TEXT, CLASS, IMAGE = "text", "class", "image"
 
-# Offsets of draws before the first step, beyond the first such draw; the steps of any sampler stay below.
-EARLY_DRAWS = 1 << 31
+# Offsets of draws beside the initial noise and the one that a step's sampler adds; the steps of any sampler stay below.
+EARLY_DRAWS, DRAWS_OF_A_STEP = 1 << 31, 1 << 16
+
+
+def draw_offset(k: int, number: int) -> int:
+    """Returns the offset of a further draw before network call k, numbered from 1."""
+    return EARLY_DRAWS + DRAWS_OF_A_STEP * k + number - 1
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,10 @@ class Contract:
     ``x / latent_scale + latent_shift``.
 
     ``form`` says what the networks of the loop are told of a step: its numbers (``step``), or which row of the table
-    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``.
+    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``. With a graph for
+    each row (``specialized``, variants ``row-0`` and on), the row chooses the graph, which does not take its number.
+
+    ``batch`` is the number of samples that one call of every component draws, one row of its tensors for each.
     """
 
     latent_shape: tuple[int, ...]
@@ -153,6 +163,7 @@ class Contract:
     noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
     form: str = "step"
     rows: tuple[Mapping[str, float], ...] = ()
+    batch: int = 1
 
     def row(self, schedule: Schedule, k: int) -> int:
         """Returns the row of the table that holds the numbers of a schedule's step.
@@ -200,7 +211,8 @@ class Artifact:
     """What one runtime runs for one component.
 
     A component with several graphs has an artifact for each, told apart by ``variant``: empty for the first or only
-    one, a shape (``512x768``), or a size of tiles (``tile-32x16``). The weights are those of the first.
+    one, a shape (``512x768``), a size of tiles (``tile-32x16``), or a row of the table of steps (``row-2``). The
+    weights are those of the first.
     """
 
     runtime: str
@@ -234,7 +246,7 @@ class Manifest:
     """The whole of ``manifest.json``.
 
     ``shape`` is the size of the pictures (``512x768``, height first) where the build chose it, None where it is the
-    generator's own; ``shapes`` are the others that the bundle can draw.
+    generator's own; ``shapes`` are the others that the bundle can draw, and batches: see `fewstep.variants`.
     """
 
     name: str
@@ -265,14 +277,35 @@ class Manifest:
         if shape == self.shape:
             return self
         if shape not in self.shapes:
-            have = ", ".join(name for name in (self.shape, *self.shapes) if name) or "the generator's own alone"
+            found = [name for name in (self.shape, *self.shapes) if name and batch_of(name) == 1]
+            have = ", ".join(found) or "the generator's own alone"
             raise ContractError(
                 f"bundle has no shape {shape}, it has {have}",
-                hint=f"build it with --shape {','.join([*filter(None, (self.shape, *self.shapes)), shape])}",
+                hint=f"build it with --shape {','.join([*found, shape])}",
             )
-        other = self.shapes[shape]
+        return self._at(shape)
+
+    def batched(self, batch: int) -> Manifest:
+        """Returns the manifest as it is for so many pictures at once, of the shape that this one is of.
+
+        Raises:
+            ContractError: the bundle was not built for this batch.
+        """
+        if batch == self.contract.batch:
+            return self
+        name = variant(self.shape, batch)
+        if name not in self.shapes:
+            sizes = sorted({1, *map(batch_of, self.shapes)})
+            raise ContractError(
+                f"bundle does not draw {batch} pictures at once, it draws {' or '.join(map(str, sizes))}",
+                hint=f"build it with --batch {batch}, or draw one after the other",
+            )
+        return self._at(name)
+
+    def _at(self, name: str) -> Manifest:
+        other = self.shapes[name]
         return replace(
-            self, shape=shape, contract=other.contract, components=other.components, schedules=other.schedules
+            self, shape=name, contract=other.contract, components=other.components, schedules=other.schedules
         )
 
     @property
@@ -280,14 +313,13 @@ class Manifest:
         """The runtimes that this bundle has artifacts for, in order."""
         return tuple(dict.fromkeys(artifact.runtime for artifact in self.artifacts))
 
-    def artifact(self, runtime: str, component: str, variant: str | None = None) -> Artifact:
+    def artifact(self, runtime: str, component: str, graph: str | None = None) -> Artifact:
         """Returns the artifact of a component for a runtime: of a variant, by default of the manifest's shape."""
         found = {a.variant: a for a in self.artifacts if (a.runtime, a.component) == (runtime, component)}
-        # Of tiles, the first stands for all.
-        wanted = (self.shape or "", "", *found) if variant is None else (variant,)
-        for name in wanted:
-            if name in found:
-                return found[name]
+        # Of tiles and rows, the first stands for all.
+        name = nearest(self.shape or "", found) if graph is None else graph
+        if name in found:
+            return found[name]
         have = ", ".join(self.runtimes) or "none"
         raise BundleError(
             f"bundle has no {component} for runtime {runtime!r}, it has runtimes: {have}",
@@ -414,6 +446,7 @@ def _contract(values: Any) -> Contract:
         noise=values["noise"],
         form=values.get("form", "step"),
         rows=tuple(values.get("rows", ())),
+        batch=values.get("batch", 1),
     )
 
 

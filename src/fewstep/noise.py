@@ -12,6 +12,7 @@ Legend: N counters, 4 words of 32 bits each.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,3 +77,15 @@ def normal(seed: int, offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.flo
     v_N = bits_N4[:, 1] * (2.0 * math.pi * 2.0**-32) + 2.0 * math.pi * 2.0**-33
     normal_N = np.sqrt(-2.0 * np.log(u_N)) * np.sin(v_N)
     return np.asarray(normal_N, dtype=np.float32).reshape(shape)
+
+
+def rows(seeds: Sequence[int], offset: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Returns the noise of a batch, float32: each seed's draw of an offset, one after the other in dimension 0.
+
+    Args:
+        seeds: of the samples of the batch.
+        offset: see `normal`.
+        shape: of the whole; its first dimension is a multiple of the number of seeds.
+    """
+    own = (shape[0] // len(seeds), *shape[1:])
+    return np.concatenate([normal(seed, offset, own) for seed in seeds])

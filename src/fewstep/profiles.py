@@ -27,6 +27,8 @@ class TargetProfile:
         halves: whether scales are stored in half precision, so that a grid must have such scales to begin with.
         float_bias: whether biases stay in float, where integers of 32 bits cannot be added to the products.
         whole_kernels: whether inputs that share a scale are whole channels, with all of a convolution's kernel.
+        groups: whether a weight that is multiplied in float may have scales of groups of inputs.
+        weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
     """
 
     name: str
@@ -41,6 +43,8 @@ class TargetProfile:
     halves: bool = False
     float_bias: bool = False
     whole_kernels: bool = False
+    groups: bool = True
+    weight_only: bool = True
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
@@ -85,9 +89,28 @@ _ANE = replace(
     whole_kernels=True,
 )
 
-PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in (_X86, _ARM, _TENSORRT, _ANE)}
+# XNNPACK, which computes for LiteRT and ExecuTorch: int8 to int8, and what has no such kernel in float.
+_LITERT = replace(
+    _ARM,
+    name="litert",
+    computes=frozenset({"linear", "conv2d"}),
+    outputs=frozenset({"linear", "conv2d"}),
+    unfolded=0,
+    floats=dict.fromkeys(_ORT_FLOATS, "XNNPACK computes it in float"),
+    groups=False,
+)
+# Its delegate in ExecuTorch unpacks no stored weight for a product in float.
+_EXECUTORCH = replace(_LITERT, name="executorch", weight_only=False)
+
+_ALL = (_X86, _ARM, _TENSORRT, _ANE, _LITERT, _EXECUTORCH)
+PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in _ALL}
 # Targets that run graphs of one profile only.
-REQUIRED: Mapping[str, str] = {"coreml": _ANE.name}
+REQUIRED: Mapping[str, str] = {
+    "coreml": _ANE.name,
+    "tensorrt": _TENSORRT.name,
+    "litert": _LITERT.name,
+    "executorch": _EXECUTORCH.name,
+}
 
 
 def get_profile(name: str) -> TargetProfile:

@@ -9,7 +9,8 @@ A recipe's ``[quantization]`` table::
     group_size = 32             # input channels that share a scale, for group
     rounding = "gptq"           # nearest | gptq | adaround
     ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
-    profile = "x86"             # what the target computes well: see fewstep.profiles
+    step_grids = "shared"       # activations of the loop: one grid for all steps, or "grouped", or one for "each"
+    profile = "x86"             # what the target computes well: see fewstep.profiles; some targets bring theirs
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own
@@ -47,6 +48,7 @@ ACTIVATION_BITS = (8, FLOAT_BITS)
 GRANULARITIES = ("tensor", "channel", "group")
 ROUNDINGS = ("nearest", "gptq", "adaround")
 RANGES = ("minmax", "percentile", "mse", "lp", "kl", "cosine", "l1", "ema")
+STEP_GRIDS = ("shared", "grouped", "each")
 SAMPLERS = ("own", "uniform", "ndtc", "tdac", "single", "qsample", "first", "random")
 
 _CHOICES: Mapping[str, Collection[object]] = {
@@ -55,6 +57,7 @@ _CHOICES: Mapping[str, Collection[object]] = {
     "granularity": GRANULARITIES,
     "rounding": ROUNDINGS,
     "ranges": RANGES,
+    "step_grids": STEP_GRIDS,
     "sampler": SAMPLERS,
     "profile": tuple(PROFILES),
 }
@@ -82,6 +85,8 @@ class Quantization:
     group_size: int = 32
     rounding: str = "gptq"
     ranges: str = "mse"
+    step_grids: str = "shared"
+    """Whether steps share the grid of an activation: see `fewstep.optimize.quantize.step_grids`."""
     profile: str = "x86"
     sampler: str = "own"
     samples: int = 32
@@ -143,6 +148,11 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
     found = dataclasses.replace(base or Quantization(), **given)
     if found.bits is not None and found.max_bytes is not None:
         raise RecipeError(f"{where} has both bits and max_bytes, expected one budget", hint="remove one of them")
+    if found.step_grids != "shared" and found.sampler == "single":
+        raise RecipeError(
+            f"{where}: step_grids is {found.step_grids!r} and the sampler records a single step",
+            hint="choose the sampler own, or shared grids",
+        )
     _check_storable(found, where)
     return found
 
@@ -216,6 +226,11 @@ def for_targets(quantization: Quantization | None, targets: Collection[str]) -> 
         raise RecipeError(
             f"{target} takes a plan of the profile {profile!r}, and a bundle has one plan for all of its targets",
             hint=f"build one bundle for each target, or write profile = {profile!r} into the recipe for all of them",
+        )
+    if not PROFILES[profile].weight_only and quantization.activations == FLOAT_BITS:
+        raise RecipeError(
+            f"the recipe computes in float with stored whole numbers, and {target} can only multiply those",
+            hint="use w8a8, or fp32; litert runs recipes that quantize weights only",
         )
     return dataclasses.replace(quantization, profile=profile)
 

@@ -6,7 +6,10 @@ of TOML::
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
     steps = [1, 2, 4]           # step counts whose schedules the bundle carries
-    form = "table"              # step (any step count) | table (the listed ones, faster); see docs/static.md
+    form = "table"              # step (any step count) | table (the listed ones, faster) | specialized (a graph
+                                # for each of their steps on one set of weights); see docs/static.md
+    row_graphs = "mapped"       # how a device holds specialized graphs: all open on weights that are mapped into memory
+                                # once | packed, a copy each, faster | one open at a time
     palette = 6                 # Core ML: weights as indices of 1, 2, 3, 4, 6 or 8 bits into palettes of halves
     palette_choices = {"denoiser/conv_in.weight" = 8}  # bits of single weights
     palette_mean_bits = 4.5     # Core ML: bits of every palette chosen by sensitivity, so many in the mean
@@ -16,6 +19,7 @@ of TOML::
     decoder = "taesd"           # folder of another decoder; paths are relative to the recipe's folder
     shape = "512x512,512x768"   # heights and widths of the pictures, in pixels; the first is the default
     decoder_tile = 256          # decode in overlapping tiles of so many pixels to a side
+    batch = 4                   # draw so many pictures at once too, on the same weights
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -40,7 +44,8 @@ from fewstep.quantization import Quantization, parse_quantization, refuse_unknow
 from fewstep.source import Lora, SourceSpec
 
 WEIGHTS = ("fp32", "fp16")
-FORMS = ("step", "table")
+FORMS = ("step", "table", "specialized")
+ROW_GRAPHS = ("mapped", "packed", "one")
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 MAX_STEPS = 64
 
@@ -73,6 +78,8 @@ class Recipe:
     """Heights and widths of the pictures, in pixels; empty: the generator's own."""
     decoder_tile: int | None = None
     """Decode in overlapping tiles of this many pixels to a side."""
+    batch: int | None = None
+    """How many pictures the bundle can draw at once, beside one."""
     quantization: Quantization | None = None
     palette: int | None = None
     """Bits of an index into a weight's palette, one of `PALETTE_BITS`; Core ML stores them so."""
@@ -84,11 +91,28 @@ class Recipe:
     """Share of each large weight's values that become zero; Core ML stores the places of the others."""
     form: str | None = None
     """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
+    row_graphs: str = "mapped"
+    """How runtimes hold the graphs of the specialized form, one of `ROW_GRAPHS`."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared with PyTorch yet: quantized operations, tile by tile or at several shapes."""
-        for what, given in (("decoder_tile", self.decoder_tile is not None), ("several shapes", len(self.shape) > 1)):
+        """Refuses what is not compiled together.
+
+        Quantized operations cannot be compared with PyTorch in tiles, shapes or batches yet; a graph for each step of
+        each shape or batch would be too many.
+        """
+        further = {
+            "decoder_tile": self.decoder_tile is not None,
+            "several shapes": len(self.shape) > 1,
+            "batch": self.batch is not None,
+        }
+        for what in ("several shapes", "batch"):
+            if self.form == "specialized" and further[what]:
+                raise RecipeError(
+                    f"{self.name}: {what} and the form specialized are both given, expected one of them",
+                    hint="build with --form table, whose graph is the same in every step",
+                )
+        for what, given in further.items():
             if self.quantization is not None and given:
                 raise RecipeError(
                     f"{self.name}: {what} and quantization are both given, expected one of them",
@@ -215,6 +239,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
         shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
         decoder_tile=_tile(values.get("decoder_tile"), where),
+        batch=None if values.get("batch") is None else check_batch(values["batch"], f"{where}: batch"),
         quantization=quantization,
         palette=_palette(values.get("palette", base.palette), f"{where}: palette"),
         palette_choices=_palette_choices(values.get("palette_choices", {}), f"{where}: palette_choices"),
@@ -223,6 +248,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         ),
         sparsity=_within(values.get("sparsity", base.sparsity), f"{where}: sparsity", 0.01, 0.99),
         form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
+        row_graphs=_one_of(ROW_GRAPHS, values.get("row_graphs", "mapped"), f"{where}: row_graphs"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -239,6 +265,15 @@ def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
             )
         found.append((int(match[1]), int(match[2])))
     return tuple(dict.fromkeys(found))
+
+
+def check_batch(batch: object, where: str) -> int:
+    """Returns the number of pictures of a batch; refuses what is none."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2:
+        raise RecipeError(
+            f"{where} is {batch!r}, expected a whole number from 2 on", hint="one picture at a time needs no batch"
+        )
+    return batch
 
 
 def check_form(form: object, where: str) -> str:
@@ -262,6 +297,12 @@ def check_steps(steps: Collection[object], where: str) -> tuple[int, ...]:
             )
         counts.append(count)
     return tuple(sorted(set(counts)))
+
+
+def _one_of(choices: Collection[str], value: object, where: str) -> str:
+    if value not in choices:
+        raise RecipeError(f"{where} is {value!r}, expected one of {', '.join(choices)}", hint="edit the recipe")
+    return str(value)
 
 
 def _palette(value: object, where: str) -> int | None:

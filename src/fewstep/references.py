@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
+from fewstep.further import batch_requests, batched_programs, restate
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, stage
 from fewstep.recipe import Recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import SourceInfo, SourceSpec
+from fewstep.variants import parts
 
 if TYPE_CHECKING:
     from fewstep.export import Generator, Programs
@@ -61,23 +63,35 @@ def as_built(generator: Generator, manifest: Manifest) -> Generator:
     """Returns a generator that draws and decodes at the sizes of a manifest."""
     tile = manifest.recipe.get("decoder_tile")
     generator = generator if tile is None else generator.tiled(tile)
-    return generator if manifest.shape is None else generator.shaped(*parse_shapes(manifest.shape, "manifest")[0])
+    shape, _ = parts(manifest.shape or "") or ("", 1)
+    return generator.shaped(*parse_shapes(shape, "manifest")[0]) if shape else generator
 
 
 def live_references(
     bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
 ) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
-    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ."""
+    """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ.
+
+    Of a bundle that draws several samples at once, the samples are one batch.
+    """
     from fewstep.calibration import SampleRequest, record_samples
 
     manifest = bundle.manifest
+    batch = manifest.contract.batch
     with stage(progress, "read the contract"):
         original = as_built(original, manifest)
         optimized, programs, quantized, changed = prepare(bundle, original)
         described = programs.described
+        if batch > 1:
+            programs = batched_programs(programs, replace(recipe_of(manifest), batch=batch))
     w = manifest.contract.guidance.scale
-    requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
-    requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
+    if batch > 1:
+        requests = batch_requests(
+            replace(original, prompts=manifest.prompts, default_steps=manifest.default_steps, guidance=w), batch
+        )
+    else:
+        requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
+        requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
     advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
 
     def run(generator: Generator) -> list[Sample]:
@@ -89,8 +103,21 @@ def live_references(
 
     uncompressed = run(original) if changed else None
     if quantized is None:
-        return None, programs.restate(run(optimized)), uncompressed
+        return None, restate(run(optimized), programs), uncompressed
     return quantized, list(quantized.samples(requests)), uncompressed
+
+
+def recipe_of(manifest: Manifest) -> Recipe:
+    """Returns what a bundle's recipe did to the generator's networks, but for their quantization."""
+    recipe = manifest.recipe
+    return Recipe(
+        "",
+        weights=recipe["weights"],
+        palette=recipe.get("palette"),
+        palette_choices=recipe.get("palette_choices") or {},
+        sparsity=recipe.get("sparsity"),
+        form=manifest.contract.form,
+    )
 
 
 def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, QuantizedPrograms | None, bool]:
@@ -100,14 +127,7 @@ def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, Q
     from fewstep.optimize.quantize import QuantizedPrograms, QuantPlan
 
     manifest = bundle.manifest
-    recipe = Recipe(
-        "",
-        weights=manifest.recipe["weights"],
-        palette=manifest.recipe.get("palette"),
-        palette_choices=manifest.recipe.get("palette_choices") or {},
-        sparsity=manifest.recipe.get("sparsity"),
-        form=manifest.contract.form,
-    )
+    recipe = recipe_of(manifest)
     optimized, notes = optimize(original, recipe)
     programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
     changed = any(note.modified for note in notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.build import further_shapes, quantize_programs, sized
+from fewstep.build import quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.compiling import check_targets, compile_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
+from fewstep.further import further_programs
 from fewstep.inputs import example_inputs
 from fewstep.metrics import psnr_db
 from fewstep.progress import Progress, stage
@@ -27,6 +29,7 @@ from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
     from fewstep.calibration.sets import CalibrationSet
+    from fewstep.runtimes.loops import OpenLoop
 
 Array = npt.NDArray[Any]
 
@@ -34,7 +37,7 @@ Array = npt.NDArray[Any]
 def draw(
     bundle: Bundle,
     prompts: Sequence[str],
-    seed: int,
+    seeds: Sequence[int],
     *,
     inputs: Sequence[Mapping[str, Array]],
     steps: int | None,
@@ -42,17 +45,29 @@ def draw(
     runtime: str | None,
     progress: Progress,
 ) -> list[Sample]:
-    """Returns a sample for every prompt with its other inputs; a single one holds one component in memory at a time."""
-    schedule = bundle.manifest.schedule(bundle.manifest.default_steps if steps is None else steps)
-    sampler = open_sampler(bundle, runtime=runtime, keep_open=len(prompts) > 1)
-    advance = progress.task("steps", len(prompts) * schedule.steps)
+    """Returns a sample for every prompt with its seed and other inputs, as many at once as the bundle draws.
+
+    A single call holds one component in memory at a time.
+    """
+    manifest, size = bundle.manifest, bundle.manifest.contract.batch
+    schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
+    sampler = open_sampler(bundle, runtime=runtime, keep_open=len(prompts) > size)
+    advance = progress.task("steps", -(-len(prompts) // size) * schedule.steps)
+    samples: list[Sample] = []
     try:
-        return [
-            sampler(prompt, seed, schedule, guidance=guidance, inputs=given, on_step=lambda _, __: advance())
-            for prompt, given in zip(prompts, inputs, strict=True)
-        ]
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            samples += sampler.batch(
+                prompts[rows],
+                seeds[rows],
+                schedule,
+                guidance=guidance,
+                inputs=inputs[rows],
+                on_step=lambda _, __: advance(),
+            )
     finally:
         sampler.close()
+    return samples
 
 
 def inspect(source: str | SourceSpec) -> dict[str, Any]:
@@ -182,8 +197,8 @@ def compile(
     from fewstep.export import describe, load, programs_of
     from fewstep.optimize import optimize as apply
 
-    chosen = load_recipe(recipe)
     check_targets(targets)
+    chosen = load_recipe(recipe)
     chosen = replace(chosen, quantization=for_targets(chosen.quantization, targets))
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)
@@ -198,7 +213,13 @@ def compile(
         programs = programs_of(generator, described, chosen)
         quantized = quantize_programs(programs, chosen, folder, cache, progress)
         artifacts = compile_targets(
-            quantized or programs, chosen, targets, folder, cache, progress, further_shapes(programs, chosen)
+            quantized or programs,
+            chosen,
+            targets,
+            folder,
+            cache,
+            progress,
+            {name: at.programs for name, at in further_programs(programs, chosen).items()},
         )
     return [out / artifact.path for artifact in artifacts]
 
@@ -216,40 +237,61 @@ class Loop:
 
 
 def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, progress: Progress) -> Loop:
-    """Writes one ONNX file that samples with a bundle's networks, and returns how it compares with the bundle.
+    """Writes one file that samples with a bundle's networks, and returns how it compares with the bundle.
+
+    For ONNX Runtime it is an ONNX file, for Core ML a package.
 
     Raises:
-        ContractError: the bundle guides with two passes.
+        BundleError: there is something at ``out`` that is not to be replaced, or its name does not fit the runtime.
+        ContractError: see `fewstep.runtimes.unroll.check_unrolls`.
         ParityError: what it draws is not what the bundle draws; no file is left.
     """
-    import onnxruntime
-
-    from fewstep.runtimes.ort_loop import loop_feeds, write_loop
+    from fewstep.runtimes.loops import open_loop, write_loop
 
     manifest = bundle.manifest
     runtime = runtime or manifest.runtimes[0]
     count = manifest.default_steps if steps is None else steps
-    partial = out.with_name(f"{out.name}.partial")
+    if out.is_dir():
+        raise _not_empty(out)
+    partial = out.with_name(f"partial-{out.name}")
     with stage(progress, f"unroll {count} steps"):
         write_loop(bundle, partial, runtime=runtime, steps=count)
     with stage(progress, "compare"):
-        session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-        shapes = {value.name: value.shape for value in session.get_inputs()}
-        prompt, given = manifest.prompts[0], example_inputs(manifest.contract.inputs, 0)
-        feeds = loop_feeds(manifest, shapes, open_tokenizers(bundle.path, manifest.tokenizers), prompt, 0, given)
-        (output,) = session.run(None, dict(feeds))
-        ours = bundle.generate(prompt, 0, steps=count, inputs=given).output
-        value = psnr_db(ours, output[0].transpose(1, 2, 0) if output.ndim == 4 else output[0])
+        value = _agreement_db(bundle, open_loop(partial, runtime), count, runtime)
     if not value >= Limits().picture_psnr_db:
-        partial.unlink()
+        _remove(partial)
         raise ParityError(
             f"one file of {count} steps draws a picture at {value:.1f} dB of the bundle's, expected "
             f"{Limits().picture_psnr_db:.0f}",
             hint="sample with the bundle's components",
         )
     partial.rename(out)
-    size, parts = out.stat().st_size, sum(a.bytes for a in manifest.artifacts if a.runtime == runtime)
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+    size, parts = sum(f.stat().st_size for f in files), sum(a.bytes for a in manifest.artifacts if a.runtime == runtime)
     return Loop(out, count, value, size, size / parts)
+
+
+def _agreement_db(bundle: Bundle, opened: OpenLoop, steps: int, runtime: str) -> float:
+    """Returns the PSNR of what one file draws against what the bundle's components do, both in fp32."""
+    from fewstep.runtimes.loops import loop_feeds
+
+    manifest = bundle.manifest
+    prompt, given = manifest.prompts[0], example_inputs(manifest.contract.inputs, 0)
+    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
+    output = opened.run(loop_feeds(manifest, opened.inputs, tokenizers, prompt, 0, given))
+    sampler = open_sampler(bundle, runtime=runtime, keep_open=False, exact=True)
+    try:
+        ours = sampler(prompt, 0, manifest.schedule(steps), inputs=given).output
+    finally:
+        sampler.close()
+    return psnr_db(ours, output[0].transpose(1, 2, 0) if output.ndim == 4 else output[0])
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError, RuntimeMissingError
 from fewstep.feeds import Sample
-from fewstep.manifest import INTEGERS, Artifact
+from fewstep.further import batches
+from fewstep.manifest import INTEGERS, Artifact, Manifest
+from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
-from fewstep.runtimes import coreml, get_runtime
+from fewstep.runtimes import coreml, get_runtime, ort
+from fewstep.runtimes.base import Array, Runtime
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -28,7 +31,8 @@ from fewstep.runtimes.parity import (
     label,
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.runtimes.rows import has_rows, row_call, row_variant
+from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceSpec
 
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
 # How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
 FLOOR_SAMPLES = 8
+# Runtimes whose artifacts have a value for every value of the traced program.
+BISECTED = (ort.NAME, coreml.NAME)
 GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
 
 
@@ -121,6 +127,10 @@ def verify(
         verified = verified.and_at(shape, found)
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
+            if name not in BISECTED:
+                note = f"{name} was not bisected: it hides the values in between; bisect a bundle for onnxruntime"
+                verified = replace(verified, caveats=(*verified.caveats, note))
+                continue
             departed = _bisect(bundle, source, of_one, name, limits)
             verified.departures.update(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
@@ -134,7 +144,7 @@ def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
         if name not in bundle.manifest.runtimes:
             continue  # the manifest refuses it, and says what it has
         state = get_runtime(name).availability()
-        if not state.runs:
+        if not (state.runs or state.stand_in):
             others = [other for other in bundle.manifest.runtimes if other != name]
             remedy = [state.remedy] if state.remedy else []
             remedy += [f"verify {' or '.join(others)} alone with --runtime"] if others else []
@@ -216,7 +226,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *stand_in_notes(name), *_compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -224,10 +234,7 @@ def verify_against(
                 references, sampler.session, lambda c: None if c in integers else limits.component_sqnr_db
             )
         advance = progress.task("compare samples", len(references))
-        results = []
-        for r in references:
-            results.append(sampler(r.prompt, r.seed, manifest.schedule(r.steps), guidance=r.guidance, inputs=r.inputs))
-            advance()
+        results = _drawn(sampler, manifest, references, advance)
     finally:
         sampler.close()
     checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
@@ -254,10 +261,7 @@ def verify_against(
             checks.append(mean_check(uncompressed, references, exact))
         if integers and narrower:
             checks.append(replace(mean_check(uncompressed, references, results), error=LOWERING_FP16))
-    first = next(iter(artifacts.values()))
-    executor = f"{name}, {first.weights} weights, {first.compute} compute"
-    said = get_runtime(name).executor
-    executor += f", run by {said()}" if said is not None else ""
+    executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
         tuple(references),
@@ -265,6 +269,24 @@ def verify_against(
         tuple(notes),
         uncompressed=None if uncompressed is None else tuple(uncompressed),
     )
+
+
+def _drawn(
+    sampler: Sampler, manifest: Manifest, references: Sequence[Sample], advance: Callable[[], None]
+) -> list[Sample]:
+    """Returns what a bundle draws for the prompts and seeds of the references."""
+    results: list[Sample] = []
+    for rows in batches(references, manifest.contract.batch):
+        results += sampler.batch(
+            [r.prompt for r in rows],
+            [r.seed for r in rows],
+            manifest.schedule(rows[0].steps),
+            guidance=rows[0].guidance,
+            inputs=[r.inputs for r in rows],
+        )
+        for _ in rows:
+            advance()
+    return results
 
 
 def _floor(
@@ -286,7 +308,13 @@ def known_floor(bundle: Bundle) -> Floor:
     known = (bundle.manifest.parity or {}).get("floor")
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
-    return Floor(known["components"], known["picture"])
+    try:
+        return Floor.from_json(known)
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{bundle.path} states its noise floor in another form than this fewstep does",
+            hint="build the bundle again",
+        ) from error
 
 
 def _compare_operations(
@@ -303,11 +331,39 @@ def _compare_operations(
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
-            program = quantized.make(component)
-            path = bundle.file(bundle.manifest.artifact(runtime, component).path)
+            made = quantized.make(component)
             for feed in (f for f in sample.feeds if f.component == component):
-                checks += operation_checks(component, sample, feed.step, compare(program, path, feed.inputs))
+                program, inputs, variant = _answering(bundle.manifest, made, feed.inputs)
+                path = bundle.file(bundle.manifest.artifact(runtime, component, variant).path)
+                checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
     return checks
+
+
+def _answering(
+    manifest: Manifest, program: Program, inputs: Mapping[str, Array]
+) -> tuple[Program, Mapping[str, Array], str | None]:
+    """Returns the program of the graph that answers a call of a component, what it takes, and its name."""
+    if not has_rows(manifest.contract, program.spec):
+        return program, inputs, None
+    from fewstep.export.row import at_row
+
+    row, left = row_call(program.spec, inputs)
+    return at_row(program, row), left, row_variant(row)
+
+
+def executor_text(runtime: Runtime, artifacts: Iterable[Artifact]) -> str:
+    """Returns what ran artifacts, for people: the runtime, their precisions each once, and the place where it says."""
+    precisions = dict.fromkeys(f"{a.weights} weights, {a.compute} compute" for a in artifacts)
+    place = f", run by {runtime.executor()}" if runtime.executor is not None else ""
+    return f"{runtime.name}, {'; '.join(precisions)}{place}"
+
+
+def stand_in_notes(runtime: str) -> list[str]:
+    """Returns that a runtime did not run, where another one computed its artifacts."""
+    state = get_runtime(runtime).availability()
+    if state.runs or state.stand_in is None:
+        return []
+    return [f"{runtime} itself did not run: {state.stand_in} computed its artifacts ({state.detail})"]
 
 
 def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
@@ -338,11 +394,7 @@ def _compare_shipped(
                 error=LOWERING_FP16,
             )
         advance = progress.task("compare samples in fp16", len(references))
-        results = []
-        for r in references:
-            schedule = bundle.manifest.schedule(r.steps)
-            results.append(sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs))
-            advance()
+        results = _drawn(sampler, bundle.manifest, references, advance)
     finally:
         sampler.close()
     limit = None if integers else FP16_LIMITS.picture_psnr_db
@@ -371,6 +423,8 @@ def _bisect(
         if spec.tiles is not None:
             spec, inputs, variant = first_tile(spec, inputs)
         program = (quantized or programs).make(component, spec)
+        if variant is None:
+            program, inputs, variant = _answering(manifest, program, inputs)
         path = bundle.file(manifest.artifact(runtime, component, variant).path)
         found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
     return found

@@ -14,7 +14,13 @@ from fewstep.bundle import Bundle
 from fewstep.cli import cli
 from fewstep.devices import MOST_BYTES, content_id, device_report, read_device_report
 from fewstep.errors import ContractError
+from fewstep.feeds import load_samples
+from fewstep.manifest import INTEGERS
+from fewstep.runtimes.parity import Agreement, ParityReport
+from fewstep.runtimes.quantized_parity import floor_limit
+from fewstep.verify import FLOOR_SAMPLES
 from tests.bundles import built
+from tests.quantized import painted
 from tests.web.results import result_of
 
 
@@ -37,8 +43,10 @@ def test_good_result_is_one_more_executor(bundle: Bundle, tmp_path: Path) -> Non
     assert found.picture_ms == 400.0
 
 
-def test_compares_what_verify_compares_with_the_golden_pack(bundle: Bundle) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "w8a8"])
+def test_compares_what_verify_compares_with_the_golden_pack(bundle: Bundle, precision: str) -> None:
     """Against an oracle that shares no code with the list of what is expected: the checks of a real verification."""
+    bundle = bundle if precision == "fp32" else painted("w8a8").bundle
     from fewstep.feeds import load_samples
     from fewstep.recipe import Limits
     from fewstep.verify import verify_against
@@ -50,6 +58,28 @@ def test_compares_what_verify_compares_with_the_golden_pack(bundle: Bundle) -> N
     found = {(c.level, c.component, c.step, c.sample, c.tensor, c.metric, c.limit) for c in mine}
     assert verified - found == {key for key in verified if key[5] == "SSIM"}, "which only informs"
     assert found <= verified
+    assert ("median SQNR dB" in {key[5] for key in found}) == (precision == "w8a8")
+
+
+def test_whole_numbers_are_judged_by_the_noise_floor() -> None:
+    bundle = painted("w8a8").bundle
+    golden = load_samples(bundle.path / "golden")
+    assert bundle.manifest.parity is not None
+    floor = bundle.manifest.parity["floor"]
+    floats = [a.component for a in bundle.manifest.artifacts if a.compute != INTEGERS]
+
+    def judged(value: float) -> ParityReport:
+        result = result_of(bundle, value)
+        for check in result["checks"]:
+            if check["level"] == "component" and check["component"] in floats:
+                check["value"] = 130.0
+        return device_report(result, bundle, where="result").report
+
+    assert judged(60.0), "below float's limit, not below the floor's"
+    report = judged(5.0)
+    assert {"median SQNR dB", "median agreement dB"} <= {check.metric for check in report.failures}
+    (pictures,) = (check for check in report.failures if check.level == "picture")
+    assert pictures.limit == floor_limit(Agreement(**floor["picture"]), min(len(golden), FLOOR_SAMPLES), 60.0)
 
 
 @pytest.mark.parametrize("value", [70.0, "nan", "-inf"])

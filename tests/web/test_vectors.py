@@ -16,6 +16,13 @@ def test_vectors_are_current(name: str, content: dict[str, Any]) -> None:
     assert found == json.loads(json.dumps(content)), f"tests/vectors/{name}: python -m tests.web.vectors"
 
 
+def test_verdicts_of_both_kinds_are_there() -> None:
+    """Vectors whose every verdict is the same would show nothing."""
+    cases = json.loads((FOLDER / "floor.json").read_text(encoding="utf-8"))["cases"]
+    verdicts = [check["passed"] for case in cases for check in case["checks"]]
+    assert verdicts.count(True) >= 6 and verdicts.count(False) >= 6
+
+
 def test_the_corpus_is_odd() -> None:
     joined = "".join(texts())
     assert "" in texts() and max(map(len, texts())) > 300

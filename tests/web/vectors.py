@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import struct
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ import numpy.typing as npt
 from fewstep import noise
 from fewstep.guidance import guidance_embedding
 from fewstep.manifest import Guidance, TokenizerSpec
+from fewstep.recipe import Limits
+from fewstep.runtimes.parity import Floor
+from fewstep.runtimes.quantized_parity import agreement_of, floor_checks_of
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
 
@@ -231,6 +235,31 @@ def guidance_vectors() -> dict[str, Any]:
     return {"about": "fewstep.guidance.guidance_embedding.", "guidance": asdict(guidance), "cases": cases}
 
 
+def floor_vectors() -> dict[str, Any]:
+    """Returns verdicts against noise floors: of few calls and many, near and far, equal and scattered."""
+    source, most_db = np.random.default_rng(11), 60.0
+    limits = Limits(component_sqnr_db=100.0, picture_psnr_db=most_db)
+    cases = []
+    for middle, spread, known, found, off in (
+        (40.0, 2.0, 32, 8, 0.0),
+        (40.0, 2.0, 32, 8, -2.5),
+        (40.0, 2.0, 8, 1, -3.0),
+        (47.0, 1.5, 8, 16, -1.5),
+        (115.0, 30.0, 8, 2, -50.0),
+        (140.0, 0.0, 8, 2, -79.0),
+        (30.0, 0.0, 1, 1, -0.999),
+        (30.0, 0.0, 1, 1, -1.001),
+        (30.0, 1.0, 5, 0, 0.0),
+    ):
+        floor = agreement_of(source.normal(middle, spread, known).tolist())
+        values = source.normal(floor.median_db + off, spread, found).tolist()
+        checks = floor_checks_of(Floor({"denoiser": floor}, floor), limits, {"denoiser": values}, values, "picture")
+        verdicts = [{**asdict(check), "passed": check.passed} for check in checks]
+        stated = [{**v, "value": None if math.isnan(v["value"]) else v["value"]} for v in verdicts]
+        cases.append({"floor": asdict(floor), "most_db": most_db, "values": values, "checks": stated})
+    return {"about": "fewstep.runtimes.quantized_parity.floor_checks_of; a value of null is NaN.", "cases": cases}
+
+
 def byte_tokenizer() -> dict[str, Any]:
     """Returns a ``tokenizer.json`` in CLIP's form with bytes alone: no merges."""
     found: dict[str, Any] = json.loads((REPOSITORY / STICKERS / "tokenizer.json").read_text(encoding="utf-8"))
@@ -249,6 +278,7 @@ def files() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "tokenizer.json", tokenizer_vectors()
     yield "schedule.json", schedule_vectors()
     yield "guidance.json", guidance_vectors()
+    yield "floor.json", floor_vectors()
 
 
 def write() -> None:

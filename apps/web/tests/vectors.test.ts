@@ -3,8 +3,9 @@
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { describe, expect, it } from "vitest";
+import { floorChecks, floorOf } from "../src/lib/floor";
 import { guidanceEmbedding } from "../src/lib/guidance";
-import type { Schedule } from "../src/lib/manifest";
+import type { Manifest, Schedule } from "../src/lib/manifest";
 import { normal, philox4x32 } from "../src/lib/noise";
 import { sampleLoop, scaled } from "../src/lib/schedule";
 import { Tokenizer } from "../src/lib/tokenizer";
@@ -106,6 +107,30 @@ describe("schedule", () => {
       const expected = floatsOf(latents[k]);
       x.forEach((v, i) => expect(Math.abs(v - expected[i]!)).toBeLessThanOrEqual(1e-5 * Math.max(1, Math.abs(v))));
     });
+  });
+});
+
+describe("noise floor", () => {
+  it.each(vectors("floor").cases.map((c: any, i: number) => [i, c]) as [number, any][])("case %i", (_, { floor, most_db, values, checks }) => {
+    const found = floorChecks({ components: { denoiser: floor }, picture: floor }, most_db, new Map([["denoiser", values]]), values, "picture");
+    expect(found.length).toBe(checks.length);
+    found.forEach(({ value, limit, ...rest }, i) => {
+      const expected = checks[i];
+      expect(rest).toEqual({ level: expected.level, component: expected.component, metric: expected.metric });
+      expect(limit).toBeCloseTo(expected.limit, 9);
+      if (expected.value === null) expect(value).toBeNaN();
+      else expect(value).toBeCloseTo(expected.value, 9);
+      expect(value >= limit).toBe(expected.passed);
+    });
+  });
+
+  it("is asked for where the manifest has none, or one of another form", () => {
+    const of = (parity: unknown) => () => floorOf({ parity } as unknown as Manifest);
+    expect(of(null)).toThrow("the bundle does not say what its noise floor is");
+    expect(of({ floor: null })).toThrow("does not say");
+    expect(of({ floor: { components: { denoiser: 38.6 }, picture: 47.8 } })).toThrow("states its noise floor in another form");
+    const known = { median_db: 40, spread_db: 1, count: 8 };
+    expect(of({ floor: { components: { denoiser: known }, picture: known } })()).toEqual({ components: { denoiser: known }, picture: known });
   });
 });
 

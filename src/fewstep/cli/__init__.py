@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 import fewstep
-from fewstep.cli import bundles, stages
+from fewstep.cli import bundles, machines, stages
 from fewstep.cli.console import ERR
 from fewstep.errors import FewstepError
 
@@ -24,7 +24,7 @@ def cli() -> None:
     """
 
 
-for _command in (*bundles.COMMANDS, *stages.COMMANDS):
+for _command in (*bundles.COMMANDS, *stages.COMMANDS, *machines.COMMANDS):
     cli.add_command(_command)
 
 

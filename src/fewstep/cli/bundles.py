@@ -11,7 +11,7 @@ from rich.table import Table
 import fewstep
 from fewstep import app as web
 from fewstep import media, stages
-from fewstep.cli.console import OUT, print_json, print_parity, progress_bars
+from fewstep.cli.console import ERR, OUT, print_json, print_parity, progress_bars
 from fewstep.cli.options import (
     adapter_options,
     bundle_argument,
@@ -27,7 +27,9 @@ from fewstep.devices import read_device_report
 from fewstep.inputs import example_inputs
 from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
+from fewstep.replay import MINUTES, replay
 from fewstep.source import SourceSpec
+from fewstep.verify import stand_in_notes
 
 
 @click.command()
@@ -40,6 +42,7 @@ from fewstep.source import SourceSpec
     "--shape", metavar="HEIGHTxWIDTH,...", help="Sizes of the pictures in pixels, for instance 512x512,512x768."
 )
 @click.option("--decoder-tile", type=click.IntRange(1), help="Decode in overlapping tiles of so many pixels to a side.")
+@click.option("--batch", type=click.IntRange(2), help="Draw so many pictures at once too, on the same weights.")
 @click.option("--bits", type=float, help="Bits of a weight in the mean, scales included; for mixed recipes.")
 @click.option("--max-size", metavar="SIZE", help="Size of all components together, such as 12MB; for mixed recipes.")
 @click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
@@ -58,6 +61,7 @@ def build(
     guidance: float | None,
     shape: str | None,
     decoder_tile: int | None,
+    batch: int | None,
     bits: float | None,
     max_size: str | None,
     form: str | None,
@@ -82,6 +86,7 @@ def build(
             guidance=guidance,
             shape=shape,
             decoder_tile=decoder_tile,
+            batch=batch,
             form=form,
             options=options,
             progress=progress,
@@ -102,6 +107,12 @@ def build(
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True)
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @click.option("--shape", metavar="HEIGHTxWIDTH", help="One of the bundle's shapes; its first unless given.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=1,
+    help="Draw so many at once, of SEED and the seeds after it; the file's name gets the seed.",
+)
 @guidance_option
 @runtime_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
@@ -115,6 +126,7 @@ def generate(
     seed: int,
     steps: int | None,
     shape: str | None,
+    batch: int,
     guidance: float | None,
     runtime: str | None,
     out: Path,
@@ -124,10 +136,11 @@ def generate(
 ) -> None:
     """Draw PROMPT with BUNDLE, or whatever it makes of its inputs."""
     opened = fewstep.Bundle.open(bundle)
-    opened = opened if shape is None else opened.shaped(shape)
+    opened = (opened if shape is None else opened.shaped(shape)).batched(batch)
     contract, prompts = opened.manifest.contract, opened.manifest.prompts
+    seeds = [seed] * len(prompts)
     if not grid:
-        prompts = (prompt or "",)
+        prompts, seeds = (prompt or "",) * batch, [(seed + i) % 2**64 for i in range(batch)]
         media.check_output(out, contract.output, rate)
     if contract.takes_text and (prompt is None) != grid:
         raise click.UsageError("give a PROMPT or --grid, and not both")
@@ -138,18 +151,25 @@ def generate(
     inputs = [example_inputs(contract.inputs, i) for i in range(len(prompts))]
     if given or not grid:
         inputs = [media.read_inputs(contract.inputs, given)] * len(prompts)
+    for note in stand_in_notes(runtime or opened.manifest.runtimes[0]):
+        ERR.print(f"note: {note}", markup=False)
     with progress_bars() as progress:
         samples = stages.draw(
-            opened, prompts, seed, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
+            opened, prompts, seeds, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
         )
+    paths = [out]
     if grid:
         media.write_whole(out, media.grid_png(samples))
     else:
-        media.write_output(out, samples[0].output, contract.output, rate)
+        paths = paths if batch == 1 else [out.with_stem(f"{out.stem}-{seed}") for seed in seeds]
+        for path, sample in zip(paths, samples, strict=True):
+            media.write_output(path, sample.output, contract.output, rate)
     if as_json:
-        kind = "picture" if grid else contract.output.kind
-        return print_json({kind: str(out), "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
-    OUT.print(str(out), markup=False)
+        kind, made = "picture" if grid else contract.output.kind, [str(path) for path in paths]
+        files = made[0] if len(made) == 1 else made
+        return print_json({kind: files, "prompts": list(prompts), "seed": seed, "steps": samples[0].steps})
+    for path in paths:
+        OUT.print(str(path), markup=False)
 
 
 @click.command()
@@ -171,6 +191,18 @@ def generate(
     type=click.Path(path_type=Path),
     help="Result of the app's device check, as one more executor; may be repeated.",
 )
+@click.option(
+    "--executor",
+    metavar="NAME",
+    help="Replay the golden pack there instead, e.g. on arm64; `fewstep runtimes` lists them.",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=MINUTES,
+    show_default=True,
+    help="How long --executor may replay.",
+)
 @json_option
 @click.pass_context
 def verify(
@@ -183,27 +215,37 @@ def verify(
     seeds: int,
     bisect: bool,
     device_results: tuple[Path, ...],
+    executor: str | None,
+    minutes: float,
     as_json: bool,
 ) -> None:
-    """Compare BUNDLE with PyTorch again, on this machine."""
+    """Compare BUNDLE with PyTorch again, on this machine or where its artifacts are meant to run."""
+    if executor is not None and bisect:
+        raise click.UsageError("--bisect compares on this machine; leave --executor out")
     opened = fewstep.Bundle.open(bundle)
     devices = [read_device_report(path, opened) for path in device_results]
     given = replace(over, uri=against or "")
+    source = given if given != SourceSpec("") else None
     with progress_bars() as progress:
-        result = fewstep.verify(
-            opened,
-            against=given if given != SourceSpec("") else None,
-            runtime=runtime,
-            prompts=prompts,
-            seeds=seeds,
-            bisect=bisect,
-            progress=progress,
-        )
+        if executor is not None:
+            result = replay(opened, executor, runtime=runtime, against=source, minutes=minutes, progress=progress)
+        else:
+            result = fewstep.verify(
+                opened,
+                against=source,
+                runtime=runtime,
+                prompts=prompts,
+                seeds=seeds,
+                bisect=bisect,
+                progress=progress,
+            )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
         values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
         print_json({**values, "devices": [device.to_json() for device in devices]})
     else:
+        if executor is not None:
+            OUT.print(f"executor  {result.report.executor}", markup=False)
         print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             OUT.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
@@ -258,10 +300,10 @@ def app(
 @bundle_argument
 @click.option("--steps", type=int, help="Step count; the bundle's default unless given.")
 @runtime_option
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="ONNX file, or .mlpackage.")
 @json_option
 def loop(bundle: Path, steps: int | None, runtime: str | None, out: Path, as_json: bool) -> None:
-    """Write one ONNX file that samples like BUNDLE: tokens and noise in, picture out."""
+    """Write one file that samples like BUNDLE: tokens and noise in, picture out."""
     with progress_bars() as progress:
         made = stages.loop(fewstep.Bundle.open(bundle), out, steps=steps, runtime=runtime, progress=progress)
     if as_json:

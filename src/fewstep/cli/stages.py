@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from fewstep import stages
-from fewstep.cli.console import ERR, OUT, print_json, print_paths, progress_bars, yes_or_no
+from fewstep.cli.console import ERR, OUT, print_json, print_paths, progress_bars
 from fewstep.cli.options import (
     guidance_option,
     json_option,
@@ -19,7 +18,6 @@ from fewstep.cli.options import (
     steps_option,
     targets_option,
 )
-from fewstep.runtimes import RUNTIMES
 from fewstep.source import SourceSpec
 
 
@@ -34,27 +32,6 @@ def inspect(source: SourceSpec, as_json: bool) -> None:
     for key, value in found.items():
         text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
         OUT.print(f"{key}: {text}", markup=False)
-
-
-@click.command()
-@json_option
-def runtimes(as_json: bool) -> None:
-    """Say what can compile or run here and, if not, why and the remedy."""
-    states = [runtime.availability() for runtime in RUNTIMES.values()]
-    if as_json:
-        return print_json([state.__dict__ for state in states])
-    table = Table("runtime", "compiles", "runs", "version", "detail", "remedy")
-    for s in states:
-        # Remedies hold [extras], which would read as markup.
-        table.add_row(
-            s.runtime,
-            yes_or_no(s.compiles),
-            yes_or_no(s.runs),
-            s.version or "",
-            escape(s.detail),
-            escape(s.remedy or ""),
-        )
-    OUT.print(table)
 
 
 @click.command()
@@ -147,4 +124,4 @@ def compile_(
     ERR.print("not verified: `fewstep build` compares the result with PyTorch")
 
 
-COMMANDS = (inspect, runtimes, export, calibrate, optimize, compile_)
+COMMANDS = (inspect, export, calibrate, optimize, compile_)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +15,11 @@ import numpy as np
 from fewstep.feeds import Sample
 from fewstep.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
 from fewstep.report import images
-from fewstep.report.bought import Bought, bought_of
+from fewstep.report.bought import Account, bought_of
 from fewstep.report.charts import CurveChart, CurveSeries
 from fewstep.report.page import write_report
 from fewstep.report.quantized import quantization_facts
+from fewstep.report.removed import removed_of
 from fewstep.report.rows import CheckRow, LatencyRow, PictureRow, ReportData, ScheduleTable, Section, SizeRow
 from fewstep.runtimes.measure import Latency, Profile
 from fewstep.runtimes.parity import Check, agreement_db, label
@@ -26,6 +27,7 @@ from fewstep.schedule import Schedule
 from fewstep.verify import Verification
 
 if TYPE_CHECKING:
+    from fewstep.export.counts import Removed
     from fewstep.optimize.quantize import QuantizedPrograms
 
 _SHOWN_PICTURES = 16
@@ -37,17 +39,33 @@ def write_bundle_report(
     verified: Verification,
     profiles: Sequence[Profile] = (),
     quantized: QuantizedPrograms | None = None,
+    removed: Mapping[str, Removed] | None = None,
 ) -> Path:
-    """Writes ``index.html``, ``parity.json``, ``profile.json`` and ``grid.png``, and returns the page's path."""
+    """Writes ``index.html``, ``parity.json``, ``profile.json``, ``static.json`` and ``grid.png``.
+
+    Args:
+        folder: of the report, in the bundle.
+        manifest: of the bundle.
+        verified: its verification.
+        profiles: its measurements.
+        quantized: its programs, if they are quantized.
+        removed: what static steps took out of each network of the loop.
+
+    Returns:
+        The page's path.
+    """
+    removed = removed or {}
     data = report_data(manifest, verified, profiles, quantized)
-    page = write_report(replace(data, bought=_bought(folder.parent / PLAN_FOLDER / PLAN)), folder)
+    bought = _bought(folder.parent / PLAN_FOLDER / PLAN)
+    page = write_report(replace(data, removed=removed_of(removed), bought=bought), folder)
+    (folder / "static.json").write_text(json.dumps({name: asdict(found) for name, found in removed.items()}, indent=1))
     (folder / "parity.json").write_text(json.dumps(verified.report.to_json(), indent=1))
     (folder / "profile.json").write_text(json.dumps([profile.to_json() for profile in profiles], indent=1))
     (folder / "grid.png").write_bytes(images.png_bytes(picture_grid(verified)))
     return page
 
 
-def _bought(plan: Path) -> Bought | None:
+def _bought(plan: Path) -> Account | None:
     """Returns what mixed precision bought, from the plan in the bundle; None where there is none."""
     return bought_of(json.loads(plan.read_text(encoding="utf-8"))["quality"]) if plan.is_file() else None
 

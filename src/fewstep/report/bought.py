@@ -10,7 +10,7 @@ _COLUMNS = ("weight", "values", "bits", "scales", "bytes", "least bytes", "pictu
 
 
 @dataclass(frozen=True)
-class Bought:
+class Account:
     """A paragraph, and a table of the weights, those whose extra bytes spared the picture most first."""
 
     lead: str
@@ -18,7 +18,7 @@ class Bought:
     rows: tuple[tuple[str | int | float, ...], ...]
 
 
-def bought_of(quality: Mapping[str, Any]) -> Bought | None:
+def bought_of(quality: Mapping[str, Any]) -> Account | None:
     """Returns the account of a plan's ``quality``; None for a plan without mixed precision.
 
     A weight's dB is the PSNR that pictures would have if it alone were stored so.
@@ -31,7 +31,7 @@ def bought_of(quality: Mapping[str, Any]) -> Bought | None:
         f"{quality['budget_bytes']:,} allowed; {quality['other_bytes']:,} bytes for what is no quantized weight. "
         f"From each weight alone, pictures are expected at {_db(quality['expected_psnr_db'])} dB."
     )
-    return Bought(lead, _COLUMNS, tuple(_row(row) for row in rows))
+    return Account(lead, _COLUMNS, tuple(_row(row) for row in rows))
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str | int | float, ...]:

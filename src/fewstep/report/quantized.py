@@ -26,6 +26,7 @@ def quantization_facts(
     methods = [
         Section("target profile", plan.profile),
         Section("ranges of activations", str(recipe["ranges"])),
+        Section("grids of the loop's activations", f"{recipe.get('step_grids', 'shared')} by step"),
         Section("rounding of weights", str(recipe["rounding"])),
     ]
     coverage: Sequence[CoverageRow] = ()

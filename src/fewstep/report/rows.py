@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fewstep.report import images
-from fewstep.report.bought import Bought
+from fewstep.report.bought import Account
 from fewstep.report.charts import CurveChart
 
 _IDEAL = {"%": 100.0, "": 1.0}
@@ -194,7 +194,9 @@ class ReportData:
     """What precision really runs, one sentence each."""
     contract: Sequence[Section] = ()
     schedules: Sequence[ScheduleTable] = ()
-    bought: Bought | None = None
+    removed: Account | None = None
+    """What static steps took out of the loop; None where the networks are told the time."""
+    bought: Account | None = None
     environment: Sequence[Section] = ()
     licences: Sequence[Section] = ()
     quantization: QuantizationFacts | None = None

@@ -7,6 +7,9 @@ import type { Memory } from "./messages";
 import { deviceResult } from "./result";
 
 const TOKEN_KEY = "fewstep-collect";
+const ROUNDINGS =
+  "These networks compute with whole numbers, where roundings that fall the other way add up. So medians are judged: they may " +
+  "not be lower than what two right executions in PyTorch agree to, but for what so few samples leave unsure.";
 
 /** Takes the collector's token out of the address, where a QR code puts it, and keeps it for this tab. */
 export function takeToken(): void {
@@ -82,6 +85,7 @@ export class CheckView {
         `${timeText(check.picture_ms)} a picture, ${bytesText(memory.wasmBytes)} of memory at most, `,
         `${ready.engine.provider === "wasm" ? "WebAssembly" : "WebGPU"}, ${threadsText(ready.engine.threads)}`,
       ),
+      ...(check.checks.some((c) => c.limit !== null && c.sample === null) ? [h("p", { class: "soft" }, ROUNDINGS)] : []),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Results" }, worstTable(check), timingTable(check)),
     );
     this.result = deviceResult(ready, check, memory);
@@ -122,14 +126,16 @@ export const threadsText = (threads: number): string => (threads === 1 ? "1 thre
 const valueText = (check: Check): string =>
   check.metric === "spread (std)" ? check.value.toPrecision(3) : `${Number.isFinite(check.value) ? check.value.toFixed(1) : check.value} dB`;
 
+const spaced = (name: string): string => name.replaceAll("_", " ");
+
 /** What a comparison is of, in the order in which the table shows it. */
 function subject(check: Check): { order: number; text: string } {
   const step = check.step === null ? "" : `, step ${check.step + 1}`;
   if (check.metric === "spread (std)") return { order: 5, text: "picture’s spread" };
-  if (check.sample === null) return { order: 4, text: `${check.component.replaceAll("_", " ")}, median` };
+  if (check.sample === null) return { order: 4, text: `${spaced(check.component)}, median` };
   if (check.level === "picture") return { order: 2, text: "picture" };
   if (check.level === "trajectory") return { order: 1 + check.step! / 1000, text: `latent${step}` };
-  return { order: 0, text: `${check.component.replaceAll("_", " ")}${step}` };
+  return { order: 0, text: `${spaced(check.component)}${step}` };
 }
 
 /** One row for each thing compared: its worst value. */
@@ -143,14 +149,15 @@ function worstTable(check: DeviceCheck): HTMLTableElement {
     const worst = all.reduce((a, b) => (Number.isNaN(b.value) || (!b.passed && a.passed) || b.value < a.value ? b : a));
     const limit = worst.limit === null ? "–" : worst.metric === "spread (std)" ? worst.limit.toPrecision(2) : `${Number(worst.limit.toFixed(1))} dB`;
     const passed = all.every((c) => c.passed);
+    const verdict = !passed ? "✗" : worst.limit === null ? "" : "✓"; // what has no limit only informs
     return h(
       "tr",
       {},
       h("th", { scope: "row" }, what),
-      h("td", { class: "number" }, String(all.length)),
+      h("td", { class: "number times" }, worst.sample === null ? "" : String(all.length)),
       h("td", { class: "number" }, valueText(worst)),
       h("td", { class: "number" }, limit),
-      h("td", { class: `number ${passed ? "passed" : "failed"}`, "aria-label": passed ? "passed" : "failed" }, passed ? "✓" : "✗"),
+      h("td", { class: `number ${passed ? "passed" : "failed"}`, "aria-label": { "✓": "passed", "✗": "failed", "": "not judged alone" }[verdict] }, verdict),
     );
   });
   return table("The least agreement with PyTorch", ["compared", "times", "worst", "limit", "ok"], rows);
@@ -161,7 +168,7 @@ function timingTable(check: DeviceCheck): HTMLTableElement {
     h(
       "tr",
       {},
-      h("th", { scope: "row" }, component),
+      h("th", { scope: "row" }, spaced(component)),
       h("td", { class: "number" }, String(calls)),
       h("td", { class: "number" }, timeText(median_ms)),
     ),
@@ -171,6 +178,6 @@ function timingTable(check: DeviceCheck): HTMLTableElement {
 
 function table(caption: string, heads: string[], rows: HTMLTableRowElement[]): HTMLTableElement {
   const numeric = new Set(["times", "worst", "limit", "ok", "calls", "median"]);
-  const cells = heads.map((head) => h("th", { scope: "col", class: numeric.has(head) ? "number" : "" }, head));
+  const cells = heads.map((head) => h("th", { scope: "col", class: `${numeric.has(head) ? "number" : ""} ${head === "times" ? "times" : ""}`.trim() }, head));
   return h("table", {}, h("caption", {}, caption), h("thead", {}, h("tr", {}, ...cells)), h("tbody", {}, ...rows));
 }

@@ -84,7 +84,7 @@ async function load(bundle: string, choice: EngineChoice): Promise<void> {
     prompts: manifest.prompts,
     licences: manifest.licences,
     caveats: manifest.caveats,
-    precision: [...new Set(artifacts.map((a) => `${a.weights} weights, ${a.compute} compute`))].join("; "),
+    precision: `${kinds(artifacts.map((a) => a.weights))} weights, ${kinds(artifacts.map((a) => a.compute))} arithmetic`,
     bytes: expected,
   };
   post({ type: "ready", bundle: info, engine });
@@ -94,6 +94,8 @@ async function load(bundle: string, choice: EngineChoice): Promise<void> {
     post({ type: "kept" });
   }
 }
+
+const kinds = (names: string[]): string => [...new Set(names)].sort().join(" and ");
 
 /** Returns a sampler on WebGPU if it is there and computes what the golden pack says, else on WebAssembly. */
 async function openOnBest(

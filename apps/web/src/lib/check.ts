@@ -7,6 +7,7 @@
 
 import { FewstepError } from "./errors.js";
 import type { BundleFiles } from "./files.js";
+import { floorChecks, floorOf, median, type Floor } from "./floor.js";
 import { goldenPaths, readGolden, type GoldenSample } from "./golden.js";
 import { artifactOf, scheduleOf, type Manifest } from "./manifest.js";
 import { psnrDb, spread, sqnrDb } from "./metrics.js";
@@ -51,8 +52,7 @@ export interface CheckProgress {
 // Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
 const FLAT = 0.5 / 255;
 
-// Of components that compute with whole numbers: how far below the noise floor they may be, and how many samples tell.
-const BELOW_FLOOR_DB = 1;
+// How many samples are compared with the noise floor: those that it was measured with.
 const FLOOR_SAMPLES = 8;
 /** What an artifact's `compute` says where it multiplies whole numbers. */
 const INTEGERS = "int8";
@@ -62,13 +62,8 @@ interface Limits {
   component: (name: string) => number | null;
   /** Of one sample; null where the noise floor judges. */
   picture: number | null;
-  floor: Floor | null;
-}
-
-interface Floor {
-  /** The least that the median of each component's calls, and of the pictures, must reach. */
-  components: { [name: string]: number };
-  picture: number;
+  /** Where some components compute with whole numbers. */
+  floor: { floor: Floor; mostDb: number; integers: string[] } | null;
 }
 
 export async function checkDevice(
@@ -99,7 +94,11 @@ export async function checkDevice(
     }
   }
   onProgress({ done: paths.length, total: paths.length, what: "" });
-  if (limits.floor !== null) checks.push(...checkFloor(limits.floor, checks, labels.slice(0, FLOOR_SAMPLES)));
+  if (limits.floor !== null) {
+    const { floor, mostDb, integers } = limits.floor;
+    const some = labels.slice(0, FLOOR_SAMPLES);
+    checks.push(...checkFloor(floor, mostDb, integers, checks.filter((check) => some.includes(check.sample!))));
+  }
   const gated = checks.some((check) => check.limit !== null);
   return {
     passed: gated && checks.every((check) => check.passed),
@@ -116,12 +115,7 @@ export async function checkProvider(manifest: Manifest, files: BundleFiles, samp
   return checkCalls({ ...golden, calls: once }, sampler, limitsOf(manifest).component);
 }
 
-/**
- * Returns the limits of a bundle: its recipe's, or its noise floor's where roundings of whole numbers decide.
- *
- * The rule is that of `fewstep.runtimes.quantized_parity`: medians over the same samples, not more than 1 dB below what
- * two executions in PyTorch agree to, and nothing beyond the limit of float pictures.
- */
+/** Returns the limits of a bundle: its recipe's, or its noise floor's where roundings of whole numbers decide. */
 function limitsOf(manifest: Manifest): Limits {
   const limits = (manifest.recipe.limits ?? {}) as { [name: string]: unknown };
   const read = (name: string): number => {
@@ -132,31 +126,20 @@ function limitsOf(manifest: Manifest): Limits {
   const [component, picture] = [read("component_sqnr_db"), read("picture_psnr_db")];
   const integers = Object.keys(manifest.components).filter((name) => artifactOf(manifest, name).compute === INTEGERS);
   if (integers.length === 0) return { component: () => component, picture, floor: null };
-  const known = manifest.parity?.floor as Floor | null | undefined;
-  if (!known) {
-    throw new FewstepError("bundle", "the bundle does not say what its noise floor is", "build the bundle again");
-  }
-  const floors = integers.map((name) => [name, Math.min(known.components[name]! - BELOW_FLOOR_DB, picture)]);
   return {
     component: (name) => (integers.includes(name) ? null : component),
     picture: null,
-    floor: { components: Object.fromEntries(floors), picture: Math.min(known.picture - BELOW_FLOOR_DB, picture) },
+    floor: { floor: floorOf(manifest), mostDb: picture, integers },
   };
 }
 
-function checkFloor(floor: Floor, checks: readonly Check[], samples: readonly string[]): Check[] {
-  const some = checks.filter((check) => samples.includes(check.sample!));
-  const common = { step: null, sample: null, tensor: null };
-  const calls = Object.entries(floor.components).map(([component, limit]) => {
-    const values = some.filter((c) => c.level === "component" && c.component === component).map((c) => c.value);
-    return judged({ ...common, level: "component", component, metric: "median SQNR dB", value: median(values), limit });
-  });
-  const pictures = some.filter((check) => check.level === "picture" && check.metric !== "spread (std)");
-  const [component, value] = [pictures[0]!.component, median(pictures.map((check) => check.value))];
-  return [
-    ...calls,
-    judged({ ...common, level: "picture", component, metric: "median agreement dB", value, limit: floor.picture }),
-  ];
+function checkFloor(floor: Floor, mostDb: number, integers: readonly string[], checks: readonly Check[]): Check[] {
+  const valuesOf = (name: string): number[] =>
+    checks.filter((check) => check.level === "component" && check.component === name).map((check) => check.value);
+  const samples = checks.filter((check) => check.level === "picture" && check.metric !== "spread (std)");
+  const calls = new Map(integers.map((name) => [name, valuesOf(name)]));
+  const found = floorChecks(floor, mostDb, calls, samples.map((check) => check.value), samples[0]!.component);
+  return found.map((check) => judged({ ...check, step: null, sample: null, tensor: null }));
 }
 
 const labelOf = (golden: GoldenSample): string => `${golden.prompt} #${golden.seed}, ${golden.steps} steps`;
@@ -235,11 +218,4 @@ function timingsOf(calls: readonly Call[]): Timing[] {
     const times = calls.filter((call) => call.component === component).map((call) => call.ms);
     return { component, calls: times.length, median_ms: median(times) };
   });
-}
-
-function median(values: readonly number[]): number {
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  if (sorted.length === 0) return NaN;
-  return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }

@@ -3,6 +3,7 @@
 export { Bundle, contentId, KEPT_BYTES, openSampler, readBundle, type OpenOptions, type Prompt } from "./bundle.js";
 export { checkDevice, type Check, type CheckProgress, type DeviceCheck } from "./check.js";
 export { asFewstepError, FewstepError, type ErrorKind } from "./errors.js";
+export { floorLimit, floorOf, type Agreement, type Floor } from "./floor.js";
 export { BundleFiles, type OnBytes } from "./files.js";
 export { artifactOf, parseManifest, scheduleOf, stepCounts, type Manifest } from "./manifest.js";
 export { psnrDb, spread, sqnrDb } from "./metrics.js";

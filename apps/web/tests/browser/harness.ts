@@ -1,6 +1,7 @@
 // A browser, and two ways to serve the app: fewstep's own server, and a plain static host that can be told to misbehave.
 
 import { execFile, spawn, type ChildProcess } from "node:child_process";
+import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, statSync } from "node:fs";
 import { createServer, type Server } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -94,7 +95,7 @@ const TYPES: { [extension: string]: string } = {
   ".webmanifest": "application/manifest+json",
 };
 
-/** A static host that sends no headers of its own but the type and, for a few minutes, leave to keep a file. */
+/** A static host that sends no headers of its own but the type, the tag of the content and, for a few minutes, leave to keep a file. */
 export class StaticHost {
   /** Changes a file on its way. */
   change: (path: string, content: Buffer) => Buffer | null = (_, content) => content;
@@ -114,11 +115,15 @@ export class StaticHost {
       const inside = existsSync(file) && statSync(file).isFile();
       const content = inside ? this.change(path, readFileSync(file)) : null;
       if (content === null) return void response.writeHead(404).end();
-      this.sent.set(path, (this.sent.get(path) ?? 0) + content.length);
+      const tag = `"${createHash("sha256").update(content).digest("hex")}"`;
+      const known = request.headers["if-none-match"] === tag;
+      this.sent.set(path, (this.sent.get(path) ?? 0) + (known ? 0 : content.length));
+      if (known) return void response.writeHead(304, { ETag: tag }).end();
       response.writeHead(200, {
         "Content-Type": TYPES[extname(path)] ?? "application/octet-stream",
         "Content-Length": content.length,
         "Cache-Control": "max-age=600",
+        ETag: tag,
       });
       response.end(content);
     });
@@ -182,9 +187,19 @@ export function shots(): string {
   return screenshots;
 }
 
+// The machines that run this are busy: waiting longer than it takes costs nothing.
+const PATIENCE_MS = 120_000;
+
+/** Opens a window that has never been anywhere. */
+export async function freshContext(browser: Browser, options: BrowserContextOptions): Promise<BrowserContext> {
+  const context = await browser.newContext(options);
+  context.setDefaultTimeout(PATIENCE_MS);
+  return context;
+}
+
 /** Opens the app in a fresh context. */
 export async function visit(browser: Browser, url: string, options: BrowserContextOptions = phone): Promise<{ context: BrowserContext; page: Page }> {
-  const context = await browser.newContext(options);
+  const context = await freshContext(browser, options);
   const page = await context.newPage();
   await page.goto(url);
   return { context, page };

@@ -1,0 +1,67 @@
+"""Builds and measures the built-in generator for every registered runtime, on every executor.
+
+``python -m benchmarks.backends`` goes on where it was interrupted: rows of ``figures.json`` are not measured again, and
+bundles in ``build/backends`` are not built again. A runtime that cannot compile here, or a recipe that it cannot
+express, is a line that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.backends.rows import RECIPES, measure
+from benchmarks.backends.table import markdown
+from benchmarks.scale.table import describe_machine
+from fewstep.replay import MINUTES
+from fewstep.runtimes import RUNTIMES
+from fewstep.runtimes.executors import EXECUTORS
+
+RESULTS = Path(__file__).parent / "results"
+WORK = Path("build/backends")
+
+
+def main() -> None:
+    """Measures the rows that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__)
+    parser.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--executors", nargs="+", choices=list(EXECUTORS), default=list(EXECUTORS))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for a bundle on an executor that is not native")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already")
+    options = parser.parse_args()
+    figures = _load()
+    for recipe in options.recipes:
+        for runtime in options.runtimes:
+            for executor in options.executors:
+                key = f"{runtime}/{recipe}/{executor}"
+                if key in figures["rows"] and not options.again:
+                    continue
+                sys.stderr.write(f"{key}\n")
+                row = measure(runtime, recipe, executor, WORK, options.minutes)
+                figures["rows"][key] = row.to_json()
+                _save(figures)
+    _save(figures)
+
+
+def _load() -> dict[str, Any]:
+    path = RESULTS / "figures.json"
+    figures: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    return figures
+
+
+def _save(figures: dict[str, Any]) -> None:
+    figures["machine"] = describe_machine()
+    RESULTS.mkdir(exist_ok=True)
+    page = markdown(figures, WORK, "python -m benchmarks.backends")
+    for name, text in (("figures.json", json.dumps(figures, indent=1) + "\n"), ("README.md", page)):
+        partial = RESULTS / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(RESULTS / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What a grid of activations for each step is worth: pictures of the built-in generator, its denoiser quantized.
+
+The other components stay in float, so that nothing else is in the figures. Activations of fewer than 8 bits are no
+recipe: they show what step grids are worth where activations, and not weights, make the error.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quant.prompts import CALIBRATION, CALIBRATION_SEED, HELD_OUT
+from fewstep.calibration import SampleRequest, collect
+from fewstep.calibration.ranges import StepRanges
+from fewstep.export import Programs, describe, load, programs_of, write_tokenizers
+from fewstep.feeds import Sample
+from fewstep.manifest import BEFORE, DENOISER
+from fewstep.metrics import psnr_db
+from fewstep.optimize.quantize import ComponentPlan, quantize
+from fewstep.optimize.quantize.planner import calls_of, plan_component
+from fewstep.optimize.quantize.step_grids import StepGrids
+from fewstep.profiles import get_profile
+from fewstep.program import Program
+from fewstep.quantization import STEP_GRIDS, Quantization
+from fewstep.recipe import load_recipe
+from fewstep.runtimes.pytorch_reference import open_program
+from fewstep.runtimes.sampler import Sampler, open_tokenizers
+
+# Bits of weights, with those of activations that they are tried with.
+BITS = {8: (8, 6, 4), 4: (8, 6, 4)}
+
+
+def measure(work: Path, *, steps: int = 4, prompts: int = 16, seeds: int = 1, samples: int = 32) -> dict[str, Any]:
+    """Returns the PSNR of every picture against the float denoiser's, by bits and by how steps share grids.
+
+    Args:
+        work: folder for tokenizers and calibration samples.
+        steps: N.
+        prompts: held-out prompts to draw.
+        seeds: of each.
+        samples: calibration samples.
+    """
+    generator = load("stickers", eager=True)
+    described = describe(replace(generator, default_steps=steps), [steps])
+    programs = programs_of(generator, described, load_recipe("fp32"))
+    calls = collect(
+        generator,
+        described,
+        "own",
+        CALIBRATION[:samples],
+        size=samples * steps,
+        seed=CALIBRATION_SEED,
+        steps=steps,
+        guidance=generator.guidance,
+        folder=work / "calibration",
+    )
+    early = frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
+    floats = {name: programs.make(name) for name in programs.components}
+    requests = SampleRequest.grid(generator, HELD_OUT[:prompts], range(seeds), steps, generator.guidance)
+    write_tokenizers(generator, described.tokenizers, work / "tokenizers")
+    tokenizers = open_tokenizers(work / "tokenizers", described.tokenizers)
+
+    def draw(denoiser: Program) -> Iterable[Sample]:
+        opened = floats | {DENOISER: denoiser}
+        sampler = Sampler(
+            programs.contract, programs.components, tokenizers, lambda name: open_program(opened[name]), keep_open=True
+        )
+        schedule = described.schedules[steps]
+        return [sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs) for r in requests]
+
+    references = draw(floats[DENOISER])
+    found: dict[str, Any] = {}
+    for bits, tried in BITS.items():
+        recipe = Quantization(weights=bits, activations=8)
+        plan, ranges = plan_component(
+            floats[DENOISER],
+            recipe,
+            get_profile(recipe.profile),
+            partial(calls_of, programs, calls, DENOISER),
+            early,
+            steps=steps,
+        )
+        assert ranges is not None
+        for of_activations in tried:
+            for how in STEP_GRIDS:
+                grids = StepGrids.of(programs, replace(recipe, step_grids=how), calls, DENOISER)
+                denoiser = quantize(floats[DENOISER], _with_grids(plan, ranges, grids, recipe, of_activations))
+                values = [psnr_db(a.output, b.output) for a, b in zip(references, draw(denoiser), strict=True)]
+                found[f"w{bits}a{of_activations} {how}"] = [round(value, 3) for value in values]
+    return {"steps": steps, "psnr_db": found, "grids": _shares(programs, ranges, calls)}
+
+
+def _with_grids(
+    plan: ComponentPlan, ranges: StepRanges, grids: StepGrids, recipe: Quantization, bits: int
+) -> ComponentPlan:
+    """Returns a plan with other grids of activations, its weights as they are."""
+    profile = get_profile(recipe.profile)
+    made = {name: grids.grid(ranges, name, recipe.ranges, profile, bits) for name in plan.activations}
+    return replace(plan, activations=made)
+
+
+def _shares(programs: Programs, ranges: StepRanges, calls: Any) -> dict[str, int]:
+    """Returns how many grids of 8 bits the activations have in all, by how steps share them."""
+    recipe = Quantization(activations=8)
+    profile = get_profile(recipe.profile)
+    found = {}
+    for how in STEP_GRIDS:
+        grids = StepGrids.of(programs, replace(recipe, step_grids=how), calls, DENOISER)
+        made = [grids.grid(ranges, name, recipe.ranges, profile) for name in ranges.points]
+        found[how] = sum(len({(s, z) for s, z in zip(g.scale, g.zero_point, strict=True)}) for g in made)
+    return found
+
+
+def markdown(figures: Mapping[str, Any]) -> list[str]:
+    """Returns the lines of a table."""
+    psnr = figures["psnr_db"]
+    pictures = len(next(iter(psnr.values())))
+    lines = [
+        f"Mean PSNR in dB of {pictures} held-out pictures at N = {figures['steps']} against the float denoiser's, "
+        "computed in PyTorch; only the denoiser is quantized. *Margin* is of *each* over *shared*, picture by picture, "
+        "with its standard error.",
+        "",
+        "| weights, activations | shared | grouped | each | margin |",
+        "|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(key.rpartition(" ")[0] for key in psnr):
+        shared, grouped, each = (psnr[f"{kind} {how}"] for how in STEP_GRIDS)
+        differences = [b - a for a, b in zip(shared, each, strict=True)]
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        means = " | ".join(f"{statistics.fmean(values):.2f}" for values in (shared, grouped, each))
+        lines.append(f"| {kind} | {means} | {statistics.fmean(differences):+.2f} ± {error:.2f} |")
+    counts = figures["grids"]
+    lines += ["", "Grids of activations in all: " + ", ".join(f"{counts[how]} {how}" for how in STEP_GRIDS) + "."]
+    return lines

@@ -1,0 +1,85 @@
+"""Refuses loops that a bundle cannot express, before anything is compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fewstep.errors import ExportError
+from fewstep.export.post import Post
+from fewstep.export.recorded import Run
+from fewstep.manifest import DENOISER, DRAWS_OF_A_STEP, EARLY_DRAWS, NOISE, draw_offset
+
+
+def refuse_other_networks(run: Run, inside: Sequence[str], others: Sequence[Run]) -> None:
+    """Raises ExportError if another network than those of every step takes part in some steps.
+
+    Args:
+        run: the recorded run.
+        inside: the components that it calls once in every step.
+        others: runs at other step counts.
+    """
+    end = len(run.states)
+    for call in run.calls:
+        if call.component not in inside and 0 < call.steps_done < end:
+            raise ExportError(
+                f"{call.component} runs after step {call.steps_done - 1} of {end}, expected it in every step or in "
+                "none",
+                hint="a network of some steps only cannot be expressed yet",
+            )
+    ours = _outside(run, inside)
+    for other in others:
+        theirs = _outside(other, inside)
+        for name in ours.keys() | theirs.keys():
+            if ours[name] != theirs[name]:
+                raise ExportError(
+                    f"{name} is called {ours[name]} times in a loop of {end} calls of {DENOISER} and "
+                    f"{theirs[name]} times in one of {len(other.states)}, expected {DENOISER} alone to be called "
+                    "by the step",
+                    hint="another network in the first or the last steps cannot be expressed yet",
+                )
+
+
+def refuse_other_shapes(run: Run, post: Post | None) -> None:
+    """Raises ExportError if what a loop makes of its denoiser's output alone cannot be added to its latent."""
+    shape = run.states[0].shape
+    name, F = next(iter(run.of(DENOISER)[0].outputs.items()))
+    F = F if post is None else post(F)
+    if F.shape != shape:
+        raise ExportError(
+            f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
+            hint=f"move what makes one of the other into the network {DENOISER!r}",
+        )
+
+
+def refuse_further_noise(
+    run: Run, inside: Sequence[str], given: Callable[[str, int], Mapping[str, torch.Tensor]], latent: str | None
+) -> None:
+    """Raises ExportError if a step draws beside its latent's noise what is not for a network of every step.
+
+    Args:
+        run: the recorded run.
+        inside: the components that it calls once in every step.
+        given: (component, step) -> the tensors that it was given there, by flat name.
+        latent: which of the denoiser's is the latent.
+    """
+    further = {offset for offset in run.draws if offset >= draw_offset(1, 1)}
+    numbers = range(1, 1 + len(run.step_draws()))
+    for component in inside if further else ():
+        for k in range(1, len(run.states)):
+            inputs = [t for name, t in given(component, k).items() if name != latent and run.tape.varies(t)]
+            leaves = run.tape.cut(inputs, what=component).leaves
+            further -= {draw_offset(k, n) for n in numbers if f"{NOISE}{draw_offset(k, n)}" in leaves}
+    if further:
+        gap = (min(further) - EARLY_DRAWS) // DRAWS_OF_A_STEP
+        raise ExportError(
+            f"step {gap - 1} draws noise more than once, expected at most one array for the latent",
+            hint="draw all that a step adds to its latent as one array",
+        )
+
+
+def _outside(run: Run, inside: Sequence[str]) -> Counter[str]:
+    """Returns how often each component outside the loop was called."""
+    return Counter(call.component for call in run.calls if call.component not in inside)

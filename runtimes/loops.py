@@ -1,0 +1,93 @@
+"""One file that samples: written, opened and fed, for the runtimes that can have one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep import noise
+from fewstep.bundle import Bundle
+from fewstep.errors import BundleError
+from fewstep.guidance import guidance_embedding
+from fewstep.manifest import GUIDANCE, INPUT, MASK, NOISE, TOKENS, Manifest
+from fewstep.runtimes import coreml
+from fewstep.runtimes.base import Array
+from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.runtimes.unroll import input_name
+
+Feeds = Mapping[str, Array]
+_PACKAGE = ".mlpackage"
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """One file that samples, ready to run: the shapes of its inputs by name, and what computes the picture of them."""
+
+    inputs: Mapping[str, Sequence[int]]
+    run: Callable[[Feeds], Array]
+
+
+def write_loop(bundle: Bundle, path: Path, *, runtime: str, steps: int) -> Path:
+    """Returns the path of one file that samples with a bundle's networks: an ONNX model, or a Core ML package.
+
+    Raises:
+        BundleError: a Core ML package has to be called one.
+        ContractError: see `fewstep.runtimes.unroll.check_unrolls`.
+    """
+    if runtime != coreml.NAME:
+        from fewstep.runtimes import ort_loop  # needs onnx_ir, which running a bundle does not
+
+        return ort_loop.write_loop(bundle, path, runtime=runtime, steps=steps)
+    if path.suffix != _PACKAGE:
+        raise BundleError(f"{path.name} is to be a Core ML package, expected a name in {_PACKAGE}", hint="rename it")
+    from fewstep.runtimes import coreml_loop  # needs coremltools
+
+    return coreml_loop.write_loop(bundle, path, steps=steps)
+
+
+def open_loop(path: Path, runtime: str) -> OpenLoop:
+    """Returns one file that samples, opened; a Core ML package on the evaluator, in fp32."""
+    if runtime != coreml.NAME:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        shapes = {value.name: value.shape for value in session.get_inputs()}
+        return OpenLoop(shapes, lambda feeds: session.run(None, dict(feeds))[0])
+    from fewstep.runtimes.mil import Evaluator, open_package
+
+    program = open_package(path)
+    evaluator = Evaluator(program, precision="fp32")
+    shapes = {feature.name: feature.shape for feature in program.inputs[program.default]}
+    return OpenLoop(shapes, lambda feeds: next(iter(evaluator.run(coreml.to_interface(feeds)).values())))
+
+
+def loop_feeds(
+    manifest: Manifest,
+    inputs: Mapping[str, Sequence[int]],
+    tokenizers: Mapping[str, Tokenizer],
+    prompt: str,
+    seed: int,
+    given: Feeds,
+) -> Feeds:
+    """Returns what a model of `write_loop` takes for a prompt and a seed, by its inputs' names.
+
+    Args:
+        manifest: of its bundle.
+        inputs: their shapes by name.
+        tokenizers: the bundle's.
+        prompt: the text.
+        seed: of the noise.
+        given: the user's other inputs, by name.
+    """
+    contract = manifest.contract
+    feeds: dict[str, Array] = {input_name(f"{INPUT}{name}"): array for name, array in given.items()}
+    for name, tokenizer in tokenizers.items():
+        feeds[input_name(f"{TOKENS}{name}")], feeds[input_name(f"{MASK}{name}")] = tokenizer(prompt)
+    if contract.guidance.kind == "embedded":
+        feeds[GUIDANCE] = guidance_embedding(contract.guidance, contract.guidance.scale)
+    prefix = input_name(NOISE)
+    for name, shape in inputs.items():
+        if name.startswith(prefix):
+            feeds[name] = noise.normal(seed, int(name.removeprefix(prefix)), tuple(shape))
+    return {name: feeds[name] for name in inputs}

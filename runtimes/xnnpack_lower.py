@@ -1,0 +1,116 @@
+"""Lowers a traced component to a ``.pte`` program for ExecuTorch, delegated to XNNPACK."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.fx import GraphModule
+
+from fewstep.errors import ExportError
+from fewstep.manifest import Artifact
+from fewstep.program import Program
+from fewstep.runtimes.group_norms import spread_group_norms
+from fewstep.runtimes.integers import dequantized_weights, sign_grids, unfold_weights
+from fewstep.runtimes.materialize import materialized
+from fewstep.runtimes.xnnpack import NAME
+
+MODEL = "model.pte"
+
+
+def lower(program: Program, folder: Path, weights: str) -> Artifact:
+    """Returns the artifact of a component, written as ``<folder>/<component folder>/model.pte``.
+
+    Args:
+        program: the traced component, float or quantized (PT2E).
+        folder: the bundle's ``executorch`` folder.
+        weights: ``fp32`` or ``fp16``; a program stores what is not quantized in fp32 either way: XNNPACK's delegate
+            takes no halves for products in fp32.
+
+    Raises:
+        ExportError: the component has an op that cannot be lowered, or stored integers that XNNPACK does not multiply.
+    """
+    with materialized(program):
+        content = convert(program.component, prepared(program), _zeros(program))[0]
+    path = folder / program.folder / MODEL
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    relative = f"{program.folder}/{MODEL}"
+    return Artifact(NAME, program.component, relative, "fp32", "fp32", len(content), variant=program.variant)
+
+
+def prepared(program: Program) -> GraphModule:
+    """Returns the program's graph as XNNPACK's partitioner takes it whole.
+
+    Biases are in float, which it puts on the grid of the products itself, by the same rule as the plan.
+
+    Raises:
+        ExportError: a weight is stored as integers and multiplied in float.
+    """
+    module = program.exported.module()
+    assert isinstance(module, GraphModule)
+    sign_grids(module)
+    unfold_weights(module, biases_only=True)
+    for name, computes in dequantized_weights(module):
+        if not computes:
+            raise ExportError(
+                f"{program.component}: {name} is stored as integers and multiplied in float, which XNNPACK does not",
+                hint="make the plan with the profile 'executorch'",
+            )
+    spread_group_norms(module, channels_last=False)
+    return module
+
+
+def convert(component: str, module: GraphModule, inputs: tuple[torch.Tensor, ...]) -> tuple[bytes, Counter[str]]:
+    """Returns the program of a graph, and the operations that are not delegated with how often each is there.
+
+    Raises:
+        ExportError: the component has an op that cannot be lowered.
+    """
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        try:
+            exported = torch.export.export(module, inputs)
+            edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+            nodes = [n for n in edge.exported_program().graph.nodes if n.op == "call_function"]
+            left = Counter(str(getattr(n.target, "_op", n.target)) for n in nodes)
+            content: bytes = edge.to_executorch().buffer
+        except Exception as error:  # the compiler raises whatever its translation of an op happens to raise
+            raise ExportError(
+                f"{component} cannot be lowered to ExecuTorch: {type(error).__name__}: {_innermost(error)}",
+                hint="the op that stops it is named above; rewrite it in the module, or report it",
+            ) from error
+    return content, Counter({name: count for name, count in left.items() if name.startswith("aten.")})
+
+
+def _zeros(program: Program) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in program.spec.inputs)
+
+
+def _innermost(error: BaseException) -> str:
+    """Returns what the first cause says; the outer ones say which pass failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the compiler from warning of its own internals, for the length of a block."""
+    root = logging.getLogger()
+    level = root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            root.setLevel(logging.CRITICAL)
+            yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,88 @@
+"""ExecuTorch computes what PyTorch computes; needs executorch, in an environment of its own: `make test-backends`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.errors import ContractError, ExportError
+from fewstep.metrics import sqnr_db
+from fewstep.program import Program
+from fewstep.recipe import Limits
+from fewstep.runtimes import get_runtime
+from tests.backends.networks import INPUTS, net
+from tests.quantized import feeds, program_of, random, run
+
+if util.find_spec("executorch") is None:
+    pytest.skip("executorch is not installed: `make test-backends` runs these tests", allow_module_level=True)
+
+from fewstep.runtimes.xnnpack_lower import convert, prepared
+
+EXECUTORCH = get_runtime("executorch")
+
+
+def compiled(program: Program, folder: Path) -> Path:
+    artifact = EXECUTORCH.compile(program, folder, "fp32")
+    path = folder / artifact.path
+    assert artifact.bytes == path.stat().st_size
+    return path
+
+
+def quality_db(program: Program, path: Path) -> float:
+    with EXECUTORCH.open(path, program.spec, 1) as session:
+        outputs = session.run(feeds(program, *INPUTS))
+    return sqnr_db(run(program, *INPUTS).numpy(), outputs["y"])
+
+
+def test_float_network_keeps_the_limit_of_lowering(tmp_path: Path) -> None:
+    assert quality_db(net(), compiled(net(), tmp_path)) >= Limits().component_sqnr_db
+
+
+def test_all_but_the_lookup_is_delegated() -> None:
+    _, left = convert("denoiser", prepared(net()), INPUTS)
+    assert dict(left) == {"aten.embedding.default": 1}
+
+
+def test_whole_numbers_are_those_of_the_plan(tmp_path: Path) -> None:
+    program = net("executorch", 8, 8)
+    path = compiled(program, tmp_path)
+    assert EXECUTORCH.compare_integers is not None
+    found = EXECUTORCH.compare_integers(program, path, feeds(program, *INPUTS))
+    assert len([p for p in found if p.sqnr_db is None]) == 12
+    for point in found:
+        assert point.equal >= 0.999 and point.largest <= 1, point
+    assert path.stat().st_size < 45_000  # 75 kB in float
+
+
+def test_weights_that_are_only_stored_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="stored as integers and multiplied in float") as caught:
+        compiled(net("litert", 8), tmp_path)
+    assert "profile 'executorch'" in str(caught.value)
+
+
+def test_other_interface_and_damage_are_refused(tmp_path: Path) -> None:
+    path, spec = compiled(net(), tmp_path), net().spec
+    fewer = replace(spec, inputs=spec.inputs[:1])
+    with pytest.raises(ContractError, match="program has 2 inputs, the manifest has 1"):
+        EXECUTORCH.open(path, fewer, 1)
+    session = EXECUTORCH.open(path, spec, 1)
+    session.close()
+    with pytest.raises(ContractError, match="closed"):
+        session.run(feeds(net(), *INPUTS))
+    path.write_bytes(b"not a program" * 10)
+    with pytest.raises(ContractError, match="ExecuTorch cannot load it"):
+        EXECUTORCH.open(path, spec, 1)
+
+
+class _Unsupported(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.lu_factor(x @ x.transpose(-1, -2))[0]
+
+
+def test_operation_that_stops_it_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"denoiser cannot be lowered to ExecuTorch: .*lu"):
+        compiled(program_of(_Unsupported(), random(1, 4, 4)), tmp_path)

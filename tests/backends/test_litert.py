@@ -1,0 +1,124 @@
+"""LiteRT computes what PyTorch computes; needs litert-torch, in an environment of its own: `make test-backends`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.errors import ContractError, ExportError
+from fewstep.metrics import sqnr_db
+from fewstep.program import Program
+from fewstep.recipe import Limits
+from fewstep.runtimes import get_runtime
+from fewstep.runtimes.base import PointResult
+from tests.backends.networks import INPUTS, net
+from tests.quantized import feeds, program_of, random, run
+
+if util.find_spec("litert_torch") is None:
+    pytest.skip("litert-torch is not installed: `make test-backends` runs these tests", allow_module_level=True)
+
+from fewstep.runtimes.litert_lower import lower
+from fewstep.runtimes.litert_model import LiteRTModel
+
+LITERT = get_runtime("litert")
+
+
+def compiled(program: Program, folder: Path, weights: str = "fp32") -> Path:
+    artifact = LITERT.compile(program, folder, weights)
+    path = folder / artifact.path
+    assert artifact.bytes == path.stat().st_size
+    return path
+
+
+def quality_db(program: Program, path: Path) -> float:
+    with LITERT.open(path, program.spec, 1) as session:
+        outputs = session.run(feeds(program, *INPUTS))
+    return sqnr_db(run(program, *INPUTS).numpy(), outputs["y"])
+
+
+def test_float_network_keeps_the_limit_of_lowering(tmp_path: Path) -> None:
+    assert quality_db(net(), compiled(net(), tmp_path)) >= Limits().component_sqnr_db
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_stored_weights_keep_the_limit_and_shrink_the_file(bits: int, tmp_path: Path) -> None:
+    program = net("litert", bits)
+    path = compiled(program, tmp_path, "fp16")
+    assert quality_db(program, path) >= 80  # w8's and w4's own limit
+    model = LiteRTModel(path.read_bytes())
+    stored = [model.shape(t) for t, values in model.constants.items() if values.dtype == np.int8]
+    kinds = {tensor.type for tensor in model.graph.tensors}
+    assert (17 in kinds) == (bits == 4)  # TensorType.INT4
+    assert bits == 4 or len(stored) == 7
+    assert path.stat().st_size < 34_000  # 74 kB in float
+
+
+def points(path: Path, program: Program) -> list[PointResult]:
+    assert LITERT.compare_integers is not None
+    return LITERT.compare_integers(program, path, feeds(program, *INPUTS))
+
+
+def test_whole_numbers_are_those_of_the_plan(tmp_path: Path) -> None:
+    program = net("litert", 8, 8)
+    path = compiled(program, tmp_path, "fp16")
+    found = points(path, program)
+    assert len([p for p in found if p.sqnr_db is None]) == 12
+    for point in found:
+        assert point.equal >= 0.999 and point.largest <= 1, point
+    model = LiteRTModel(path.read_bytes())
+    float_products = [o for o in model.graph.operators if model.kind(o) in (3, 9) and model.grid(o.inputs[0]) is None]
+    assert not float_products, "a convolution or linear layer computes in float"
+
+
+def test_a_wrong_scale_is_found_where_it_is(tmp_path: Path) -> None:
+    program = net("litert", 8, 8)
+    path = compiled(program, tmp_path, "fp16")
+    model = LiteRTModel(path.read_bytes())
+    names = [model.name(t) for t in range(len(model.graph.tensors))]
+    at = names.index("quantize_per_tensor_5")
+    model.graph.tensors[at].quantization.scale = model.graph.tensors[at].quantization.scale * 1.05
+    path.write_bytes(model.content())
+    wrong = [p.tensor for p in points(path, program) if p.sqnr_db is None and p.equal < 0.999]
+    assert wrong == ["quantize_per_tensor_5", "quantize_per_tensor_6"]
+
+
+def test_signature_has_the_manifests_names_and_others_are_refused(tmp_path: Path) -> None:
+    path = compiled(net(), tmp_path)
+    spec = net().spec
+    other = replace(spec, outputs=tuple(replace(output, name="y_other") for output in spec.outputs))
+    with pytest.raises(ContractError, match=r"model has \['y'\], the manifest has \['y_other'\]"):
+        LITERT.open(path, other, 1)
+    path.write_bytes(b"not a model")
+    with pytest.raises(ContractError, match="LiteRT cannot load it"):
+        LITERT.open(path, spec, 1)
+
+
+def test_closed_session_and_wide_number_are_refused(tmp_path: Path) -> None:
+    session = LITERT.open(compiled(net(), tmp_path), net().spec, 1)
+    wide = {"x0": INPUTS[0].numpy(), "x1": np.array([1 << 40])}
+    with pytest.raises(ContractError, match="beyond LiteRT's int32"):
+        session.run(wide)
+    session.close()
+    with pytest.raises(ContractError, match="closed"):
+        session.run(feeds(net(), *INPUTS))
+
+
+class _Unsupported(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.lu_factor(x @ x.transpose(-1, -2))[0]
+
+
+def test_operation_that_stops_it_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"denoiser cannot be lowered to LiteRT: .*lu"):
+        lower(program_of(_Unsupported(), random(1, 4, 4)), tmp_path, "fp32")
+
+
+def test_scales_of_groups_are_refused_with_the_profile_to_use(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="scales of groups") as caught:
+        lower(net("x86", 4), tmp_path, "fp16")
+    assert "profile 'litert'" in str(caught.value)

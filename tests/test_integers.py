@@ -1,0 +1,106 @@
+"""What converters are given of a quantized program: float values, markers, and the whole numbers beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from fewstep.optimize.quantize import quantize
+from fewstep.program import Program
+from fewstep.quantization import Quantization
+from fewstep.runtimes.integers import dequantized_weights, mark_points, marked, sign_grids, tag, unfold_weights
+from fewstep.runtimes.points import judged, reference
+from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.linear = torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(self.conv(x)).flatten(2).transpose(1, 2)
+        result: torch.Tensor = self.linear(hidden)
+        return result
+
+
+X = random(1, 4, 8, 8)
+
+
+def quantized(quantization: Quantization, profile: str = "x86") -> Program:
+    program = program_of(Net(), X)
+    return quantize(program, plan_of(program, quantization, calls_of(X), profile))
+
+
+def graph(program: Program) -> GraphModule:
+    module = program.exported.module()
+    assert isinstance(module, GraphModule)
+    return module
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stored_weights_are_what_the_network_multiplies_by(bits: int, granularity: str) -> None:
+    program = quantized(Quantization(weights=bits, granularity=granularity, rounding="nearest"))
+    module = graph(program)
+    stored = unfold_weights(module)
+    assert [weight.bits for weight in stored] == [8, 8]  # both are at an end of the network
+    for weight in stored:
+        scale = weight.scale if weight.axis is None else weight.scale.reshape(len(weight.values), -1, 1)
+        groups = 1 if weight.axis is None else scale.shape[1]
+        rows = weight.integers.reshape(len(weight.values), groups, -1).astype(np.float32) * scale
+        np.testing.assert_array_equal(rows.reshape(weight.values.shape), weight.values)
+    assert [weight.grouped for weight in stored] == [granularity == "group", False]  # 36 inputs, and one group of 32
+    with torch.no_grad():
+        torch.testing.assert_close(module(X)[0], run(program, X), rtol=0, atol=0)
+
+
+def test_signed_grids_are_the_same_values() -> None:
+    program = quantized(W8A8)
+    module = graph(program)
+    assert sign_grids(module) > 0
+    assert not [n for n in module.graph.nodes if n.args and torch.uint8 in n.args]
+    with torch.no_grad():
+        torch.testing.assert_close(module(X)[0], run(program, X), rtol=0, atol=0)
+
+
+def test_markers_change_nothing_and_say_which_point_they_are() -> None:
+    program = quantized(W8A8, "litert")
+    module = graph(program)
+    points = mark_points(module)
+    names = [n.name for n in graph(program).graph.nodes if "quantize_per_tensor" in n.name and n.name[0] == "q"]
+    assert [point.name for point in points] == names
+    clamps = [n for n in module.graph.nodes if n.target is torch.ops.aten.clamp.default]
+    assert [marked(n.args[1]) for n in clamps] == list(range(len(points)))
+    unfold_weights(module)
+    wide = torch.linspace(-1e30, 1e30, 256).reshape(X.shape)
+    with torch.no_grad():
+        assert torch.isfinite(module(wide)[0]).all()
+
+
+def test_tags_survive_float32_and_are_no_bounds_of_a_network() -> None:
+    for point in (0, 1, 2, 1000, (1 << 20) - 1):
+        assert marked(float(np.float32(tag(point)))) == point
+    assert [marked(bound) for bound in (0.0, -1.0, -6.0, -3.4e38, float("-inf"), 1e30)] == [None] * 6
+
+
+def test_weights_that_are_multiplied_in_float_are_told_apart() -> None:
+    weight_only = dequantized_weights(graph(quantized(Quantization(rounding="nearest"))))
+    assert [computes for _, computes in weight_only] == [False, False]
+    both = dequantized_weights(graph(quantized(W8A8, "litert")))
+    assert all(computes for name, computes in both if "weight" in name)
+
+
+def test_reference_judges_itself_equal_and_a_flip_not() -> None:
+    program = quantized(W8A8)
+    expected = reference(program, feeds(program, X))
+    assert all(values.dtype == np.int8 for values in expected.integers.values())
+    exact = judged(expected, expected.integers, expected.outputs)
+    assert [p.differing for p in exact] == [0] * len(exact)
+    name = next(iter(expected.integers))
+    wrong = {**expected.integers, name: expected.integers[name] ^ np.int8(1)}
+    first = judged(expected, wrong, expected.outputs)[0]
+    assert (first.equal, first.largest) == (0.0, 1)
