@@ -17,7 +17,7 @@ from fewstep.errors import QuantizationError
 from fewstep.export import Generator, Programs, describe, programs_of, write_tokenizers
 from fewstep.feeds import Sample
 from fewstep.manifest import BEFORE
-from fewstep.optimize.palettes import palettized, row_groups, rows_of_palette, worth_a_palette
+from fewstep.optimize.palettes import GROUPS, palettized, row_groups, worth_a_palette
 from fewstep.optimize.quantize.allocate import Item, allocate
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
@@ -120,7 +120,7 @@ def _options(weight: torch.Tensor) -> tuple[Option, ...]:
     values = weight.double().numpy()
     found = []
     for bits in _BITS:
-        tables = len(row_groups(len(values), rows_of_palette(bits)))
+        tables = len(row_groups(len(values), GROUPS[bits]))
         size = values.size * bits // 8 + tables * (1 << bits) * _HALF_BYTES
         found.append(PaletteOption(bits, None, None, size, palettized(values, bits).astype(np.float16)))
     return tuple(sorted(found, key=lambda option: option.bytes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import torch
 
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
-from fewstep.optimize.passes import PassNote
+from fewstep.optimize.passes import PassNote, copies
 from fewstep.recipe import PALETTE_BITS
 
 Array = npt.NDArray[np.float64]
@@ -52,8 +51,7 @@ class Palettize:
                 f"{generator.name} is too large to hold in memory, and palettes need all values of a weight",
                 hint="load it with eager=True, or use the recipe fp16",
             )
-        attributes = {part.attribute: name for name, part in generator.parts.items()}
-        modules = {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
+        modules = copies(generator)
         changed = 0
         for component, module in modules.items():
             for name, parameter in module.named_parameters():
@@ -101,11 +99,6 @@ def of_nonzero(weight: Array, bits: int) -> Array:
     if places.any():
         result[places] = palettized(weight[places][:, None], bits, None)[:, 0]
     return result
-
-
-def rows_of_palette(bits: int) -> int | None:
-    """Returns how many rows share a palette of so many bits at most; None for all of them."""
-    return GROUPS[bits]
 
 
 def row_groups(rows: int, size: int | None) -> list[slice]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from fewstep.export.generator import Generator
 from fewstep.recipe import Recipe
@@ -24,6 +27,12 @@ class Pass(Protocol):
     def __call__(self, generator: Generator) -> tuple[Generator, PassNote]:
         """Returns the optimized generator and a note."""
         ...
+
+
+def copies(generator: Generator) -> dict[str, torch.nn.Module]:
+    """Returns a copy of every module of a generator, once each: encoder and decoder are two methods of one."""
+    attributes = {part.attribute: name for name, part in generator.parts.items()}
+    return {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
 
 
 def optimize(generator: Generator, recipe: Recipe) -> tuple[Generator, list[PassNote]]:

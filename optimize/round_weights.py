@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.export.stored_networks import StoredNetworks
-from fewstep.optimize.passes import PassNote
+from fewstep.optimize.passes import PassNote, copies
 
 
 class RoundWeights:
@@ -28,9 +27,7 @@ class RoundWeights:
         """
         if generator.stored is not None:
             return _stored(generator, generator.stored)
-        # Encoder and decoder are two methods of one module.
-        attributes = {part.attribute: name for name, part in generator.parts.items()}
-        modules = {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
+        modules = copies(generator)
         changed = total = 0
         for component, module in modules.items():
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:

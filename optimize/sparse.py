@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.optimize.palettes import worth_a_palette
-from fewstep.optimize.passes import PassNote
+from fewstep.optimize.passes import PassNote, copies
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Sparsify:
                 f"{generator.name} is too large to hold in memory, and the smallest of all values are looked for",
                 hint="load it with eager=True, or use the recipe fp16",
             )
-        attributes = {part.attribute: name for name, part in generator.parts.items()}
-        modules = {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
+        modules = copies(generator)
         changed = 0
         for module in modules.values():
             for parameter in filter(worth_a_palette, module.parameters()):

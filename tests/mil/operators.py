@@ -186,8 +186,9 @@ def _grouped(found: list[dict[str, Any]], kind: str) -> list[str]:
 def _reason(record: dict[str, Any]) -> str:
     """Returns what a case said, and what is known of its kind."""
     said = record["reason"] or "no message"
-    if "Not equal" in said and "precision='fp32'" in record["test"] and "float16" in record["test"]:
-        said += " (the program declares fp16 values, and the case has the tolerance of an fp32 backend)"
+    values_of_fp16 = any(name in record["test"] for name in ("float16", "dtype=fp16"))
+    if "Not equal" in said and "precision='fp32'" in record["test"] and values_of_fp16:
+        said += " (the program or the expected values are of fp16, with the tolerance of an fp32 backend)"
     return str(said)
 
 
