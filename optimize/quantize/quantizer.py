@@ -210,10 +210,12 @@ class _Planned(AffineQuantizedObserverBase):  # type: ignore[misc]
 
 
 def _after_inputs(node: Node) -> Node:
-    """Returns the node itself, or for one that stands between the inputs of its graph the first behind them."""
+    """Returns the node itself, or for one that stands between the inputs of its graph the first that reads it."""
     nodes: list[Node] = list(node.graph.nodes)
     last = max((i for i, other in enumerate(nodes) if other.op == "placeholder"), default=-1)
-    return nodes[max(nodes.index(node), last + 1)]
+    if nodes.index(node) > last:
+        return node
+    return next(other for other in nodes[last + 1 :] if other in node.users)
 
 
 def _constant(grid: Grid, values: Callable[[], torch.Tensor]) -> QuantizationSpec:
