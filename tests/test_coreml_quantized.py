@@ -127,7 +127,7 @@ def test_a_half_scale_covers_the_range(largest: float) -> None:
     grid = activation_grid(Range(-largest, largest), get_profile("ane"))
     scale = float(grid.scale[0])
     assert float(np.float16(scale)) == scale
-    # 127 integers to a side; one half above the exact scale is at most 2^-10 of it, or the distance of subnormal halves.
+    # 127 integers to a side; one half above the exact scale is at most 2^-10 of it, or 2^-24 (subnormal).
     assert 127 * scale >= largest * (1 - 1e-6)
     assert scale <= largest / 127 * (1 + 2.0**-9) + 2.0**-24
 

@@ -39,9 +39,10 @@ def test_self_test_reports_a_runtime_that_computes_wrongly(
     assert "FAILED  onnxruntime fp32: " in capsys.readouterr().out
 
 
-def test_recipes_of_a_runtime() -> None:
+def test_recipes_of_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipes_of("onnxruntime") == ("fp32", "w8", "w8a8")
-    assert recipes_of("coreml") == ("fp32", "w8", "w8a8")
+    monkeypatch.setitem(RUNTIMES, "floats", replace(ort.RUNTIME, name="floats", compare_integers=None))
+    assert recipes_of("floats") == ("fp32", "w8"), "it has nothing to compare whole numbers with"
 
 
 def test_a_runtime_that_cannot_run_is_listed_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

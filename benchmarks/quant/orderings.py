@@ -27,7 +27,7 @@ class Variant:
         changes: keys of the recipe's ``[quantization]`` table.
         steps: N that it is calibrated for and judged at.
         size_of: another variant, whose size in bytes becomes ``max_bytes``.
-        form: of the networks of the loop; None takes the default.
+        form: of the networks of the loop; None is the step form, which is told of every call that was recorded.
         missing: why it cannot be made; None if it can.
     """
 
@@ -83,9 +83,13 @@ def _variants() -> dict[str, Variant]:
         Variant("mixed-as-w4", "w4", {"rounding": "gptq"}, size_of="w4-gptq"),
         *(Variant(f"w4a8-{n}", "w4a8", steps=n) for n in _COUNTS),
         *(Variant(f"corrected-{n}", "w4a8", {"correction": True}, steps=n) for n in _COUNTS),
-        Variant("steps-each", "w8a8", {**_W8A8, "step_grids": "each"}),
-        Variant("time-exact", "w4", {"exact_time": True}, form="step"),
-        Variant("time-quantized", "w4", {"exact_time": False}, form="step"),
+        # Networks in step form do not know which step it is.
+        *(
+            Variant(f"steps-{grids}", "w8a8", {**_W8A8, "step_grids": grids}, form="table")
+            for grids in ("shared", "grouped", "each")
+        ),
+        Variant("time-exact", "w4", {"exact_time": True}),
+        Variant("time-quantized", "w4", {"exact_time": False}),
         *(Variant(f"float-{share:g}", "w8a8", {**_W8A8, "float_products": share}) for share in (0.05, 0.2)),
         Variant("split-off", "w8a8", {**_W8A8, "split": False}),
     ]
@@ -139,7 +143,7 @@ ORDERINGS = (
     Ordering(
         "ranges for each step",
         "Is a range for each step better than one for all?",
-        (Claim("steps-each", "w8a8-4", _TFMQ),),
+        (Claim("steps-each", "steps-shared", _TFMQ), Claim("steps-each", "steps-grouped", _TFMQ)),
     ),
     Ordering(
         "time path",

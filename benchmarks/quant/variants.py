@@ -69,7 +69,8 @@ def measure(variant: Variant, variants: Mapping[str, Variant], bundle: Bundle, c
             max_bytes = other["bytes"]
         out = WORK / "variants" / variant.name
         recipe = write_recipe(variant, max_bytes, WORK / "recipes" / f"{variant.name}.toml")
-        made = run_isolated(models.build_recipe, {"recipe": str(recipe), "out": str(out)}).result
+        arguments = {"recipe": str(recipe), "out": str(out), "form": variant.form or "step"}
+        made = run_isolated(models.build_recipe, arguments).result
         manifest = Bundle.open(out).manifest
         schedules = {str(n): schedule.to_json() for n, schedule in manifest.schedules.items()}
         identity = value_sha256([models.networks(Bundle(out, manifest)), schedules])
@@ -95,8 +96,6 @@ def write_recipe(variant: Variant, max_bytes: int | None, path: Path) -> Path:
     if max_bytes is not None:
         changes["max_bytes"] = max_bytes
     lines = [f'base = "{variant.base}"', f"steps = [{variant.steps}]", "", "[limits]", "compression_psnr_db = -100.0"]
-    if variant.form is not None:
-        lines.insert(1, f'form = "{variant.form}"')
     lines += ["", "[quantization]", *(f"{key} = {json.dumps(value)}" for key, value in changes.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
