@@ -180,7 +180,8 @@ def test_variants_are_measured_against_the_reference_of_their_step_count(
     def here(function: Callable[..., Any], arguments: dict[str, Any]) -> Measured:
         return Measured(function(**arguments), 0, 0.0)
 
-    def build(recipe: str, out: str) -> dict[str, Any]:
+    def build(recipe: str, out: str, form: str) -> dict[str, Any]:
+        assert form == "step"
         built_at.append(load_recipe(recipe).steps)
         shutil.copytree(bundle.path, out)
         return {"seconds": 1.0}

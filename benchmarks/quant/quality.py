@@ -37,14 +37,13 @@ def compare(bundle: str, reference: str) -> tuple[dict[str, Any], list[Sample]]:
     - ``trajectory_sqnr_db``: the latent after each step, free-running;
     - ``component_sqnr_db``: the outputs of the other components, given the reference's inputs.
 
-    What is given the reference's inputs is left out where the bundle is not in step form.
+    What is given the reference's inputs is left out where the bundle's networks are in another form, and take others.
     """
     opened = Bundle.open(bundle)
     references = load_samples(Path(reference))
     sampler = open_sampler(opened, threads=1)
     results = draw(sampler, opened, [(r.prompt, r.seed) for r in references], references[0].steps)
-    # Recorded calls are those of the step form: networks in another one take other inputs.
-    fits = opened.manifest.contract.form == "step"
+    fits = _takes(opened, references[0])
     calls = compare_components(references, sampler.session, lambda _: None) if fits else []  # nothing is gated here
     sampler.close()
     free = compare_samples(references, results, None)
@@ -61,6 +60,12 @@ def compare(bundle: str, reference: str) -> tuple[dict[str, Any], list[Sample]]:
             name: spread(c.value for c in calls if c.component == name) for name in dict.fromkeys(others)
         },
     }, results
+
+
+def _takes(bundle: Bundle, sample: Sample) -> bool:
+    """Returns whether a bundle's networks take the calls that were recorded of a sample."""
+    given = {feed.component: {*feed.inputs} for feed in sample.feeds}
+    return given == {name: {x.name for x in spec.inputs} for name, spec in bundle.manifest.components.items()}
 
 
 def spread(values: Iterable[float]) -> dict[str, float | int] | None:
