@@ -5,6 +5,7 @@ import { describe, expect, it } from "vitest";
 import { browserName, osName } from "../src/app/result";
 import { asFewstepError, FewstepError } from "../src/lib/errors";
 import { BundleFiles } from "../src/lib/files";
+import { goldenPaths } from "../src/lib/golden";
 import { parseManifest, type Manifest } from "../src/lib/manifest";
 import { psnrDb, spread, sqnrDb } from "../src/lib/metrics";
 import { externalDataFiles } from "../src/lib/onnx";
@@ -183,7 +184,7 @@ describe("origins", () => {
     Object.assign(contract, { form: "table", rows: rows.slice(0, 3) });
     expect(() => rowOf(contract, table2, 1)).toThrow("step 1 of 2 has timestep 998, which is none of the 3 steps");
     contract.form = "loop" as never;
-    expect(() => parsed(manifest({}, { contract }))).toThrow('contract/form is "loop", expected one of ["step","table"]');
+    expect(() => parsed(manifest({}, { contract }))).toThrow('contract/form is "loop", expected one of ["step","table","specialized"]');
   });
 
   it("refuses a value of another size", () => {
@@ -272,4 +273,18 @@ describe("devices", () => {
     ["Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36 Edg/140.0.0.0", "Edge 140", "Windows 10.0"],
     ["nothing known", "unknown browser", "unknown system"],
   ])("%s", (agent, browser, os) => expect([browserName(agent), osName(agent)]).toEqual([browser, os]));
+});
+
+describe("golden pack", () => {
+  const files = (...paths: string[]) =>
+    new BundleFiles("http://x/", Object.fromEntries(paths.map((path) => [path, { bytes: 1, sha256: "" }])), null);
+
+  it("has the samples of the first shape", () => {
+    const paths = ["golden/1.safetensors", "golden/0.safetensors", "golden/2x/0.safetensors", "golden/16x24/0.safetensors"];
+    expect(goldenPaths(files(...paths))).toEqual(["golden/0.safetensors", "golden/1.safetensors"]);
+  });
+
+  it("must have one", () => {
+    expect(() => goldenPaths(files("golden/2x/0.safetensors"))).toThrow("no golden samples");
+  });
 });

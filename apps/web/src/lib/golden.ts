@@ -26,9 +26,9 @@ export interface GoldenSample {
   output: Tensor;
 }
 
-/** Returns the paths of the samples, in order. */
+/** Returns the paths of the samples at the bundle's first shape, in order; those of others are in folders of their own. */
 export function goldenPaths(files: BundleFiles): string[] {
-  const paths = files.under("golden").filter((path) => path.endsWith(".safetensors"));
+  const paths = files.under("golden").filter((path) => /^golden\/[^/]+\.safetensors$/.test(path));
   if (paths.length === 0) {
     throw new FewstepError("bundle", "the bundle has no golden samples to check against", "build the bundle again");
   }
