@@ -10,8 +10,8 @@ import torch
 
 from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Floats
+from fewstep.contract import DENOISER
 from fewstep.export import Description, Generator
-from fewstep.manifest import DENOISER
 
 _MIDDLES = ("mid_block", "middle_block")
 

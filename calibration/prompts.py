@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewstep.contract import TEXT
 from fewstep.errors import CalibrationError
 from fewstep.export import Generator
-from fewstep.manifest import TEXT
 
 # For generators that bring none of their own: things, places, people, styles, long and short, with and without text.
 GENERAL_PROMPTS = (

@@ -19,12 +19,12 @@ from fewstep.cache import code_sha256
 from fewstep.calibration.features import step_features
 from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Kept, LatentNames, Question, get_sampler, prompt_order
+from fewstep.contract import LATENT, SAMPLE
 from fewstep.errors import BundleError, CalibrationError
 from fewstep.export import Description, Generator, digest
 from fewstep.feeds import Sample, StepFeed, load_sample, read_feeds, read_head, save_sample
 from fewstep.hashing import value_sha256
 from fewstep.inputs import example_inputs
-from fewstep.manifest import LATENT, SAMPLE
 from fewstep.progress import Progress, Silent
 
 INDEX = "calibration.json"

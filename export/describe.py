@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fewstep.contract import DECODER, ComponentSpec, Contract
 from fewstep.export.embedding import read_guidance
 from fewstep.export.generator import Generator
 from fewstep.export.layout import read_tokenizers
@@ -15,12 +16,7 @@ from fewstep.export.specs import read_specs, without_glue
 from fewstep.export.tiled_decoder import tiles_of
 from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs, stacked
-from fewstep.manifest import (
-    DECODER,
-    ComponentSpec,
-    Contract,
-    TokenizerSpec,
-)
+from fewstep.manifest import TokenizerSpec
 from fewstep.schedule import Schedule
 
 

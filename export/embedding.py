@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from fewstep.contract import DENOISER, Guidance
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Run
 from fewstep.guidance import guidance_embedding
-from fewstep.manifest import (
-    DENOISER,
-    Guidance,
-)
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.
 _RTOL, _ATOL = 1e-5, 1e-6

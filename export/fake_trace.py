@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.export.fakes import fake_arguments, fake_trace, refused, with_fake_parameters
 from fewstep.export.generator import Part
 from fewstep.export.recorded import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, Ref
 from fewstep.export.weights import meta_module, stored_weights
 from fewstep.export.wiring import WiredModule, Wiring
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.program import Program
 
 

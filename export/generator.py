@@ -12,12 +12,12 @@ from typing import Any
 import diffusers.utils
 import torch
 
+from fewstep.contract import DECODER, DENOISER, ENCODER, TEXT, InputSpec
 from fewstep.errors import SourceError
 from fewstep.export.loop import Loop, SampleFunction
 from fewstep.export.stored_networks import StoredNetworks
 from fewstep.export.tiled_decoder import with_tiling
 from fewstep.hashing import value_sha256
-from fewstep.manifest import DECODER, DENOISER, ENCODER, TEXT, InputSpec
 from fewstep.source import SourceInfo
 
 DEFAULT_PROMPTS = (

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep.contract import TEXT
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Run, Text
 from fewstep.export.sampling import refuse
-from fewstep.manifest import (
-    TEXT,
-    TokenizerSpec,
-)
+from fewstep.manifest import TokenizerSpec
 
 
 def read_tokenizers(generator: Generator, recorded: Run, prompt: str) -> dict[str, TokenizerSpec]:

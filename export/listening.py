@@ -15,9 +15,9 @@ import diffusers.utils.torch_utils
 import torch
 
 from fewstep import noise
+from fewstep.contract import DENOISER, LATENT, MASK, NOISE, TOKENS, draw_offset
 from fewstep.errors import ExportError
 from fewstep.export.recorded import Call, Run, Text, name_inputs, name_outputs
-from fewstep.manifest import DENOISER, LATENT, MASK, NOISE, TOKENS, draw_offset
 
 # The result of `scale_model_input`, if the pipeline calls it.
 SCALED = "scaled_latent"

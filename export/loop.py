@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fewstep.contract import DENOISER
 from fewstep.errors import SourceError
-from fewstep.manifest import DENOISER
 
 Networks = Mapping[str, Callable[..., Any]]
 Draw = Callable[[tuple[int, ...]], torch.Tensor]

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.contract import DECODER
 from fewstep.errors import SourceError
 from fewstep.export.adapters import component_names, lora_sha256, merge_loras
 from fewstep.export.checks import check_weights_folder
 from fewstep.export.generator import Generator
 from fewstep.export.single_file import load_component
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
-from fewstep.manifest import DECODER
 from fewstep.source import MergedLora, Replacement, SourceInfo, SourcePart, SourceSpec
 
 

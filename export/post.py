@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fewstep.contract import DENOISER, LATENT
 from fewstep.export.recorded import Run, flatten_tensors
 from fewstep.export.tape import Glue, GlueModule
-from fewstep.manifest import DENOISER, LATENT
 
 _aten = torch.ops.aten
 # Operations that the table has a number for, or a clip, if all else in them is constant.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.contract import LOOP, STEP, ComponentSpec, Contract, step_numbers
 from fewstep.export.counts import Removed, removed
 from fewstep.export.dependence import user_inputs
 from fewstep.export.describe import Description
@@ -26,7 +27,7 @@ from fewstep.export.generator import Generator
 from fewstep.export.static import Static, specialize
 from fewstep.export.wiring import digest, trace
 from fewstep.feeds import Sample, StepFeed
-from fewstep.manifest import LOOP, STEP, Artifact, ComponentSpec, Contract, step_numbers
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.recipe import Recipe
 from fewstep.schedule import Schedule

@@ -8,24 +8,7 @@ from typing import Any
 
 import torch
 
-from fewstep.export.embedding import is_embedding
-from fewstep.export.generator import Generator
-from fewstep.export.listening import SCALED
-from fewstep.export.post import read_post
-from fewstep.export.recorded import Run, name_inputs
-from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
-from fewstep.export.results import read_output
-from fewstep.export.sampling import Anatomy, is_scaled, refuse
-from fewstep.export.tape import MADE, Glue, GlueModule, Ref
-from fewstep.export.wiring import (
-    Wiring,
-    glue_component,
-    renamed,
-    shorten,
-    wire,
-    with_outputs,
-)
-from fewstep.manifest import (
+from fewstep.contract import (
     AFTER,
     BEFORE,
     CONDITIONS,
@@ -43,6 +26,23 @@ from fewstep.manifest import (
     Contract,
     Guidance,
     draw_offset,
+)
+from fewstep.export.embedding import is_embedding
+from fewstep.export.generator import Generator
+from fewstep.export.listening import SCALED
+from fewstep.export.post import read_post
+from fewstep.export.recorded import Run, name_inputs
+from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
+from fewstep.export.results import read_output
+from fewstep.export.sampling import Anatomy, is_scaled, refuse
+from fewstep.export.tape import MADE, Glue, GlueModule, Ref
+from fewstep.export.wiring import (
+    Wiring,
+    glue_component,
+    renamed,
+    shorten,
+    wire,
+    with_outputs,
 )
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.contract import DRAW, LATENT, draw_offset
 from fewstep.export.tape import Tape
-from fewstep.manifest import DRAW, LATENT, draw_offset
 
 # Names that ONNX Runtime users of diffusers models expect for the inputs and outputs of these methods.
 _INPUT_NAMES = {("vae_decoder", "z"): "latent_sample", ("vae_decoder", "x"): "latent_sample"}

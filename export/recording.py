@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.contract import AFTER, BEFORE, INPUT, LATENT, LOOP, MASK, NOISE, SAMPLE, TIMESTEP, TOKENS
 from fewstep.export.describe import Description
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Call, Run
@@ -16,7 +17,6 @@ from fewstep.export.sampling import refuse
 from fewstep.export.tape import GlueModule
 from fewstep.export.wiring import Wiring, wired_module
 from fewstep.feeds import Sample, StepFeed
-from fewstep.manifest import AFTER, BEFORE, INPUT, LATENT, LOOP, MASK, NOISE, SAMPLE, TIMESTEP, TOKENS
 
 # Our own arithmetic for a condition and the pipeline's differ by float32 rounding.
 _RTOL, _ATOL = 1e-4, 1e-5

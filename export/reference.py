@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fewstep import noise
+from fewstep.contract import DENOISER, INPUT, LATENT, TEXT
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.export.listening import (
@@ -32,7 +33,6 @@ from fewstep.export.listening import (
 )
 from fewstep.export.recorded import Run, flatten_tensors
 from fewstep.export.stored_networks import on_the_cpu
-from fewstep.manifest import DENOISER, INPUT, LATENT, TEXT
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.contract import AFTER, LATENT, SAMPLE, OutputSpec
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Call, Run
 from fewstep.export.reference import result_tensor
 from fewstep.export.sampling import refuse
 from fewstep.export.wiring import Wiring, glue_component, renamed
-from fewstep.manifest import AFTER, LATENT, SAMPLE, OutputSpec
 from fewstep.output import to_output
 
 # The reference and our own arithmetic for the same value differ by float32 rounding of a product or two.

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from fewstep.contract import STEP
 from fewstep.export.dependence import dependence, user_inputs
 from fewstep.export.fold import fold, parameter_reader
 from fewstep.export.slicing import PartBuilder, needed
-from fewstep.manifest import STEP
 from fewstep.program import Program
 
 _ops = torch.ops.quantized_decomposed

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.contract import DENOISER
 from fewstep.errors import ExportError, ScheduleError
 from fewstep.export.generator import Generator
 from fewstep.export.listening import Stub, noise_tensor
@@ -23,7 +24,6 @@ from fewstep.export.recorded import Call, Run
 from fewstep.export.reference import run
 from fewstep.export.short_form import Row, columns, solve_step
 from fewstep.export.values import replace_tensors
-from fewstep.manifest import DENOISER
 from fewstep.schedule import Schedule, advance
 
 # The reference computes in float32; what it does to a latent between two calls is a few operations.

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from fewstep.contract import AFTER, DECODER, DENOISER, GUIDANCE, LATENT, SAMPLE, TIME, TIMESTEP, ComponentSpec
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Run
 from fewstep.export.sampling import Anatomy
 from fewstep.export.tape import Glue, GlueModule, Ref
 from fewstep.export.wiring import Wiring, glue_component, spec_of, wired_module
-from fewstep.manifest import AFTER, DECODER, DENOISER, GUIDANCE, LATENT, SAMPLE, TIME, TIMESTEP, ComponentSpec
 
 
 def read_specs(

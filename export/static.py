@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from fewstep.contract import BEFORE, DRAW, LATENT, STEP, TIME, TIMESTEP, ComponentSpec, TensorSpec
 from fewstep.errors import ExportError
 from fewstep.export.dependence import dependence, user_inputs
 from fewstep.export.fakes import fake_trace
@@ -36,7 +37,6 @@ from fewstep.export.slicing import (
     part_module,
     shape_of,
 )
-from fewstep.manifest import BEFORE, DRAW, LATENT, STEP, TIME, TIMESTEP, ComponentSpec, TensorSpec
 from fewstep.program import Program
 
 # A value that depends on step and picture and has more numbers than this is no vector: it has an axis of tokens.

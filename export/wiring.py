@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ExportError
 from fewstep.export.fakes import fake_trace
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, GlueModule, Ref, Tape
 from fewstep.hashing import value_sha256
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.program import Program
 
 # Operations that only give the same numbers another shape or place.

@@ -13,10 +13,10 @@ import torch
 from torch.fx import GraphModule
 
 from fewstep.calibration import SampleRequest, record_samples
+from fewstep.contract import BEFORE
 from fewstep.errors import QuantizationError
 from fewstep.export import Generator, Programs, describe, programs_of, write_tokenizers
 from fewstep.feeds import Sample
-from fewstep.manifest import BEFORE
 from fewstep.optimize.palettes import GROUPS, palettized, row_groups, worth_a_palette
 from fewstep.optimize.quantize.allocate import Item, allocate
 from fewstep.optimize.quantize.apply import float_graph

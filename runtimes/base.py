@@ -12,8 +12,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from fewstep.contract import ComponentSpec
 from fewstep.errors import ContractError
-from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.progress import Progress
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package

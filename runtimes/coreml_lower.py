@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fewstep.contract import TensorSpec
 from fewstep.errors import ExportError
-from fewstep.manifest import Artifact, TensorSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.coreml import ENTRY, NAME, interface_name
 from fewstep.runtimes.coreml_precision import choose_fp32_operations

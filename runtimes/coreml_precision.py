@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.contract import STEP, TIMESTEP
 from fewstep.errors import ExportError
-from fewstep.manifest import STEP, TIMESTEP
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array

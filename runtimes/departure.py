@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.manifest import ComponentSpec
+from fewstep.contract import ComponentSpec
 from fewstep.runtimes.base import Array
 
 

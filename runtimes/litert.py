@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.narrow import narrow

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fewstep import noise
 from fewstep.bundle import Bundle
+from fewstep.contract import GUIDANCE, INPUT, MASK, NOISE, TOKENS
 from fewstep.errors import BundleError, RuntimeMissingError
 from fewstep.guidance import guidance_embedding
-from fewstep.manifest import GUIDANCE, INPUT, MASK, NOISE, TOKENS, Manifest
+from fewstep.manifest import Manifest
 from fewstep.runtimes import coreml, ort
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.tokenizer import Tokenizer

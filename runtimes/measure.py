@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 
 from fewstep.bundle import Bundle
+from fewstep.contract import DENOISER
 from fewstep.errors import RuntimeMissingError
 from fewstep.inputs import example_inputs
-from fewstep.manifest import DENOISER
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.sampler import open_sampler
 

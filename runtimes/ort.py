@@ -8,8 +8,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.manifest import Artifact, ComponentSpec, TensorSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, RunModel, Runtime
 

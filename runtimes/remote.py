@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.contract import ComponentSpec
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.manifest import ComponentSpec
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.guest import PREFIX, decode, encode

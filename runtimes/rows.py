@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from fewstep.manifest import STEP, ComponentSpec, Contract
+from fewstep.contract import STEP, ComponentSpec, Contract
 from fewstep.runtimes.base import Array, CheckedSession
 
 

@@ -11,11 +11,7 @@ import numpy.typing as npt
 
 from fewstep import noise
 from fewstep.bundle import Bundle, resolve_inside
-from fewstep.errors import ContractError
-from fewstep.feeds import Sample, StepFeed
-from fewstep.guidance import combine, guidance_embedding
-from fewstep.inputs import check_inputs, stacked
-from fewstep.manifest import (
+from fewstep.contract import (
     AFTER,
     BEFORE,
     DENOISER,
@@ -32,10 +28,14 @@ from fewstep.manifest import (
     ComponentSpec,
     Contract,
     TensorSpec,
-    TokenizerSpec,
     draw_offset,
     step_numbers,
 )
+from fewstep.errors import ContractError
+from fewstep.feeds import Sample, StepFeed
+from fewstep.guidance import combine, guidance_embedding
+from fewstep.inputs import check_inputs, stacked
+from fewstep.manifest import TokenizerSpec
 from fewstep.output import to_output
 from fewstep.recipe import ROW_GRAPHS
 from fewstep.runtimes import get_runtime

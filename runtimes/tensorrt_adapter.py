@@ -14,8 +14,9 @@ from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
 
+from fewstep.contract import ComponentSpec
 from fewstep.errors import RuntimeMissingError
-from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes import ort
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime

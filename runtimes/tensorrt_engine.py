@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fewstep.cache import default_root
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, ExportError
 from fewstep.hashing import file_sha256, value_sha256
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.tensorrt_builder import TIMING_CACHE, build_engine
 from fewstep.runtimes.tensorrt_cuda import Cuda

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fewstep.manifest import ComponentSpec
+from fewstep.contract import ComponentSpec
 from fewstep.runtimes.base import Array, CheckedSession
 from fewstep.tiles import Tiles, decode_tiles
 

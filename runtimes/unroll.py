@@ -6,20 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
+from fewstep.contract import AFTER, BEFORE, DENOISER, LATENT, LOOP, NOISE, SAMPLE, STEP, ComponentSpec, step_numbers
 from fewstep.errors import ContractError
-from fewstep.manifest import (
-    AFTER,
-    BEFORE,
-    DENOISER,
-    LATENT,
-    LOOP,
-    NOISE,
-    SAMPLE,
-    STEP,
-    ComponentSpec,
-    Manifest,
-    step_numbers,
-)
+from fewstep.manifest import Manifest
 from fewstep.schedule import Schedule
 
 V = TypeVar("V")

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from importlib import metadata, util
 from pathlib import Path
 
+from fewstep.contract import ComponentSpec
 from fewstep.errors import RuntimeMissingError
-from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.runtimes.base import Array, CheckedSession
 
 # The method that a module is exported as.

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 import fewstep
+from fewstep.contract import InputSpec
 from fewstep.export import Generator
 from fewstep.export.loop import Draw, Networks
-from fewstep.manifest import InputSpec
 from tests import tiny
 
 STEPS = (1, 2, 4)

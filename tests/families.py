@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import fewstep
+from fewstep.contract import InputSpec
 from fewstep.errors import FewstepError
 from fewstep.export import Generator
-from fewstep.manifest import InputSpec
 from fewstep.source import SourceInfo
 from tests import zoo
 from tests.zoo.family import Family

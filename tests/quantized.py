@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import fewstep
+from fewstep.contract import LATENT, LOOP, ComponentSpec, InputSpec, TensorSpec
 from fewstep.export import Generator
 from fewstep.export.loop import Draw, Networks
-from fewstep.manifest import LATENT, LOOP, ComponentSpec, InputSpec, TensorSpec
 from fewstep.optimize.quantize import ComponentPlan, find_sites
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.planner import plan_component

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fewstep.contract import ComponentSpec
 from fewstep.errors import ContractError, RecipeError, RuntimeMissingError
-from fewstep.manifest import ComponentSpec
 from fewstep.profiles import PROFILES, REQUIRED
 from fewstep.quantization import for_targets
 from fewstep.recipe import load_recipe

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, ExportError, RuntimeMissingError
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.palettes import kmeans, palettized, row_groups
 from fewstep.program import Program

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ExportError
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes import coreml

@@ -15,7 +15,7 @@ import pytest
 import fewstep
 from fewstep import cli
 from fewstep.optimize.quantize import ComponentPlan
-from fewstep.optimize.quantize.planner import _OUTERMOST_SHARE, _SMALLEST_WEIGHT
+from fewstep.optimize.quantize.decisions import OUTERMOST_SHARE, SMALLEST_WEIGHT
 from fewstep.profiles import PROFILES
 from fewstep.quantization import FLOAT_BITS, RANGES, ROUNDINGS
 from fewstep.recipe import PRESETS, parse_recipe
@@ -72,7 +72,7 @@ def test_quantization_page_shows_what_the_code_does() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
     quantizing = {name: preset for name, preset in PRESETS.items() if preset.quantization is not None}
     assert dict(rows) == {name: f"{preset.limits.compression_psnr_db:.0f}" for name, preset in quantizing.items()}
-    for number in (f"fewer than {_SMALLEST_WEIGHT} values", f"at most {_OUTERMOST_SHARE:.0%}".replace("%", " %"),
+    for number in (f"fewer than {SMALLEST_WEIGHT} values", f"at most {OUTERMOST_SHARE:.0%}".replace("%", " %"),
                    f"{EQUAL_SHARE:.1%}".replace("%", " %"), f"no more than {BELOW_FLOOR_DB:.0f} dB",
                    f"within {MEAN_DB} dB", f"at {OUTPUT_SQNR_DB:.0f} dB"):  # fmt: skip
         assert number in " ".join(text.split()), number

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fewstep.contract import InputSpec
 from fewstep.errors import ContractError
 from fewstep.inputs import check_inputs, example_inputs
-from fewstep.manifest import InputSpec
 
 IMAGE = InputSpec("image", "image", (1, 3, 8, 12))
 LABEL = InputSpec("label", "class", (1,), 10)

@@ -11,13 +11,13 @@ import torch
 
 import fewstep
 from fewstep import noise
+from fewstep.contract import InputSpec
 from fewstep.errors import FewstepError, SourceError
 from fewstep.export import Generator, describe
 from fewstep.export.describe import Description
 from fewstep.export.loop import Draw, Loop, Networks, SampleFunction
 from fewstep.export.wiring import wired_module
 from fewstep.inputs import example_inputs
-from fewstep.manifest import InputSpec
 from fewstep.schedule import Schedule, sample_loop
 
 SHAPE = (1, 3, 8, 8)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from fewstep import cli, media
+from fewstep.contract import InputSpec, OutputSpec
 from fewstep.errors import ContractError
-from fewstep.manifest import InputSpec, OutputSpec
 from tests.bundles import built, plain
 
 IMAGE = InputSpec("image", "image", (1, 3, 4, 6))

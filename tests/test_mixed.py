@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx import GraphModule
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import QuantizationError, RecipeError
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.optimize.quantize.allocate import Item, allocate
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewstep.manifest import OutputSpec
+from fewstep.contract import OutputSpec
 from fewstep.output import frames_of, picture_of, to_output
 
 RNG = np.random.default_rng(0)

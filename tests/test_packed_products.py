@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fewstep.manifest import ComponentSpec, TensorSpec
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize import ComponentPlan, quantize
 from fewstep.optimize.quantize.apply import float_graph

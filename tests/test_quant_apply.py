@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.contract import CONDITIONS
 from fewstep.errors import QuantizationError
-from fewstep.manifest import CONDITIONS
 from fewstep.optimize.quantize import ComponentPlan, Grid, PlanQuantizer, quantize
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.program import Program

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fewstep.calibration.estimate import Range
+from fewstep.contract import CONDITIONS, LATENT, TIMESTEP
 from fewstep.errors import CalibrationError, QuantizationError
-from fewstep.manifest import CONDITIONS, INTEGERS, LATENT, TIMESTEP, Artifact
+from fewstep.manifest import INTEGERS, Artifact
 from fewstep.optimize.quantize import ComponentPlan, Grid, QuantPlan, quantize
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.grids import activation_grid, rows_grid, weight_grid

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.contract import CONDITIONS, GUIDANCE, LATENT, STEP, TIME, TIMESTEP
 from fewstep.errors import QuantizationError
-from fewstep.manifest import CONDITIONS, GUIDANCE, LATENT, STEP, TIME, TIMESTEP
 from fewstep.optimize.quantize.apply import float_graph
-from fewstep.optimize.quantize.planner import decide
+from fewstep.optimize.quantize.decisions import decide
 from fewstep.profiles import get_profile
 from fewstep.quantization import Quantization
 from tests.networks import network

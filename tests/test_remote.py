@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fewstep.contract import TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.manifest import TensorSpec
 from fewstep.runtimes import ort
 from fewstep.runtimes.guest import PREFIX, decode, encode
 from fewstep.runtimes.remote import Guest, Launch, open_remote

@@ -12,11 +12,12 @@ from diffusers import LatentConsistencyModelPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewstep.contract import OutputSpec
 from fewstep.export.embedding import embedded_guidance
 from fewstep.export.load import load
 from fewstep.feeds import Sample, StepFeed, load_sample, save_sample
 from fewstep.guidance import combine, guidance_embedding
-from fewstep.manifest import Manifest, OutputSpec, TokenizerSpec
+from fewstep.manifest import Manifest, TokenizerSpec
 from fewstep.output import to_output
 from fewstep.runtimes.tokenizer import Tokenizer
 from tests import tiny

@@ -13,11 +13,12 @@ import pytest
 
 import fewstep
 from fewstep import stages
+from fewstep.contract import DENOISER
 from fewstep.errors import ContractError, QuantizationError, RecipeError
 from fewstep.export.dependence import dependence, user_inputs
 from fewstep.export.row import at_row
 from fewstep.export.static import specialize
-from fewstep.manifest import DENOISER, PLAN_FOLDER
+from fewstep.manifest import PLAN_FOLDER
 from fewstep.metrics import psnr_db
 from fewstep.optimize.quantize import QuantPlan
 from fewstep.progress import Silent

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError
 from fewstep.export import describe, load, programs_of, trace
 from fewstep.export.dependence import dependence, user_inputs
 from fewstep.export.fold import fold, parameter_reader
 from fewstep.export.static import Static, specialize
-from fewstep.manifest import ComponentSpec, TensorSpec
 from fewstep.metrics import psnr_db, sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.pytorch_reference import open_program

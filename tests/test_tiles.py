@@ -12,9 +12,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 import fewstep
+from fewstep.contract import DECODER
 from fewstep.errors import RecipeError, SourceError
 from fewstep.export.tiled_decoder import tiles_of, with_tiling
-from fewstep.manifest import DECODER
 from fewstep.recipe import parse_recipe
 from fewstep.tiles import Tiles, decode_tiles
 from tests import zoo

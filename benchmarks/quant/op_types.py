@@ -47,8 +47,8 @@ def compare(model: str, base: str, samples: str) -> dict[str, Any]:
     """Returns the SQNR of a denoiser at each step, in dB, and its latency over that of ``base``, called in turn."""
     import onnxruntime
 
+    from fewstep.contract import DENOISER
     from fewstep.feeds import load_samples
-    from fewstep.manifest import DENOISER
     from fewstep.metrics import sqnr_db
 
     options = onnxruntime.SessionOptions()

@@ -75,11 +75,11 @@ class _NoValues(Mapping[str, torch.Tensor]):
 def plan_component(name: str) -> dict[str, Any]:
     """Returns a component's sizes, and seconds and peaks of memory of tracing and translating it."""
     from benchmarks.scale.jobs import Stages
+    from fewstep.contract import ComponentSpec, TensorSpec
     from fewstep.export.fake_trace import fake_call, unglued
     from fewstep.export.fakes import fake_trace
     from fewstep.export.weights import meta_module
     from fewstep.export.wiring import WiredModule
-    from fewstep.manifest import ComponentSpec, TensorSpec
     from fewstep.program import Program
     from fewstep.runtimes import ort_lower
 

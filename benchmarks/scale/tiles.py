@@ -62,7 +62,7 @@ def decode(out: str, pixels: int, tile: int | None) -> dict[str, Any]:
     import onnxruntime  # noqa: F401  # its own memory is no part of decoding
 
     from fewstep import noise
-    from fewstep.manifest import ComponentSpec, TensorSpec
+    from fewstep.contract import ComponentSpec, TensorSpec
     from fewstep.runtimes import ort
     from fewstep.runtimes.base import CheckedSession
     from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant

@@ -14,13 +14,13 @@ import torch
 
 from benchmarks.scale.networks import Component, tensors
 from benchmarks.static.networks import STATIC, Case
+from fewstep.contract import LOOP, ComponentSpec, TensorSpec
 from fewstep.export.counts import removed
 from fewstep.export.fake_trace import fake_call, unglued
 from fewstep.export.fakes import fake_trace
 from fewstep.export.static import specialize
 from fewstep.export.weights import meta_module
 from fewstep.export.wiring import WiredModule
-from fewstep.manifest import LOOP, ComponentSpec, TensorSpec
 from fewstep.program import Program
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.scale.networks import CASES, Component
+from fewstep.contract import LATENT, TIMESTEP
 from fewstep.export.generator import Part
-from fewstep.manifest import LATENT, TIMESTEP
 
 _TRANSFORMER = Part("transformer", "forward", "transformer")
 

@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.quant.prompts import CALIBRATION, CALIBRATION_SEED, HELD_OUT
 from fewstep.calibration import SampleRequest, collect
 from fewstep.calibration.ranges import StepRanges
+from fewstep.contract import BEFORE, DENOISER
 from fewstep.export import Programs, describe, load, programs_of, write_tokenizers
 from fewstep.feeds import Sample
-from fewstep.manifest import BEFORE, DENOISER
 from fewstep.metrics import psnr_db
 from fewstep.optimize.quantize import ComponentPlan, quantize
 from fewstep.optimize.quantize.planner import calls_of, plan_component

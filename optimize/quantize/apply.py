@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from fewstep.contract import STEP
 from fewstep.errors import QuantizationError
-from fewstep.manifest import STEP
 from fewstep.optimize.quantize.plan import ComponentPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites

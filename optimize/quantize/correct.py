@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fewstep.calibration import CalibrationSet
+from fewstep.contract import DENOISER, LATENT
 from fewstep.export import Programs
-from fewstep.manifest import DENOISER, LATENT
 from fewstep.optimize.correction import CorrectionFit
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.optimize.quantize.plan import QuantPlan

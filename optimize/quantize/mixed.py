@@ -17,8 +17,8 @@ import torch
 from torch.fx import GraphModule
 
 from fewstep.calibration.observe import Calls
+from fewstep.contract import INPUT, MASK, TOKENS
 from fewstep.errors import QuantizationError
-from fewstep.manifest import INPUT, MASK, TOKENS
 from fewstep.optimize.quantize.allocate import Item, allocate
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.options import Option, Weight, float_bytes, options_of

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewstep.calibration import CalibrationSet, SampleRequest
+from fewstep.contract import ComponentSpec, Contract
 from fewstep.export import Generator, Programs
 from fewstep.feeds import Sample
-from fewstep.manifest import Artifact, ComponentSpec, Contract
+from fewstep.manifest import Artifact
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize.apply import quantize
 from fewstep.optimize.quantize.plan import QuantPlan

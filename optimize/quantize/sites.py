@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from fewstep.contract import GUIDANCE, TIME, TIMESTEP
 from fewstep.export.dependence import dependence
-from fewstep.manifest import GUIDANCE, TIME, TIMESTEP
 from fewstep.program import Program
 
 _aten = torch.ops.aten

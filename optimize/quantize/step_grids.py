@@ -15,9 +15,9 @@ import numpy as np
 
 from fewstep.calibration.estimate import Range, estimate, squared_error
 from fewstep.calibration.ranges import StepRanges
+from fewstep.contract import LOOP, STEP
 from fewstep.errors import QuantizationError
 from fewstep.export import Programs
-from fewstep.manifest import LOOP, STEP
 from fewstep.optimize.quantize.grids import activation_grid
 from fewstep.optimize.quantize.plan import Grid
 from fewstep.profiles import TargetProfile, get_profile

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from fewstep.build import Options, build
 from fewstep.bundle import Bundle
+from fewstep.contract import Contract
 from fewstep.errors import FewstepError
 from fewstep.feeds import Sample, StepFeed
-from fewstep.manifest import Artifact, Contract, Manifest
+from fewstep.manifest import Artifact, Manifest
 from fewstep.recipe import Limits, Recipe, load_recipe
 from fewstep.runtimes.measure import Profile, profile
 from fewstep.runtimes.parity import Check, ParityReport

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ExportError
 from fewstep.feeds import Sample, StepFeed
 from fewstep.inputs import example_inputs
-from fewstep.manifest import ComponentSpec, Shaped, TensorSpec
+from fewstep.manifest import Shaped
 from fewstep.recipe import Recipe
 from fewstep.variants import variant
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.contract import ComponentSpec
 from fewstep.errors import ExportError, RuntimeMissingError
 from fewstep.feeds import Sample
-from fewstep.manifest import Artifact, ComponentSpec
+from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.base import Runtime
 from fewstep.runtimes.rows import has_rows, row_call, row_variant

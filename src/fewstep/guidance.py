@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.manifest import Guidance
+from fewstep.contract import Guidance
 
 Array = npt.NDArray[np.float32]
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep import noise
+from fewstep.contract import CLASS, IMAGE, TEXT, InputSpec
 from fewstep.errors import ContractError
-from fewstep.manifest import CLASS, IMAGE, TEXT, InputSpec
 
 Array = npt.NDArray[Any]
 

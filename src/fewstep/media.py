@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from fewstep.contract import CLASS, InputSpec, OutputSpec
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample
 from fewstep.inputs import check_inputs, check_names
-from fewstep.manifest import CLASS, InputSpec, OutputSpec
 from fewstep.output import frames_of
 from fewstep.report import images
 

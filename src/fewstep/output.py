@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.manifest import OutputSpec
+from fewstep.contract import OutputSpec
 
 Array = npt.NDArray[Any]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.manifest import ComponentSpec
+from fewstep.contract import ComponentSpec
 
 if TYPE_CHECKING:
     import torch

@@ -77,8 +77,8 @@ def _generator() -> Generator:
     """Returns a generator with what few-step networks are made of: convolutions, normalization, linear layers."""
     import torch
 
+    from fewstep.contract import InputSpec
     from fewstep.export import Generator
-    from fewstep.manifest import InputSpec
 
     class Denoiser(torch.nn.Module):
         def __init__(self) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fewstep.bundle import Bundle
+from fewstep.contract import DENOISER
 from fewstep.devices import content_id
 from fewstep.feeds import load_samples
-from fewstep.manifest import DENOISER
 
 
 def result_of(bundle: Bundle, value: float = 130.0) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep import noise
+from fewstep.contract import Guidance
 from fewstep.guidance import guidance_embedding
-from fewstep.manifest import Guidance, TokenizerSpec
+from fewstep.manifest import TokenizerSpec
 from fewstep.recipe import Limits
 from fewstep.runtimes.parity import Floor
 from fewstep.runtimes.quantized_parity import agreement_of, floor_checks_of

@@ -1,0 +1,181 @@
+"""What a device must know to run a generator: components, where every input comes from, and what a step is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fewstep.errors import ContractError
+from fewstep.schedule import Schedule
+from fewstep.tiles import Tiles
+
+DENOISER = "denoiser"
+DECODER = "decoder"
+ENCODER = "encoder"
+# What pipelines compute between their networks, as components of their own: what depends on the user's inputs alone,
+# and the first latent where it is not simply noise.
+CONDITIONS = "conditions"
+INITIAL = "initial"
+
+# Where the value of a component's input comes from. "<component>.<output>" names another component's output.
+TOKENS = "tokens:"  # + tokenizer: the ids
+MASK = "mask:"  # + tokenizer: 1 for each id that is not padding
+INPUT = "input:"  # + name: what the user gave
+NOISE = "noise:"  # + offset: a draw of the seed's noise
+DRAW = "draw:"  # + number: a draw of the step for its networks, beside the one that its sampler adds
+LATENT = "latent"  # s_k x_k
+TIMESTEP = "timestep"  # t_k
+STEP = "step"  # the row of the contract's table of steps
+TIME = "time:"  # + name: a further number of the step, column ``times`` of the schedule
+GUIDANCE = "guidance_embedding"
+SAMPLE = "sample"  # the last latent, as the contract scales it for the decoder
+
+# When a component runs.
+BEFORE, LOOP, AFTER = "before", "loop", "after"
+
+# Kinds of inputs.
+TEXT, CLASS, IMAGE = "text", "class", "image"
+
+# Offsets of draws beside the initial noise and the one that a step's sampler adds; the steps of any sampler stay below.
+EARLY_DRAWS, DRAWS_OF_A_STEP = 1 << 31, 1 << 16
+
+
+def draw_offset(k: int, number: int) -> int:
+    """Returns the offset of a further draw before network call k, numbered from 1."""
+    return EARLY_DRAWS + DRAWS_OF_A_STEP * k + number - 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, numpy dtype and static shape of one input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def check(self, shape: tuple[int, ...], dtype: str, where: str) -> None:
+        """Raises ContractError unless an array of this shape and dtype fits."""
+        if tuple(shape) != self.shape or dtype != self.dtype:
+            raise ContractError(
+                f"{where}: {self.name} is {dtype} {list(shape)}, expected {self.dtype} {list(self.shape)}",
+                hint="the manifest's component section lists what each component takes",
+            )
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One network call: its inputs in order, its outputs, where each input comes from, and when it runs.
+
+    ``phase`` is ``before`` the loop, in every step of the ``loop`` (in the order of the manifest's components) or
+    ``after`` it.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    bindings: Mapping[str, str]
+    phase: str = BEFORE
+    tiles: Tiles | None = None
+    """Whether the input is cut into tiles, and how; the runtime's graphs are those of the tiles then."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the user of a generator gives.
+
+    ``text`` goes through tokenizers; a ``class`` is int64 [1], below ``count``; an ``image`` is float32 ``shape`` in
+    [0, 1].
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the last component's output becomes the result: ``clip(scale * y + shift)``; ``kind`` says what it is.
+
+    ``rate`` is the number of samples a second of a sound, None where it is not known.
+    """
+
+    kind: str = "picture"
+    scale: float = 0.5
+    shift: float = 0.5
+    clip: tuple[float, float] | None = (0.0, 1.0)
+    rate: int | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the guidance scale w reaches the network.
+
+    ``none``: not at all. ``embedded``: an input of the network, [sin(a_0) ... sin(a_n) cos(a_0) ... cos(a_n)] with
+    a_i = ``factor`` (w - 1) ``frequencies[i]`` in float32. ``two_pass``: F = F_u + w (F_c - F_u), with the prompt
+    ``negative`` for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the
+    last bit of an ``exp`` moves a sine by 1e-4.
+    """
+
+    kind: str
+    scale: float
+    frequencies: tuple[float, ...] = ()
+    factor: float = 1000.0
+    negative: str = ""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """All that a device must know to sample, besides the schedule's numbers.
+
+    The first latent is ``init_scale * initial + init_anchor * anchor`` with the schedule's numbers, where ``initial``
+    names noise or an output of the component ``initial``, and ``anchor`` a tensor of the latent's shape that stays the
+    same through the loop: the latent of the picture that image-to-image starts from, for instance. The decoder gets
+    ``x / latent_scale + latent_shift``.
+
+    ``form`` says what the networks of the loop are told of a step: its numbers (``step``), or which row of the table
+    ``rows`` holds them (``table``): each row is the numbers by origin, ``timestep`` and ``time:...``. With a graph for
+    each row (``specialized``, variants ``row-0`` and on), the row chooses the graph, which does not take its number.
+
+    ``batch`` is the number of samples that one call of every component draws, one row of its tensors for each.
+    """
+
+    latent_shape: tuple[int, ...]
+    latent_scale: float
+    latent_shift: float
+    prediction_type: str
+    guidance: Guidance
+    initial: str = f"{NOISE}0"
+    anchor: str | None = None
+    inputs: tuple[InputSpec, ...] = (InputSpec("prompt", TEXT),)
+    output: OutputSpec = OutputSpec()
+    noise: str = "philox4x32-10, Box-Muller, element i = subsequence i; offset 0: initial noise, 1 + k: noise of step k"
+    form: str = "step"
+    rows: tuple[Mapping[str, float], ...] = ()
+    batch: int = 1
+
+    def row(self, schedule: Schedule, k: int) -> int:
+        """Returns the row of the table that holds the numbers of a schedule's step.
+
+        Raises:
+            ContractError: no row does.
+        """
+        numbers = step_numbers(schedule, k)
+        try:
+            return self.rows.index(numbers)
+        except ValueError:
+            told = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+            raise ContractError(
+                f"step {k} of {schedule.steps} has {told}, which is none of the {len(self.rows)} steps that the "
+                "bundle's networks are compiled for",
+                hint="build it with these step counts (--steps), or with --form step for any",
+            ) from None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the user gives a prompt."""
+        return any(spec.kind == TEXT for spec in self.inputs)
+
+
+def step_numbers(schedule: Schedule, k: int) -> dict[str, float]:
+    """Returns the numbers that networks take at a step, by origin."""
+    return {TIMESTEP: schedule.timesteps[k], **{f"{TIME}{name}": column[k] for name, column in schedule.times.items()}}
