@@ -185,6 +185,14 @@ describe("origins", () => {
     expect(() => rowOf(contract, table2, 1)).toThrow("step 1 of 2 has timestep 998, which is none of the 3 steps");
     contract.form = "loop" as never;
     expect(() => parsed(manifest({}, { contract }))).toThrow('contract/form is "loop", expected one of ["step","table","specialized"]');
+    contract.form = "specialized" as never;
+    expect(() => parsed(manifest({}, { contract }))).toThrow("have the form specialized, which this app does not know");
+  });
+
+  it("draws one picture at once", () => {
+    const { contract } = manifest();
+    expect(parsed(manifest({}, { contract: { ...contract, batch: 1 } })).contract.batch).toBe(1);
+    expect(() => parsed(manifest({}, { contract: { ...contract, batch: 4 } }))).toThrow("draws 4 pictures at once, and this app one");
   });
 
   it("refuses a value of another size", () => {

@@ -56,6 +56,8 @@ export interface Contract {
   /** What the loop's networks are told of a step: its numbers, or which row of `rows` holds them. */
   form?: "step" | "table";
   rows?: { [origin: string]: number }[];
+  /** How many samples one call of every network draws: this library draws one. */
+  batch?: number;
 }
 
 export interface Schedule {
@@ -155,7 +157,7 @@ export function parseManifest(text: string): Manifest {
 
 /** The entries that this library reads (or knows to mean nothing to it), of every part that decides the picture. */
 const KNOWN = {
-  contract: "latent_shape latent_scale latent_shift prediction_type guidance initial anchor inputs output noise form rows",
+  contract: "latent_shape latent_scale latent_shift prediction_type guidance initial anchor inputs output noise form rows batch",
   guidance: "kind scale frequencies factor negative",
   input: "name kind shape count",
   output: "kind scale shift clip rate",
@@ -181,6 +183,9 @@ function refuseUnknown(manifest: Manifest): void {
   check("contract", "contract", contract);
   if (!FORMS.includes(contract.form)) {
     throw new FewstepError("unsupported", `the bundle's networks have the form ${contract.form}, which this app does not know`, UPDATE);
+  }
+  if ((contract.batch ?? 1) !== 1) {
+    throw new FewstepError("unsupported", `the bundle draws ${contract.batch} pictures at once, and this app one`, UPDATE);
   }
   check("guidance", "guidance", contract.guidance);
   check("output", "output", contract.output);
