@@ -25,7 +25,7 @@ from fewstep.recipe import Recipe, load_recipe, parse_recipe
 from fewstep.runtimes.parity import COMPRESSION, LOWERING, LOWERING_FP16
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, PROMPTS, SEEDS = 4, 8, 1
+STEPS, SEEDS = 4, 1
 # A row that is far from the original is a result, too.
 _ANY = {"limits": {"compression_psnr_db": 0.0}}
 
@@ -48,9 +48,9 @@ def _without_limit(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, limits=limits)
 
 
-def measure(recipe: Recipe) -> dict[str, Any]:
-    """Returns the size and the parity of a bundle that a recipe makes."""
-    options = fewstep.Options(prompts=PROMPTS, seeds=SEEDS, profile=False)
+def measure(recipe: Recipe, prompts: int) -> dict[str, Any]:
+    """Returns the size and the parity of a bundle that a recipe makes, on a picture of each of so many prompts."""
+    options = fewstep.Options(prompts=prompts, seeds=SEEDS, profile=False)
     with TemporaryDirectory(prefix="fewstep-coreml-") as folder:
         out = Path(folder) / "bundle"
         bundle = fewstep.build("stickers", recipe, ["coreml"], out, steps=(STEPS,), options=options)
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures the rows that the command line names, or all, and writes the page and the plot."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coreml", description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(recipes())}; all of them by default")
+    parser.add_argument("--prompts", type=int, default=8, help="pictures to compare for each row (default: 8)")
     parser.add_argument("--page", action="store_true", help="write the page of the rows that there are")
     options = parser.parse_args(arguments)
     if unknown := set(options.rows) - set(recipes()):
@@ -87,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, recipe in recipes().items():
         if not options.page and (not options.rows or name in options.rows):
             sys.stderr.write(f"{name}\n")
-            key = {"recipe": recipe.to_json(), "prompts": PROMPTS, "seeds": SEEDS, "versions": versions()}
-            cells.get_or_make(name, key, lambda recipe=recipe: measure(recipe))
+            key = {"recipe": recipe.to_json(), "prompts": options.prompts, "seeds": SEEDS, "versions": versions()}
+            cells.get_or_make(name, key, lambda recipe=recipe: measure(recipe, options.prompts))
         cell = cells.read(name)
         rows.append(Row(name, None if cell is None else cell["values"]))
     (RESULTS / "README.md").write_text(markdown(rows, versions()), encoding="utf-8")
