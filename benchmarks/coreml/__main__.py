@@ -54,11 +54,17 @@ def measure(recipe: Recipe, prompts: int) -> dict[str, Any]:
     with TemporaryDirectory(prefix="fewstep-coreml-") as folder:
         out = Path(folder) / "bundle"
         bundle = fewstep.build("stickers", recipe, ["coreml"], out, steps=(STEPS,), options=options)
-        checks = json.loads((out / "report" / "parity.json").read_text(encoding="utf-8"))["all"]
-        sizes = {artifact.component: artifact.bytes for artifact in bundle.manifest.artifacts}
+        return figures(bundle)
+
+
+def figures(bundle: fewstep.Bundle) -> dict[str, Any]:
+    """Returns the size and the parity of a bundle, as its report has them."""
+    checks = json.loads((bundle.path / "report" / "parity.json").read_text(encoding="utf-8"))["all"]
+    sizes = {artifact.component: artifact.bytes for artifact in bundle.manifest.artifacts}
 
     def values(error: str, level: str, metric: str) -> list[float]:
-        return [c["value"] for c in checks if (c["error"], c["level"], c["metric"]) == (error, level, metric)]
+        # A report has infinities as text: what is equal to the last bit.
+        return [float(c["value"]) for c in checks if (c["error"], c["level"], c["metric"]) == (error, level, metric)]
 
     def least(error: str, level: str, metric: str) -> float | None:
         return min(values(error, level, metric), default=None)

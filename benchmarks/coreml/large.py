@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-CASE, COMPONENT, SIZE = "sd15", "unet", 16
+CASE, COMPONENT, SIZE = "sd15", "denoiser", 16
 
 
 def convert(folder: str, out: str) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def convert(folder: str, out: str) -> dict[str, Any]:
 
     described = CASES[CASE][COMPONENT]
     arguments = {**described.arguments, "sample": (described.arguments["sample"][0], (1, 4, SIZE, SIZE))}
-    program = stored_program(Path(folder), COMPONENT, described.part, tensors(arguments))
+    program = stored_program(Path(folder, described.part.folder), COMPONENT, described.part, tensors(arguments))
     path = Path(out) / "Unet.mlpackage"
     coreml_lower.save(coreml_lower.convert(program, "fp16"), path)
     return {"weight_bytes": sum(file.stat().st_size for file in path.rglob("weight.bin"))}

@@ -40,6 +40,7 @@ def main() -> None:
             "largest": evaluated.result["largest"],
         },
     }
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 

@@ -46,7 +46,8 @@ def markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "the original's, same noise. "
         "*Lowering*: the least SQNR of a network's package against the compressed network in PyTorch, in fp32 "
         "arithmetic and with every result rounded to fp16. *Integers*: the least share of equal values in a quantized "
-        "tensor, each operation fed with PyTorch's own.",
+        "tensor, each operation fed with PyTorch's own. The row fp16 is the network as it was, so it has no PSNR but "
+        "that of the picture in fp16.",
         "",
         "![PSNR against size](psnr-size.svg)",
         "",
