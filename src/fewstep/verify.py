@@ -260,8 +260,7 @@ def verify_against(
         if integers:
             checks.append(mean_check(uncompressed, references, exact))
         if integers and narrower:
-            by_mean = mean_check(uncompressed, references, results, own_db=FP16_LIMITS.picture_psnr_db)
-            checks.append(replace(by_mean, error=LOWERING_FP16))
+            checks.append(replace(mean_check(uncompressed, references, results), error=LOWERING_FP16))
     executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
@@ -383,8 +382,7 @@ def _compare_shipped(
     """Returns the checks of what the device makes of a bundle in its own arithmetic, and the samples.
 
     Components that compute with whole numbers have no limit: fp16 lets many more roundings fall the other way than the
-    noise floor's kernels do. Theirs is the mean distance from the original, to which fp16 may add what it may cost a
-    float network.
+    noise floor's kernels do. Theirs is the mean distance from the original.
     """
     sampler = open_sampler(bundle, runtime=runtime)
     try:
