@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.page and (not options.rows or name in options.rows):
             sys.stderr.write(f"{name}\n")
             key = {"recipe": recipe.to_json(), "prompts": options.prompts, "seeds": SEEDS, "versions": versions()}
-            cells.get_or_make(name, key, lambda recipe=recipe: measure(recipe, options.prompts))
+            cells.get_or_make(name, key, partial(measure, recipe, options.prompts))
         cell = cells.read(name)
         rows.append(Row(name, None if cell is None else cell["values"]))
     (RESULTS / "README.md").write_text(markdown(rows, versions()), encoding="utf-8")
