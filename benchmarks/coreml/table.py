@@ -42,29 +42,31 @@ def markdown(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         "# Compression for Core ML",
         "",
         "The built-in generator at 4 steps, compiled for iOS 18 by `python -m benchmarks.coreml` and evaluated from "
-        f"its packages ({names}). *PSNR*: pictures of the compressed network against the original's, same noise. "
+        f"its packages ({names}). *PSNR*: mean and least over *pictures* of the compressed network against "
+        "the original's, same noise. "
         "*Lowering*: the least SQNR of a network's package against the compressed network in PyTorch, in fp32 "
         "arithmetic and with every result rounded to fp16. *Integers*: the least share of equal values in a quantized "
-        "tensor, each operation fed with PyTorch's own.",
+        "tensor, each operation fed with PyTorch's own. The row fp16 is the network as it was, so it has no PSNR but "
+        "that of the picture in fp16.",
         "",
         "![PSNR against size](psnr-size.svg)",
         "",
-        "| row | packages, MB | of fp16 | PSNR, dB | least | lowering, dB | in fp16, dB | picture in fp16, dB | "
-        "integers |",
-        "|---|" + "---|" * 8,
+        "| row | packages, MB | of fp16 | pictures | PSNR, dB | least | lowering, dB | in fp16, dB | "
+        "picture in fp16, dB | integers |",
+        "|---|" + "---|" * 9,
     ]
     for row in rows:
         if row.failed or row.values is None:
-            lines.append(f"| {row.name} | {row.failed} |" + " |" * 7)
+            lines.append(f"| {row.name} | {row.failed} |" + " |" * 8)
             continue
         v, psnr = row.values, row.values["psnr_db"]
         share = "" if plain is None or plain.values is None else f"{_total(v) / _total(plain.values):.3f}"
         mean, least = (_db(psnr["mean"]), _db(psnr["least"])) if psnr else ("", "")
+        pictures = str(psnr["pictures"]) if psnr else ""
         figures = [_db(v[key]) for key in ("component_db", "component_fp16_db", "picture_fp16_db")]
         equal = "" if v["equal_integers"] is None else f"{v['equal_integers']:.5f}"
-        lines.append(
-            "| " + " | ".join([row.name, f"{_total(v) / 1e6:.2f}", share, mean, least, *figures, equal]) + " |"
-        )
+        cells = [row.name, f"{_total(v) / 1e6:.2f}", share, pictures, mean, least, *figures, equal]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
