@@ -21,8 +21,8 @@ _aten, _ops = torch.ops.aten, torch.ops.quantized_decomposed
 QUANTIZE = _ops.quantize_per_tensor.default
 # Beyond what a network computes; below it, each marker has a number of its own that float32 keeps apart.
 _TAG, _TAGS = -(2.0**100), 1 << 20
-_DEQUANTIZE = _ops.dequantize_per_tensor.default
-_CONSTANT = (_DEQUANTIZE, _ops.dequantize_per_channel.default)
+DEQUANTIZE = _ops.dequantize_per_tensor.default
+_CONSTANT = (DEQUANTIZE, _ops.dequantize_per_channel.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,14 +82,14 @@ def dequantized_weights(module: GraphModule) -> list[tuple[str, bool]]:
     for node in module.graph.nodes:
         if node.target in _CONSTANT and node.args[0].op == "get_attr":
             data = [user.args[0] for user in node.users]
-            found.append((str(node.args[0].target), all(isinstance(d, Node) and d.target is _DEQUANTIZE for d in data)))
+            found.append((str(node.args[0].target), all(isinstance(d, Node) and d.target is DEQUANTIZE for d in data)))
     return found
 
 
 def _stored(
     module: GraphModule, node: Node, name: str, values: torch.Tensor, integers: torch.Tensor, *, grouped: bool
 ) -> StoredWeight:
-    per_tensor = node.target is _DEQUANTIZE
+    per_tensor = node.target is DEQUANTIZE
     axis, (low, high) = (None, node.args[3:5]) if per_tensor else (node.args[3], node.args[4:6])
     assert isinstance(low, int) and isinstance(high, int) and (axis is None or isinstance(axis, int))
     scale = torch.tensor([node.args[1]]) if per_tensor else attribute(module, node.args[1])
@@ -130,7 +130,7 @@ def sign_grids(module: GraphModule) -> int:
     """Makes unsigned 8-bit activations signed, in place, and returns how many: the same grid, its integers 128 less."""
     count = 0
     for node in module.graph.nodes:
-        if node.target in (QUANTIZE, _DEQUANTIZE) and node.args[5] is torch.uint8:
+        if node.target in (QUANTIZE, DEQUANTIZE) and node.args[5] is torch.uint8:
             source, scale, zero, low, high = node.args[:5]
             node.args = (source, scale, zero - 128, low - 128, high - 128, torch.int8)
             count += node.target is QUANTIZE
@@ -160,7 +160,7 @@ def mark_points(module: GraphModule) -> list[Point]:
             marker = module.graph.call_function(_aten.clamp.default, (source, tag(len(points))))
         marker.meta = dict(source.meta)
         for user in list(node.users):
-            assert user.target is _DEQUANTIZE and user.args[1:5] == node.args[1:5]
+            assert user.target is DEQUANTIZE and user.args[1:5] == node.args[1:5]
             user.replace_all_uses_with(marker)
         points.append(Point(node.name, scale, zero))
     module.graph.eliminate_dead_code()

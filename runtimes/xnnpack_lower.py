@@ -16,7 +16,7 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
-from fewstep.runtimes.integers import dequantized_weights, sign_grids, unfold_weights
+from fewstep.runtimes.integers import DEQUANTIZE, dequantized_weights, sign_grids, unfold_weights
 from fewstep.runtimes.materialize import materialized
 from fewstep.runtimes.xnnpack import NAME
 
@@ -63,6 +63,7 @@ def prepared(program: Program) -> GraphModule:
                 hint="make the plan with the profile 'executorch'",
             )
     spread_group_norms(module, channels_last=False)
+    _separate_readers(module)
     return module
 
 
@@ -88,6 +89,20 @@ def convert(component: str, module: GraphModule, inputs: tuple[torch.Tensor, ...
                 hint="rewrite what stops it in the module, or report it",
             ) from error
     return content, Counter({name: count for name, count in left.items() if name.startswith("aten.")})
+
+
+def _separate_readers(module: GraphModule) -> None:
+    """Gives every reader of a quantized tensor a dequantize operation of its own, in place.
+
+    XNNPACK's `ChannelsLastTaggedReshapePass` changes the layout of a dequantized tensor for all of its readers when one
+    of them, such as a mean, needs channels last: an output of the delegate then has its channels last too, and the
+    program ends with error 0x10 when it runs.
+    """
+    for node in [n for n in module.graph.nodes if n.target is DEQUANTIZE]:
+        for reader in list(node.users)[1:]:
+            with module.graph.inserting_before(reader):
+                reader.replace_input_with(node, module.graph.node_copy(node))
+    module.recompile()
 
 
 def _zeros(program: Program) -> tuple[torch.Tensor, ...]:

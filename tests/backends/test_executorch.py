@@ -11,11 +11,13 @@ import torch
 
 from fewstep.errors import ContractError, ExportError
 from fewstep.metrics import sqnr_db
+from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
 from fewstep.recipe import Limits
 from fewstep.runtimes import get_runtime
+from fewstep.runtimes.integers import QUANTIZE
 from tests.backends.networks import INPUTS, net
-from tests.quantized import feeds, program_of, random, run
+from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
 if util.find_spec("executorch") is None:
     pytest.skip("executorch is not installed: `make test-backends` runs these tests", allow_module_level=True)
@@ -56,6 +58,33 @@ def test_whole_numbers_are_those_of_the_plan(tmp_path: Path) -> None:
     for point in found:
         assert point.equal >= 0.999 and point.largest <= 1, point
     assert path.stat().st_size < 45_000  # 75 kB in float
+
+
+class _Skip(torch.nn.Module):
+    """One quantized tensor is read by a norm and by a concatenation that another delegate computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = torch.nn.Conv2d(4, 16, 3, padding=1), torch.nn.GroupNorm(4, 16)
+        self.tokens, self.last = torch.nn.LayerNorm(16), torch.nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.first(x)
+        tokens = self.tokens(self.norm(skip).flatten(2).transpose(1, 2))
+        result: torch.Tensor = self.last(torch.cat([tokens.transpose(1, 2).unflatten(2, (8, 8)), skip], 1))
+        return result
+
+
+def test_quantized_skip_leaves_a_delegate_in_its_own_layout(tmp_path: Path) -> None:
+    image = INPUTS[0]
+    program = program_of(_Skip(), image, origins=["latent"])
+    program = quantize(program, plan_of(program, W8A8, calls_of(image), "executorch"))
+    with EXECUTORCH.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, image))["y"]
+    last = [node for node in program.exported.graph.nodes if node.target is QUANTIZE][-1]
+    # One step of the output's grid, where sums in another order tip a rounding; the rest is float32's noise.
+    assert abs(result - run(program, image).numpy()).max() <= 1.001 * float(last.args[1])
 
 
 def test_weights_that_are_only_stored_are_refused(tmp_path: Path) -> None:
