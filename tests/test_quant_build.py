@@ -275,14 +275,18 @@ def test_floor_is_of_medians_and_mean_check_of_the_distance() -> None:
         return sample(PICTURE + by * noise)
 
     floor = floor_of({"denoiser": [30.0, 31.0, 150.0]}, [sample(PICTURE)], [distant(0.01)])  # type: ignore[list-item]
-    # The median distance to 31 is 1: the call that agrees by luck widens nothing.
-    assert floor.components == {"denoiser": Agreement(31.0, 1.4826, 3)}
+    # The median distance to 31 is 1: the call that agrees by luck widens nothing. Three values count with two of 2 dB.
+    spread = math.sqrt((3 * 1.4826**2 + 2 * 2.0**2) / 5)
+    assert floor.components == {"denoiser": Agreement(31.0, spread, 3)}
+    assert agreement_of([30.0] * 8).spread_db == 0.0, "eight values speak for themselves"
+    assert agreement_of([30.0]).spread_db == pytest.approx(1.63, abs=0.01), "one says nothing of its spread"
     assert floor.picture.median_db == pytest.approx(40.0, abs=1.0), "PSNR of noise of a hundredth"
     assert Floor.from_json(json.loads(json.dumps(floor.to_json()))) == floor
     original, reference = [sample(PICTURE)], [distant(0.01)]
     nearer, further = ([distant(0.01 * 10 ** (db / 20))] for db in (MEAN_DB - 0.1, MEAN_DB + 0.1))
-    assert mean_check(original, reference, nearer).passed  # type: ignore[arg-type]
-    assert not mean_check(original, reference, further).passed  # type: ignore[arg-type]
+    assert mean_check(original * 8, reference * 8, nearer * 8).passed  # type: ignore[arg-type]
+    assert not mean_check(original * 8, reference * 8, further * 8).passed  # type: ignore[arg-type]
+    assert mean_check(original, reference, further).passed, "one sample leaves unsure by how much"  # type: ignore[arg-type]
     # One broken sample among many must not make the others' spread its excuse.
     near = [distant(0.01 * (1 + 0.01 * i)) for i in range(15)]
     broken = [*near[:-1], distant(1.0)]
