@@ -72,7 +72,7 @@ class _Recorder(torch.fx.Interpreter):
         """Runs a node."""
         result = super().run_node(n)
         if n.target in _QUANTIZE:
-            self.values[n.name] = result.numpy().copy()
+            self.values[n.name] = np.array(result.numpy(), order="C")  # runtimes take no other order
         return result
 
 

@@ -65,7 +65,8 @@ class _Session:
         """Returns the outputs by name."""
         if self._loaded is None:
             raise ContractError("the session is closed")
-        results = self._loaded.method.execute([torch.from_numpy(feeds[spec.name]) for spec in self._inputs])
+        given = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self._inputs]
+        results = self._loaded.method.execute(given)
         # The method's own memory, which its next call overwrites.
         return {spec.name: result.numpy().copy() for spec, result in zip(self._outputs, results, strict=True)}
 
