@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch.fx import GraphModule, Node
 
@@ -37,7 +38,7 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     expected = signed_reference(program, feeds)
     if not expected.values:
         raise ExportError(f"{path}: the program has no quantized tensors", hint="was it compiled from a plan?")
-    inputs = [torch.from_numpy(feeds[spec.name]) for spec in program.spec.inputs]
+    inputs = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs]
     if program.exported not in _CUT:
         _CUT[program.exported] = _lowered(program, expected, inputs)
     given = [torch.from_numpy(expected.values[name]) for name in expected.values]
