@@ -92,7 +92,7 @@ coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator a
 
 .PHONY: coreml-families
 coreml-families: $(VENV)/.dev ## Compiles every network of tests/zoo for Core ML and writes docs/coreml-families.md (goes on where it was interrupted)
-	$(BIN)/python -W ignore -m tests.coreml_families > docs/coreml-families.new
+	$(BIN)/python -W ignore -m tests.backends.families coreml > docs/coreml-families.new
 	mv docs/coreml-families.new docs/coreml-families.md
 
 # The other world of versions: Optimum and transformers 4, in an environment of its own.

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
-from fewstep.optimize.passes import PassNote, copies
+from fewstep.optimize.passes import PassNote, check_in_memory, copies
 from fewstep.recipe import PALETTE_BITS
 
 Array = npt.NDArray[np.float64]
@@ -46,11 +45,7 @@ class Palettize:
         Raises:
             ExportError: the generator's weights are not in memory.
         """
-        if generator.stored is not None:
-            raise ExportError(
-                f"{generator.name} is too large to hold in memory, and palettes need all values of a weight",
-                hint="load it with eager=True, or use the recipe fp16",
-            )
+        check_in_memory(generator, "palettes need all values of a weight")
         modules = copies(generator)
         changed = 0
         for component, module in modules.items():

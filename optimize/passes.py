@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.recipe import Recipe
 
@@ -33,6 +34,15 @@ def copies(generator: Generator) -> dict[str, torch.nn.Module]:
     """Returns a copy of every module of a generator, once each: encoder and decoder are two methods of one."""
     attributes = {part.attribute: name for name, part in generator.parts.items()}
     return {name: copy.deepcopy(generator.module(name)) for name in attributes.values()}
+
+
+def check_in_memory(generator: Generator, why: str) -> None:
+    """Raises ExportError for a generator whose weights stay in their files; ``why`` says what needs them."""
+    if generator.stored is not None:
+        raise ExportError(
+            f"{generator.name} is too large to hold in memory, and {why}",
+            hint="load it with eager=True, or use the recipe fp16",
+        )
 
 
 def optimize(generator: Generator, recipe: Recipe) -> tuple[Generator, list[PassNote]]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.optimize.palettes import worth_a_palette
-from fewstep.optimize.passes import PassNote, copies
+from fewstep.optimize.passes import PassNote, check_in_memory, copies
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,7 @@ class Sparsify:
         Raises:
             ExportError: the generator's weights are not in memory.
         """
-        if generator.stored is not None:
-            raise ExportError(
-                f"{generator.name} is too large to hold in memory, and the smallest of all values are looked for",
-                hint="load it with eager=True, or use the recipe fp16",
-            )
+        check_in_memory(generator, "the smallest of all values are looked for")
         modules = copies(generator)
         changed = 0
         for module in modules.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import select
@@ -96,10 +97,9 @@ class Guest:
         """Ends the process; closing twice is fine."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None and not stream.closed:
-                try:
+                # It may have ended with a request unread; how it ended was said where that was found.
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass  # it ended with a request unread; how it ended was said where that was found
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

@@ -172,7 +172,7 @@ def test_targets_bring_their_profile() -> None:
 
 @pytest.mark.skipif(adapter.missing() is None, reason="an engine can be built here")
 def test_nothing_pretends_that_an_engine_was_built() -> None:
-    from fewstep.verify import stand_in_notes
+    from fewstep.executed import stand_in_notes
 
     state = get_runtime("tensorrt").availability()
     assert state.compiles and not state.runs and state.stand_in == "ONNX Runtime"

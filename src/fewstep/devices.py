@@ -22,9 +22,10 @@ from fewstep.errors import ContractError
 from fewstep.feeds import Sample, load_samples
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.recipe import Limits
+from fewstep.references import known_floor
 from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport, label
 from fewstep.runtimes.quantized_parity import floor_checks_of
-from fewstep.verify import FLOOR_SAMPLES, GOLDEN, known_floor
+from fewstep.verify import FLOOR_SAMPLES, GOLDEN
 
 # The runtime whose artifacts browsers run.
 WEB_RUNTIME = "onnxruntime"

@@ -13,6 +13,7 @@ from fewstep.further import batch_requests, batched_programs, restate
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, stage
 from fewstep.recipe import Recipe, parse_shapes
+from fewstep.runtimes.parity import Floor
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import SourceInfo, SourceSpec
 from fewstep.variants import parts
@@ -136,6 +137,24 @@ def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, Q
     plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
     tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
     return optimized, programs, QuantizedPrograms(programs, plan, tokenizers, manifest.schedules), True
+
+
+def known_floor(bundle: Bundle) -> Floor:
+    """Returns the noise floor as it was when the bundle was built.
+
+    Raises:
+        BundleError: the bundle does not say.
+    """
+    known = (bundle.manifest.parity or {}).get("floor")
+    if known is None:
+        raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
+    try:
+        return Floor.from_json(known)
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{bundle.path} states its noise floor in another form than this fewstep does",
+            hint="build the bundle again",
+        ) from error
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:

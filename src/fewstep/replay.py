@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 
 from fewstep.bundle import Bundle
 from fewstep.errors import ContractError
+from fewstep.executed import executor_text
 from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.metrics import sqnr_db
 from fewstep.progress import Progress, Silent
 from fewstep.recipe import Limits
-from fewstep.references import as_built, golden_samples, load_original, prepare, usable_source
+from fewstep.references import as_built, golden_samples, known_floor, load_original, prepare, usable_source
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import Array, CheckedSession, Runtime
 from fewstep.runtimes.executors import NATIVE, get_executor
@@ -28,7 +29,7 @@ from fewstep.runtimes.parity import Check, ParityReport, agreement_db, compare_c
 from fewstep.runtimes.quantized_parity import floor_checks, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.source import SourceSpec
-from fewstep.verify import GOLDEN, Verification, answering, executor_text, known_floor
+from fewstep.verify import GOLDEN, Verification, answering
 
 MINUTES = 8.0
 # What checks between two executors are called: neither is the reference of the other.

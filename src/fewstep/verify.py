@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
-from fewstep.errors import BundleError, ContractError, RuntimeMissingError
+from fewstep.errors import ContractError, RuntimeMissingError
+from fewstep.executed import compute_notes, executor_text, stand_in_notes
 from fewstep.feeds import Sample
 from fewstep.further import batches
-from fewstep.manifest import INTEGERS, Artifact, Manifest
+from fewstep.manifest import INTEGERS, Manifest
 from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
-from fewstep.references import as_built, golden_samples, live_references, load_original, prepare, usable_source
+from fewstep.references import (
+    as_built,
+    golden_samples,
+    known_floor,
+    live_references,
+    load_original,
+    prepare,
+    usable_source,
+)
 from fewstep.runtimes import coreml, get_runtime, ort
-from fewstep.runtimes.base import Array, Runtime
+from fewstep.runtimes.base import Array
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -226,7 +235,7 @@ def verify_against(
     name = runtime or manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
-    notes = [*caveats, *stand_in_notes(name), *_compute_notes(name, artifacts.values())]
+    notes = [*caveats, *stand_in_notes(name), *compute_notes(name, artifacts.values())]
     sampler = open_sampler(bundle, runtime=name, exact=True)
     try:
         with stage(progress, "compare components"):
@@ -299,24 +308,6 @@ def _floor(
     return known_floor(bundle)
 
 
-def known_floor(bundle: Bundle) -> Floor:
-    """Returns the noise floor as it was when the bundle was built.
-
-    Raises:
-        BundleError: the bundle does not say.
-    """
-    known = (bundle.manifest.parity or {}).get("floor")
-    if known is None:
-        raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
-    try:
-        return Floor.from_json(known)
-    except (KeyError, TypeError) as error:
-        raise BundleError(
-            f"{bundle.path} states its noise floor in another form than this fewstep does",
-            hint="build the bundle again",
-        ) from error
-
-
 def _compare_operations(
     bundle: Bundle,
     runtime: str,
@@ -349,31 +340,6 @@ def answering(
 
     row, left = row_call(program.spec, inputs)
     return at_row(program, row), left, row_variant(row)
-
-
-def executor_text(runtime: Runtime, artifacts: Iterable[Artifact]) -> str:
-    """Returns what ran artifacts, for people: the runtime, their precisions each once, and the place where it says."""
-    precisions = dict.fromkeys(f"{a.weights} weights, {a.compute} compute" for a in artifacts)
-    place = f", run by {runtime.executor()}" if runtime.executor is not None else ""
-    return f"{runtime.name}, {'; '.join(precisions)}{place}"
-
-
-def stand_in_notes(runtime: str) -> list[str]:
-    """Returns that a runtime did not run, where another one computed its artifacts."""
-    state = get_runtime(runtime).availability()
-    if state.runs or state.stand_in is None:
-        return []
-    return [f"{runtime} itself did not run: {state.stand_in} computed its artifacts ({state.detail})"]
-
-
-def _compute_notes(runtime: str, artifacts: Iterable[Artifact]) -> list[str]:
-    """Returns what the precision of weights could make one believe of the arithmetic, and what is so."""
-    kinds = sorted({(a.weights, a.compute) for a in artifacts if a.weights != a.compute})
-    return [
-        f"{runtime} computes in {compute}: its CPU provider has no {weights} kernels, so this is no {weights} baseline"
-        for weights, compute in kinds
-        if weights == "fp16" and compute == "fp32"
-    ]
 
 
 def _compare_shipped(

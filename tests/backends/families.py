@@ -1,4 +1,4 @@
-"""Compiles every network of the zoo's families for a runtime and runs it: docs/litert-families.md, and executorch's.
+"""Compiles every network of the zoo's families for a runtime and runs it: docs/coreml-families.md, and the like.
 
 ``python -m tests.backends.families litert [FAMILY ...]``, in the runtime's environment. Each family leaves a record in
 ``build/litert-families``, so that the run goes on where it was interrupted; a family that is named is run again.
@@ -53,7 +53,7 @@ def evaluate(family: Family, runtime: Runtime) -> list[Network]:
             calls = [feed for feed in sample.feeds if feed.component == component]
             try:
                 path = folder / runtime.compile(program, folder, "fp32").path
-                with runtime.open(path, program.spec, 1) as session:
+                with (runtime.open_exact or runtime.open)(path, program.spec, 1) as session:
                     values = [
                         sqnr_db(feed.outputs[output], result)
                         for feed in calls

@@ -24,12 +24,12 @@ from fewstep.cli.options import (
     targets_option,
 )
 from fewstep.devices import read_device_report
+from fewstep.executed import stand_in_notes
 from fewstep.inputs import example_inputs
 from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
 from fewstep.replay import MINUTES, replay
 from fewstep.source import SourceSpec
-from fewstep.verify import stand_in_notes
 
 
 @click.command()
