@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import fewstep
+from benchmarks.quant import latency
 from fewstep.errors import FewstepError
 from fewstep.references import golden_samples
 from fewstep.replay import replay
@@ -31,7 +30,6 @@ SOURCE = "stickers"
 ORIGINAL = ("onnxruntime", "fp32")
 # Packages whose version a runtime goes by, where its name is another.
 _PACKAGES = {"litert": "ai-edge-litert"}
-_RUNS = 7
 # What equal arrays count as: beyond float32.
 _EQUAL_DB = 150.0
 
@@ -89,10 +87,10 @@ def measure(runtime: str, recipe: str, executor: str, work: Path, *, minutes: fl
     try:
         bundle = bundle_of(runtime, recipe, work)
         found = _built(bundle, runtime) if executor == NATIVE else _replayed(bundle, executor, runtime, minutes)
-        runs = executor == NATIVE and get_runtime(runtime).availability().runs
-        profile = fewstep.profile(bundle, runtime=runtime, runs=_RUNS, threads=1) if runs else None
-        original = work / "-".join(ORIGINAL)
-        ratio = _ratio(bundle, runtime, fewstep.Bundle.open(original)) if runs and original.is_dir() else None
+        measured: dict[str, Any] = {}
+        if executor == NATIVE and get_runtime(runtime).availability().runs:
+            original = bundle_of(*ORIGINAL, work)
+            measured = latency.measure(str(bundle.path), str(original.path), bundle.manifest.default_steps)
     except FewstepError as error:
         return Row(runtime, recipe, executor, error=error.message)
     np.savez(pictures_of(work, f"{runtime}/{recipe}/{executor}"), **found.pictures)
@@ -108,9 +106,9 @@ def measure(runtime: str, recipe: str, executor: str, work: Path, *, minutes: fl
         picture_db=_mean(found.picture_db),
         original_db=None if compression is None else float(compression["value"]),
         size_bytes=sum(a.bytes for a in bundle.manifest.artifacts if a.runtime == runtime),
-        latency_ms=profile.picture.median_ms if profile is not None and timed else None,
-        ratio=ratio,
-        memory_bytes=None if profile is None else profile.peak_memory_bytes,
+        latency_ms=measured["times"]["picture"]["ms"]["median"] if measured and timed else None,
+        ratio=measured["times"]["picture"]["ratio"] if measured else None,
+        memory_bytes=measured.get("peak_memory_bytes"),
         notes=found.notes,
     )
 
@@ -156,23 +154,6 @@ def _decibels(checks: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[fl
     pictures = [check for check in lowering if check["metric"] == "PSNR dB"]
     of_components, of_pictures = ([min(float(c["value"]), _EQUAL_DB) for c in cs] for cs in (components, pictures))
     return of_components, of_pictures
-
-
-def _ratio(bundle: fewstep.Bundle, runtime: str, original: fewstep.Bundle) -> float:
-    """Returns the time of a picture over that of ONNX Runtime in fp32: median of pairs in turn, one thread."""
-    manifest = bundle.manifest
-    samplers = [open_sampler(b, runtime=r, threads=1) for b, r in ((bundle, runtime), (original, ORIGINAL[0]))]
-    times: list[list[float]] = [[], []]
-    try:
-        for _ in range(_RUNS + 1):
-            for sampler, taken in zip(samplers, times, strict=True):
-                start = time.perf_counter()
-                sampler(manifest.prompts[0], 0, manifest.schedule(manifest.default_steps))
-                taken.append(time.perf_counter() - start)
-    finally:
-        for sampler in samplers:
-            sampler.close()
-    return median(own / other for own, other in list(zip(*times, strict=True))[1:])  # the first opens sessions
 
 
 def bundle_of(runtime: str, recipe: str, work: Path) -> fewstep.Bundle:

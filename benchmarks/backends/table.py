@@ -28,8 +28,8 @@ def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
         "was compiled; *picture* the mean PSNR of free-running pictures to that network's; *recipe* the mean PSNR of "
         "its pictures to the original's. Whole numbers are judged by their noise floor, not by these "
         "(docs/quantization.md). Milliseconds are of a picture on this machine, one thread; where it was busy they are "
-        "not given (`--untimed`). *Time* is that of a picture over ONNX Runtime's in fp32: the median of pictures "
-        "drawn in turn in one process. Emulated times say nothing. *Peak* is the growth of the process from before its "
+        "not given (`--untimed`). *Time* is that of a picture over ONNX Runtime's in fp32, both drawn "
+        "in turn in one process. Emulated times say nothing. *Peak* is the growth of the process from before its "
         "runtime is loaded; ExecuTorch's Python bindings load torch.",
         "",
         "| runtime | recipe | executor | verified | lowering dB | picture dB | recipe dB | MB | ms | time | peak MB |",
