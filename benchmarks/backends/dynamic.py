@@ -84,10 +84,10 @@ def _page(plain: Bundle, golden: list[Sample], variants: list[Variant]) -> list[
         "# Dynamic and static int8 on LiteRT",
         "",
         f"Written by `python -m benchmarks.backends.dynamic`, ai-edge-litert {versions['ai-edge-litert']}. Dynamic is "
-        "ai-edge-quantizer's `dynamic_wi8_afp32` of the networks in fp32. *SQNR* is the least of the calls of the golden "
-        "pack of the bundle in fp32, on PyTorch's own inputs; *time* the median of a call over fp32's on LiteRT, both "
-        f"in turn in one process, one thread, {CALLS} calls; *picture* the mean PSNR of {len(golden)} free-running "
-        "pictures to PyTorch's in fp32.",
+        "ai-edge-quantizer's `dynamic_wi8_afp32` of the networks in fp32. *SQNR* is the least of the calls in the fp32 "
+        "bundle's golden pack, on PyTorch's own inputs; *time* the median of a call over fp32's on LiteRT, in turn "
+        f"in one process, one thread, {CALLS} calls; *picture* the mean PSNR of {len(golden)} free-running pictures to "
+        "PyTorch's in fp32.",
         "",
         "| | " + " | ".join(f"{v.name}: {what}" for v in variants for what in ("SQNR dB", "time", "MB")) + " |",
         "|---|" + "---|" * (3 * len(variants)),

@@ -77,7 +77,7 @@ def test_whole_numbers_are_those_of_the_plan(tmp_path: Path) -> None:
 
 
 class _Attention(torch.nn.Module):
-    """Its result goes onto a grid after heads are put beside one another, which the converter does behind the marker."""
+    """Its result goes onto a grid once heads are beside one another; the converter puts them so behind the marker."""
 
     def __init__(self) -> None:
         super().__init__()
