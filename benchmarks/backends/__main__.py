@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,17 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
     parser.add_argument("--untimed", action="store_true", help="no latency and memory: the machine is busy")
     options = parser.parse_args()
-    figures = _load()
+    known = _load()["rows"]
     for recipe in options.recipes:
         for runtime in options.runtimes:
             for executor in options.executors:
                 key = f"{runtime}/{recipe}/{executor}"
-                if key in figures["rows"] and not options.again:
+                if key in known and not options.again:
                     continue
                 sys.stderr.write(f"{key}\n")
                 row = measure(runtime, recipe, executor, WORK, minutes=options.minutes, timed=not options.untimed)
-                figures["rows"][key] = row.to_json()
-                _save(figures)
-    _save(figures)
+                _save({key: row.to_json()})
+    _save({})
 
 
 def _load() -> dict[str, Any]:
@@ -58,7 +58,10 @@ def _load() -> dict[str, Any]:
     return figures
 
 
-def _save(figures: dict[str, Any]) -> None:
+def _save(rows: Mapping[str, Any]) -> None:
+    """Adds rows to those that are there now: emulated ones take long, and others are measured meanwhile."""
+    figures = _load()
+    figures["rows"] |= rows
     figures["machine"] = describe_machine()
     RESULTS.mkdir(exist_ok=True)
     page = markdown(figures, WORK, "python -m benchmarks.backends")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from benchmarks.backends.rows import ORIGINAL, RECIPES, pictures_of
 from fewstep.metrics import psnr_db
+from fewstep.runtimes.executors import NATIVE
 
 PYTORCH = "PyTorch"
 Pictures = Mapping[str, npt.NDArray[Any]]
@@ -18,7 +19,7 @@ Pictures = Mapping[str, npt.NDArray[Any]]
 
 def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
     """Returns the page."""
-    rows: list[dict[str, Any]] = list(figures["rows"].values())
+    rows: list[dict[str, Any]] = sorted(figures["rows"].values(), key=_place)
     lines = [
         "# The built-in generator on every runtime",
         "",
@@ -60,6 +61,11 @@ def agreement(pictures: Sequence[Pictures]) -> list[list[float | None]]:
 def _agree(a: Pictures, b: Pictures) -> float | None:
     values = [min(psnr_db(a[name], b[name]), 150.0) for name in a if name in b]
     return float(np.mean(values)) if values else None
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, str, bool]:
+    """Returns what rows are ordered by: recipe, runtime, this machine first."""
+    return RECIPES.index(row["recipe"]), row["runtime"], row["executor"] != NATIVE
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
