@@ -13,7 +13,7 @@ from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, RunModel, Runtime
 from fewstep.runtimes.narrow import narrow
 
 if TYPE_CHECKING:
@@ -109,4 +109,10 @@ def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) 
     return litert_points.compare_integers(program, path, feeds)
 
 
-RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers)
+def _compare_integers_at(program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel) -> list[PointResult]:
+    from fewstep.runtimes import litert_points  # as above
+
+    return litert_points.compare_integers(program, path, feeds, run)
+
+
+RUNTIME = Runtime(NAME, availability, _compile, open_session, _compare_integers, _compare_integers_at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flatbuffers
@@ -172,14 +172,15 @@ class LiteRTModel:
         )
         return inputs, outputs
 
-    def with_interface(
-        self, inputs: Sequence[int], outputs: Sequence[int]
-    ) -> tuple[bytes, tuple[list[int], list[int]]]:
-        """Returns the bytes of a model with other inputs and outputs and no signature, and where these are in it."""
-        self.graph.inputs, self.graph.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
-        self._model.signatureDefs = []
-        content = self.content()
-        return content, ([int(t) for t in self.graph.inputs], [int(t) for t in self.graph.outputs])
+    def with_interface(self, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> bytes:
+        """Returns the bytes of a model whose one signature has other inputs and outputs: tensors by name."""
+        (signature,) = self._model.signatureDefs
+        signature.inputs, signature.outputs = (
+            [schema.TensorMapT(name=name, tensorIndex=tensor) for name, tensor in named.items()]
+            for named in (inputs, outputs)
+        )
+        self.graph.inputs, self.graph.outputs = (np.array(list(n.values()), np.int32) for n in (inputs, outputs))
+        return self.content()
 
     def content(self) -> bytes:
         """Returns the file's bytes, without tensors and data that nothing uses."""

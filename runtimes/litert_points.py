@@ -6,6 +6,7 @@ computed: no difference reaches the next operation, and one run checks them all 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 from fewstep.errors import ExportError
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, PointResult
+from fewstep.runtimes.base import Array, PointResult, RunModel
 from fewstep.runtimes.integer_reference import judged, signed_reference
+from fewstep.runtimes.litert import SIGNATURE
 from fewstep.runtimes.litert_grids import MOVES
 from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.narrow import narrow
@@ -26,8 +28,22 @@ from fewstep.runtimes.narrow import narrow
 _LAST = (0, 2, 3, 1)
 
 
-def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+def run_here(path: Path, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    """Returns outputs of a model's one signature by name, on this machine."""
+    results = Interpreter(model_path=str(path), num_threads=1).get_signature_runner(SIGNATURE)(**feeds)
+    return {name: results[name] for name in outputs}
+
+
+def compare_integers(
+    program: Program, path: Path, feeds: Mapping[str, Array], run: RunModel = run_here
+) -> list[PointResult]:
     """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
+
+    Args:
+        program: the quantized program.
+        path: the model that was compiled from it.
+        feeds: of one call.
+        run: runs a model, here or elsewhere.
 
     Raises:
         ExportError: a quantized tensor of the program is not in the file, or of another shape there.
@@ -46,7 +62,7 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
     cut = Cut(model)
     for name, values in expected.values.items():
         cut.at(places[name], layouts[name].of_file(values))
-    cut.run(narrow(feeds, "LiteRT"))
+    cut.run(narrow(feeds, "LiteRT"), run)
     integers = {name: layouts[name].of_reference(cut.value(places[name])) for name in expected.values}
     return judged(expected, integers, cut.outputs)
 
@@ -146,17 +162,17 @@ class Cut:
         if tensor not in self._wanted:
             self._wanted.append(tensor)
 
-    def run(self, feeds: Mapping[str, Array]) -> None:
+    def run(self, feeds: Mapping[str, Array], run: RunModel) -> None:
         """Runs the model once, with inputs by the signature's names."""
-        model = self._model
-        given = {**{self._inputs[name]: values for name, values in feeds.items()}, **self._given}
-        content, (inputs, outputs) = model.with_interface(list(given), self._wanted)
-        interpreter = Interpreter(model_content=content, num_threads=1)
-        interpreter.allocate_tensors()
-        for place, values in zip(inputs, given.values(), strict=True):
-            interpreter.set_tensor(place, np.ascontiguousarray(values))
-        interpreter.invoke()
-        self._results = {t: interpreter.get_tensor(p) for t, p in zip(self._wanted, outputs, strict=True)}
+        given = {f"given_{tensor}": tensor for tensor in self._given}
+        wanted = {f"wanted_{tensor}": tensor for tensor in self._wanted}
+        values = {**feeds, **{name: self._given[tensor] for name, tensor in given.items()}}
+        content = self._model.with_interface(self._inputs | given, wanted)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cut.tflite"
+            path.write_bytes(content)
+            results = run(path, values, list(wanted))
+        self._results = {tensor: results[name] for name, tensor in wanted.items()}
 
     def value(self, tensor: int) -> Array:
         """Returns what was computed for a tensor."""

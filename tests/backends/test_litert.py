@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
@@ -17,6 +18,7 @@ from fewstep.program import Program
 from fewstep.recipe import Limits
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import PointResult
+from fewstep.runtimes.remote import Guest, Launch, remote_runtime
 from tests.backends.networks import INPUTS, net
 from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
@@ -104,6 +106,19 @@ def test_whole_numbers_are_found_before_the_file_moves_them(tmp_path: Path) -> N
     assert len([p for p in found if p.sqnr_db is None]) == 4
     for point in found:
         assert point.equal >= 0.999 and point.largest <= 1, point
+
+
+def test_whole_numbers_are_compared_in_another_process(tmp_path: Path) -> None:
+    program = net("litert", 8, 8)
+    path = compiled(program, tmp_path, "fp16")
+    guest = Guest(Launch((sys.executable,), "another process"), "litert")
+    try:
+        there = remote_runtime(LITERT, guest)
+        assert there.compare_integers is not None
+        found = there.compare_integers(program, path, feeds(program, *INPUTS))
+    finally:
+        guest.close()
+    assert found == points(path, program)
 
 
 def test_a_wrong_scale_is_found_where_it_is(tmp_path: Path) -> None:
