@@ -20,6 +20,8 @@ from fewstep.source import SourceInfo
 from tests import zoo
 from tests.zoo.family import Family
 
+ROOT = Path(__file__).parents[1]
+
 # What is refused, with words of the reason.
 REFUSED: Mapping[str, str] = {
     "growing-latents": "the latent of step 3 is [1, 4, 8, 8], expected [1, 4, 4, 4] as in step 0",
@@ -134,10 +136,9 @@ def build_family(family: Family, *, recipe: str = "fp32") -> Row:
 
 
 def family_code(row: Row) -> int:
-    """Returns how many lines of the package, but of the built-in generator, name a family or its pipeline."""
+    """Returns how many lines of the compiler and the sampler name a family or its pipeline."""
     words = f'"{row.family}"', row.reference
-    package = Path(fewstep.__file__).parent
-    files = [file for file in package.rglob("*.py") if package / "stickers" not in file.parents]
+    files = [file for folder in ("export", "runtimes") for file in (ROOT / folder).rglob("*.py")]
     return sum(any(w in line for w in words) for file in files for line in file.read_text("utf-8").splitlines())
 
 
@@ -165,7 +166,7 @@ Written by `make families`: do not edit. {built} of {len(rows)} kinds of few-ste
 others are refused with a reason. Each is a tiny one with random weights (`tests/zoo`), run by its own diffusers
 pipeline or by a sampling loop in plain PyTorch, and the bundle is compared with that run. Figures are the worst of
 all step counts, in dB (limits: 100 for each component on the same inputs, 80 for the output). *Own lines* counts the
-lines of fewstep's code that name the family or its pipeline class. Tiny networks show that the
+lines of the compiler and the sampler that name the family or its pipeline class. Tiny networks show that the
 arithmetic is right; they show nothing of quality.
 
 {table(rows)}
