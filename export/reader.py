@@ -101,22 +101,23 @@ class Reader:
 
     def _check_alike(self) -> None:
         """Raises if the networks that take turns are not told of a step by the same arguments."""
-        latent = [self.anatomy.latent] if self.anatomy.latent else []
-        for name in self._denoisers:
-            times, given = tuple(self._time_arguments(name)), self._run.of(name)[0].inputs
-            if times != self.anatomy.times or not given.keys() >= {*latent}:
+        names = self._denoisers
+        first, *others = [(self._scaled_argument(self._run.of(name)), *self._time_arguments(name)) for name in names]
+        for name, told in zip(names[1:], others, strict=True):
+            if told != first:
                 raise refuse(
-                    f"{name} takes {', '.join([*given][:1])} with times {', '.join(times) or 'none'}, expected "
-                    f"{', '.join(latent) or 'no latent'} with times {', '.join(self.anatomy.times) or 'none'} as "
-                    f"{DENOISER} does"
+                    f"{name} is told of a step by {_listed(told)}, expected {_listed(first)} as {names[0]} is: "
+                    "networks that take turns name their latent and times alike"
                 )
 
     def _latent_argument(self) -> str | None:
         """The denoiser's argument that is the latent times a number at every step; None if there is none such."""
-        calls, run = self._run.denoiser_calls, self._run
+        return self._scaled_argument(self._run.denoiser_calls)
+
+    def _scaled_argument(self, calls: Sequence[Call]) -> str | None:
+        states = self._run.states
         for name in calls[0].inputs:
-            pairs = zip(calls, run.states, strict=True)
-            if all(name in c.inputs and is_scaled(c.inputs[name], x) for c, x in pairs):
+            if all(name in c.inputs and is_scaled(c.inputs[name], states[c.steps_done]) for c in calls):
                 return name
         return None
 
@@ -365,6 +366,10 @@ class Reader:
             output=output,
         )
         return ([*wirings, finish] if finish else wirings), contract
+
+
+def _listed(arguments: Sequence[str | None]) -> str:
+    return ", ".join(name or "no latent" for name in arguments)
 
 
 def _unique(names: Sequence[str]) -> list[str]:
