@@ -39,12 +39,14 @@ PACKAGE_NAMES = {
     "vae_encoder": "VAEEncoder",
 }
 TARGETS = ("iOS17", "iOS18")
-_DEFAULT_TARGET = "iOS18"
+DEFAULT_TARGET = "iOS18"
+# What coremltools puts beside the model for ExecuTorch's debugger: as large as the graph, and no device reads it.
+_DEBUG_MAPPING = "executorch_debug_handle_mapping.json"
 # By name: torchao registers them, and is not there without quantization.
 _PER_TENSOR = tuple(f"quantized_decomposed.{name}_per_tensor.default" for name in ("quantize", "dequantize"))
 
 
-def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAULT_TARGET) -> Artifact:
+def lower(program: Program, folder: Path, weights: str, *, target: str = DEFAULT_TARGET) -> Artifact:
     """Returns the artifact of a component, written as ``<folder>/<Name>.mlpackage``.
 
     Args:
@@ -118,7 +120,7 @@ def convert(
     program: Program,
     compute: str,
     *,
-    target: str = _DEFAULT_TARGET,
+    target: str = DEFAULT_TARGET,
     fp32_operations: Collection[str] = (),
 ) -> MLModel:
     """Returns the converted model of a component, not loaded.
@@ -167,6 +169,7 @@ def save(model: MLModel, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(str(path))
+    (path / _DEBUG_MAPPING).unlink(missing_ok=True)
     manifest_path = path / ENTRY
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     entries = manifest["itemInfoEntries"]
