@@ -22,10 +22,9 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.coreml import function_name
-from fewstep.runtimes.coreml_lower import DEFAULT_TARGET, lower, save
+from fewstep.runtimes.coreml_lower import DEFAULT_TARGET, MODEL, WEIGHTS, lower, save
 from fewstep.runtimes.mil.blobs import BlobFile, BlobWriter
 
-MODEL, WEIGHTS = Path("Data/com.apple.CoreML/model.mlmodel"), Path("Data/com.apple.CoreML/weights/weight.bin")
 # iOS 18, the first specification whose models have several functions.
 _SPECIFICATION = 9
 
@@ -88,7 +87,9 @@ class FunctionsWriter:
             )
         functions = self._model.mlProgram.functions
         if name in functions:
-            raise ExportError(f"function {name!r} is given twice, it has {', '.join(functions)}", hint="rename one")
+            raise ExportError(
+                f"function {name!r} is given twice, it has {', '.join(sorted(functions))}", hint="rename one"
+            )
         before = self._size()
         function = _only_function(model, package)
         move_weights(function, package, self._weights)
@@ -133,7 +134,7 @@ def read_model(package: Path) -> Any:
 def _only_function(model: Any, package: Path) -> Any:
     functions = model.mlProgram.functions
     if len(functions) != 1:
-        raise ExportError(f"{package.name} has the functions {', '.join(functions)}, expected one")
+        raise ExportError(f"{package.name} has the functions {', '.join(sorted(functions))}, expected one")
     return next(iter(functions.values()))
 
 

@@ -38,6 +38,8 @@ PACKAGE_NAMES = {
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
 }
+# Where a package has its model and its weights.
+MODEL, WEIGHTS = Path("Data/com.apple.CoreML/model.mlmodel"), Path("Data/com.apple.CoreML/weights/weight.bin")
 TARGETS = ("iOS17", "iOS18")
 DEFAULT_TARGET = "iOS18"
 # What coremltools puts beside the model for ExecuTorch's debugger: as large as the graph, and no device reads it.
@@ -164,11 +166,13 @@ def convert(
 
 
 def save(model: MLModel, path: Path) -> None:
-    """Writes a package, with identifiers that are the same each time that the same model is written."""
+    """Writes a package whose bytes are the same each time that the same model is written."""
     with quiet_coremltools():
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(str(path))
+    # Entries of protobuf's maps, such as functions and attributes, come in any order otherwise.
+    (path / MODEL).write_bytes(model.get_spec().SerializeToString(deterministic=True))
     (path / _DEBUG_MAPPING).unlink(missing_ok=True)
     manifest_path = path / ENTRY
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
