@@ -30,14 +30,17 @@ from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
-# protobuf refuses files over 2 GiB; below a quarter of that, one file is easier to handle than two.
-_ONE_FILE_BYTES = 512 << 20
+# Weights in the model's own file are in memory twice once it is open, as parsed and as packed; those beside it are
+# mapped. Below this, one file is easier to handle than two.
+_ONE_FILE_BYTES = 1 << 20
 # A tensor this small does not pay for the Cast that widens it again.
 _SMALLEST_HALF_TENSOR = 256
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
     """Returns the artifact of a component, written as ``<folder>/<component folder>/model.onnx``.
+
+    Weights of more than 1 MiB are in ``model.onnx.data`` beside it.
 
     Args:
         program: the traced component.
