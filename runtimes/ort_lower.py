@@ -24,7 +24,7 @@ from fewstep.runtimes.ort_files import save_model
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_nbits import multiply_packed
-from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
+from fewstep.runtimes.ort_pack import pack_int4, shorten, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
@@ -78,6 +78,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
         _shrink(model, weights)
         strip(model, notes=True)
         shared.attach(model)
+        shorten(model)
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
         size = (folder / name).stat().st_size
