@@ -29,7 +29,7 @@ def check_unrolls(manifest: Manifest) -> None:
     """Raises ContractError unless one file can sample with a bundle's networks.
 
     A bundle that guides with two passes needs tokens of the prompt and of the empty one at once; one of the specialized
-    form has no graph that all steps could call.
+    form has no graph that all steps could call; tiles are cut and blended outside of networks.
     """
     if manifest.contract.guidance.kind == "two_pass":
         raise ContractError(
@@ -41,6 +41,13 @@ def check_unrolls(manifest: Manifest) -> None:
             f"{manifest.name} has a graph for each step, expected one that all steps call",
             hint="build it with --form table: grids of activations by step are rows of its table too",
         )
+    for name, spec in manifest.components.items():
+        size = spec.inputs[0].shape[2:]
+        if spec.tiles is not None and spec.tiles.shapes(*size) != [size]:
+            raise ContractError(
+                f"{manifest.name} runs its {name} in tiles, expected one call of a component",
+                hint="build it without --decoder-tile, or with tiles as large as the picture",
+            )
 
 
 class Unrolled(ABC, Generic[V]):

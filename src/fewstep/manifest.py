@@ -58,6 +58,8 @@ class Artifact:
     compute: str
     bytes: int
     variant: str = ""
+    function: str = ""
+    """Which function of the file it is, where graphs share one (Core ML, iOS 18)."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,9 @@ class Manifest:
         values["schedules"] = _tables(self.schedules)
         for shape, other in self.shapes.items():
             values["shapes"][shape]["schedules"] = _tables(other.schedules)
+        for artifact in values["artifacts"]:
+            if not artifact["function"]:
+                del artifact["function"]  # what was built before there were functions can read the rest
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(values))}
 
     @classmethod
