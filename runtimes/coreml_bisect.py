@@ -24,7 +24,9 @@ from fewstep.runtimes.departure import Departure, traced_values
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
 
 
-def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float) -> Departure | None:
+def bisect(
+    program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float, function: str | None = None
+) -> Departure | None:
     """Returns the first operation, in the order of computation, whose result's SQNR is below the limit.
 
     None if the outputs keep it: a value in between may be a little below it without consequence. An operation that
@@ -35,6 +37,7 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
         path: the package's ``Manifest.json``.
         feeds: one call's inputs.
         limit_db: the component's limit.
+        function: of the package; None takes its default one.
 
     Raises:
         ExportError: no intermediate value could be compared, so nothing can be said.
@@ -42,7 +45,7 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
     """
     exported = decomposed(program)
     comparison = _Comparison(traced_values(exported, program.spec, feeds), _outputs(exported, program), limit_db)
-    evaluator = Evaluator(open_package(path.parent), precision="fp32")
+    evaluator = Evaluator(open_package(path.parent, function), precision="fp32")
     try:
         evaluator.run(to_interface(feeds), observe=comparison)
     except ContractError as error:

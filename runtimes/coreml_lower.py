@@ -38,13 +38,24 @@ PACKAGE_NAMES = {
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
 }
+# Where a package has its model and its weights.
+MODEL, WEIGHTS = Path("Data/com.apple.CoreML/model.mlmodel"), Path("Data/com.apple.CoreML/weights/weight.bin")
 TARGETS = ("iOS17", "iOS18")
-_DEFAULT_TARGET = "iOS18"
+DEFAULT_TARGET = "iOS18"
+# What coremltools puts beside the model for ExecuTorch's debugger: as large as the graph, and no device reads it.
+_DEBUG_MAPPING = "executorch_debug_handle_mapping.json"
 # By name: torchao registers them, and is not there without quantization.
 _PER_TENSOR = tuple(f"quantized_decomposed.{name}_per_tensor.default" for name in ("quantize", "dequantize"))
 
 
-def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAULT_TARGET) -> Artifact:
+def lower(
+    program: Program,
+    folder: Path,
+    weights: str,
+    *,
+    target: str = DEFAULT_TARGET,
+    fp32_operations: frozenset[str] | None = None,
+) -> Artifact:
     """Returns the artifact of a component, written as ``<folder>/<Name>.mlpackage``.
 
     Args:
@@ -53,27 +64,36 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAUL
         weights: ``fp32`` computes in fp32. All else computes in fp16, with those operations in fp32 that
             `choose_fp32_operations` names.
         target: the oldest system that the package is for, one of `TARGETS`.
+        fp32_operations: what `fp32_operations_of` returned for the program; None asks it.
 
     Raises:
         ExportError: the component has an op that cannot be lowered, or a value that fp16 cannot hold.
     """
     compute = "fp32" if weights == "fp32" else "fp16"
-    _check_names(program)
-    _check_grids(program)
-    keep: frozenset[str] = frozenset()
-    if compute == "fp16":
-
-        def variant(kept: frozenset[str] | None) -> MLModel:
-            if kept is None:
-                return convert(program, "fp32", target=target)
-            return convert(program, "fp16", target=target, fp32_operations=kept)
-
-        keep = choose_fp32_operations(program, variant)
+    keep = fp32_operations_of(program, weights, target=target) if fp32_operations is None else fp32_operations
     model = convert(program, compute, target=target, fp32_operations=keep)
     path = folder / f"{package_name(program.folder)}.mlpackage"
     save(model, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Artifact(NAME, program.component, f"{path.name}/{ENTRY}", weights, compute, size, program.variant)
+
+
+def fp32_operations_of(
+    program: Program, weights: str, *, target: str = DEFAULT_TARGET, known: frozenset[str] | None = None
+) -> frozenset[str]:
+    """Returns the operations of a component that stay in fp32 where `lower` computes in fp16.
+
+    ``known`` is what was found for another graph of it, from which the search goes on.
+    """
+    if weights == "fp32":
+        return frozenset()
+
+    def variant(kept: frozenset[str] | None) -> MLModel:
+        if kept is None:
+            return convert(program, "fp32", target=target)
+        return convert(program, "fp16", target=target, fp32_operations=kept)
+
+    return choose_fp32_operations(program, variant, known)
 
 
 def _check_names(program: Program) -> None:
@@ -118,7 +138,7 @@ def convert(
     program: Program,
     compute: str,
     *,
-    target: str = _DEFAULT_TARGET,
+    target: str = DEFAULT_TARGET,
     fp32_operations: Collection[str] = (),
 ) -> MLModel:
     """Returns the converted model of a component, not loaded.
@@ -130,10 +150,12 @@ def convert(
         fp32_operations: operations that stay in fp32, by the name of their first output.
 
     Raises:
-        ExportError: the component has an op that coremltools cannot convert.
+        ExportError: the component has an op that coremltools cannot convert, or what Core ML cannot hold.
     """
     if target not in TARGETS:
         raise ExportError(f"unknown Core ML target {target!r}, expected one of {', '.join(TARGETS)}", hint="use iOS18")
+    _check_names(program)
+    _check_grids(program)
     with quiet_coremltools() as ct, materialized(program):
         names = frozenset(fp32_operations)
         precision: Any = ct.precision.FLOAT32
@@ -162,11 +184,14 @@ def convert(
 
 
 def save(model: MLModel, path: Path) -> None:
-    """Writes a package, with identifiers that are the same each time that the same model is written."""
+    """Writes a package whose bytes are the same each time that the same model is written."""
     with quiet_coremltools():
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(str(path))
+    # Entries of protobuf's maps, such as functions and attributes, come in any order otherwise.
+    (path / MODEL).write_bytes(model.get_spec().SerializeToString(deterministic=True))
+    (path / _DEBUG_MAPPING).unlink(missing_ok=True)
     manifest_path = path / ENTRY
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     entries = manifest["itemInfoEntries"]
