@@ -19,6 +19,7 @@ from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
 from fewstep.runtimes.integers import Point, StoredWeight, guard_weights, mark_points, sign_grids, unfold_weights
 from fewstep.runtimes.litert import NAME, SIGNATURE
+from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.litert_pack import pack
 from fewstep.runtimes.materialize import materialized
 
@@ -62,12 +63,16 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
 def convert(program: Program, module: GraphModule) -> bytes:
     """Returns the converted model of a component's graph, with one signature of the manifest's names.
 
+    The converter writes Python with the names of inputs in it, which the manifest's need not be fit for.
+
     Raises:
         ExportError: the component has an op that litert-torch cannot convert.
     """
-    named = _Named(module, [s.name for s in program.spec.inputs], [s.name for s in program.spec.outputs])
+    inputs = {f"input_{i}": spec for i, spec in enumerate(program.spec.inputs)}
+    outputs = {f"output_{i}": spec for i, spec in enumerate(program.spec.outputs)}
+    named = _Named(module, list(inputs), list(outputs))
     named.training = False  # what says so to the converter; a traced graph has no modes
-    zeros = {s.name: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in program.spec.inputs}
+    zeros = {name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in inputs.items()}
     with _quiet() as litert_torch:
         try:
             model = litert_torch.signature(SIGNATURE, named, sample_kwargs=zeros).convert()
@@ -77,11 +82,16 @@ def convert(program: Program, module: GraphModule) -> bytes:
                 f"{program.component} cannot be lowered to LiteRT: {type(error).__name__}: {_first_line(error)}",
                 hint="rewrite what stops it in the module, or report it",
             ) from error
-    return content
+    converted = LiteRTModel(content)
+    given, results = converted.signature()
+    return converted.with_interface(
+        {inputs[name].name: tensor for name, tensor in given.items()},
+        {outputs[name].name: tensor for name, tensor in results.items()},
+    )
 
 
 class _Named(torch.nn.Module):
-    """A graph whose inputs and outputs go by the manifest's names, which the converter takes for the signature."""
+    """A graph whose inputs and outputs go by names, which the converter takes for the signature."""
 
     def __init__(self, module: GraphModule, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()
