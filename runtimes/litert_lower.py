@@ -24,6 +24,7 @@ from fewstep.runtimes.litert_pack import pack
 from fewstep.runtimes.materialize import materialized
 
 MODEL = "model.tflite"
+_aten = torch.ops.aten
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
@@ -57,7 +58,19 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
     points = mark_points(module)
     guard_weights(module, stored, len(points))
     spread_group_norms(module, channels_last=True)
+    _multiply_squares(module)
     return module, stored, points
+
+
+def _multiply_squares(module: GraphModule) -> None:
+    """Makes squares products, in place: LiteRT's power takes tensors of four axes at most."""
+    for node in [n for n in module.graph.nodes if n.target is _aten.pow.Tensor_Scalar and n.args[1] == 2]:
+        with module.graph.inserting_before(node):
+            square = module.graph.call_function(_aten.mul.Tensor, (node.args[0], node.args[0]))
+        square.meta = dict(node.meta)
+        node.replace_all_uses_with(square)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def convert(program: Program, module: GraphModule) -> bytes:

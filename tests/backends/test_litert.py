@@ -165,6 +165,19 @@ def test_closed_session_and_wide_number_are_refused(tmp_path: Path) -> None:
         session.run(feeds(net(), *INPUTS))
 
 
+class _Square(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (2, 2)).pow(2)
+
+
+def test_squares_of_five_axes_are_lowered(tmp_path: Path) -> None:
+    x = random(1, 4, 8, 8)
+    program = program_of(_Square(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+
+
 class _Unsupported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
