@@ -19,10 +19,12 @@ from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
 from fewstep.runtimes.integers import Point, StoredWeight, guard_weights, mark_points, sign_grids, unfold_weights
 from fewstep.runtimes.litert import NAME, SIGNATURE
+from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.litert_pack import pack
 from fewstep.runtimes.materialize import materialized
 
 MODEL = "model.tflite"
+_aten = torch.ops.aten
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
@@ -56,18 +58,34 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
     points = mark_points(module)
     guard_weights(module, stored, len(points))
     spread_group_norms(module, channels_last=True)
+    _multiply_squares(module)
     return module, stored, points
+
+
+def _multiply_squares(module: GraphModule) -> None:
+    """Makes squares products, in place: LiteRT's power takes tensors of four axes at most."""
+    for node in [n for n in module.graph.nodes if n.target is _aten.pow.Tensor_Scalar and n.args[1] == 2]:
+        with module.graph.inserting_before(node):
+            square = module.graph.call_function(_aten.mul.Tensor, (node.args[0], node.args[0]))
+        square.meta = dict(node.meta)
+        node.replace_all_uses_with(square)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def convert(program: Program, module: GraphModule) -> bytes:
     """Returns the converted model of a component's graph, with one signature of the manifest's names.
 
+    The converter writes Python with the names of inputs in it, which the manifest's need not be fit for.
+
     Raises:
         ExportError: the component has an op that litert-torch cannot convert.
     """
-    named = _Named(module, [s.name for s in program.spec.inputs], [s.name for s in program.spec.outputs])
+    inputs = {f"input_{i}": spec for i, spec in enumerate(program.spec.inputs)}
+    outputs = {f"output_{i}": spec for i, spec in enumerate(program.spec.outputs)}
+    named = _Named(module, list(inputs), list(outputs))
     named.training = False  # what says so to the converter; a traced graph has no modes
-    zeros = {s.name: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for s in program.spec.inputs}
+    zeros = {name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for name, spec in inputs.items()}
     with _quiet() as litert_torch:
         try:
             model = litert_torch.signature(SIGNATURE, named, sample_kwargs=zeros).convert()
@@ -77,11 +95,16 @@ def convert(program: Program, module: GraphModule) -> bytes:
                 f"{program.component} cannot be lowered to LiteRT: {type(error).__name__}: {_first_line(error)}",
                 hint="rewrite what stops it in the module, or report it",
             ) from error
-    return content
+    converted = LiteRTModel(content)
+    given, results = converted.signature()
+    return converted.with_interface(
+        {inputs[name].name: tensor for name, tensor in given.items()},
+        {outputs[name].name: tensor for name, tensor in results.items()},
+    )
 
 
 class _Named(torch.nn.Module):
-    """A graph whose inputs and outputs go by the manifest's names, which the converter takes for the signature."""
+    """A graph whose inputs and outputs go by names, which the converter takes for the signature."""
 
     def __init__(self, module: GraphModule, inputs: list[str], outputs: list[str]) -> None:
         super().__init__()

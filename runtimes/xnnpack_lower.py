@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from fewstep.runtimes.materialize import materialized
 from fewstep.runtimes.xnnpack import NAME
 
 MODEL = "model.pte"
+_aten = torch.ops.aten
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
@@ -63,6 +65,7 @@ def prepared(program: Program) -> GraphModule:
                 hint="make the plan with the profile 'executorch'",
             )
     spread_group_norms(module, channels_last=False)
+    _write_out_gelus(module)
     _separate_readers(module)
     return module
 
@@ -89,6 +92,27 @@ def convert(component: str, module: GraphModule, inputs: tuple[torch.Tensor, ...
                 hint="rewrite what stops it in the module, or report it",
             ) from error
     return content, Counter({name: count for name, count in left.items() if name.startswith("aten.")})
+
+
+def _write_out_gelus(module: GraphModule) -> None:
+    """Puts the approximation of GELU by tanh in elementary operations, in place.
+
+    XNNPACK's partitioner does not see which GELU is asked for, and computes the one by erf.
+    """
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target is _aten.gelu.default and n.kwargs.get("approximate") == "tanh"]:
+        x = node.args[0]
+        with graph.inserting_before(node):
+            cube = graph.call_function(_aten.mul.Tensor, (graph.call_function(_aten.mul.Tensor, (x, x)), x))
+            inner = graph.call_function(_aten.add.Tensor, (x, graph.call_function(_aten.mul.Tensor, (cube, 0.044715))))
+            scaled = graph.call_function(_aten.mul.Tensor, (inner, math.sqrt(2 / math.pi)))
+            weight = graph.call_function(_aten.add.Tensor, (graph.call_function(_aten.tanh.default, (scaled,)), 1.0))
+            half = graph.call_function(_aten.mul.Tensor, (x, 0.5))
+            result = graph.call_function(_aten.mul.Tensor, (half, weight))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    module.recompile()
 
 
 def _separate_readers(module: GraphModule) -> None:

@@ -88,9 +88,9 @@ def page(runtime: str, families: Iterable[str], networks: Sequence[Network]) -> 
         of_family = [network for network in networks if network.family == family]
         if of_family:
             lines.append(f"| {family} | {', '.join(map(_told, of_family))} |")
-    stopped = [network for network in networks if network.sqnr_db is None]
     lines += ["", "## What stops the others", ""]
-    lines += [f"- {n.family}, {n.component}: {n.error}" for n in stopped] or ["Nothing."]
+    others = [network for network in networks if network not in fine]
+    lines += [f"- {n.family}, {n.component}: {n.error or f'{n.sqnr_db:.0f} dB'}" for n in others] or ["Nothing."]
     return "\n".join(lines) + "\n"
 
 

@@ -107,6 +107,15 @@ def test_other_interface_and_damage_are_refused(tmp_path: Path) -> None:
         EXECUTORCH.open(path, spec, 1)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_both_gelus_are_what_was_asked_for(approximate: str, tmp_path: Path) -> None:
+    x = random(1, 64, 32)
+    program = program_of(torch.nn.GELU(approximate), x, origins=["latent"])
+    with EXECUTORCH.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+
+
 class _Unsupported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.lu_factor(x @ x.transpose(-1, -2))[0]

@@ -144,6 +144,17 @@ def test_signature_has_the_manifests_names_and_others_are_refused(tmp_path: Path
         LITERT.open(path, spec, 1)
 
 
+def test_names_need_not_be_pythons(tmp_path: Path) -> None:
+    image = random(1, 4, 8, 8)
+    program = program_of(torch.nn.Conv2d(4, 4, 1), image, origins=["latent"])
+    first, last = replace(program.spec.inputs[0], name="hidden.0"), replace(program.spec.outputs[0], name="lambda")
+    spec = replace(program.spec, inputs=(first,), outputs=(last,), bindings={"hidden.0": "latent"})
+    path = compiled(replace(program, spec=spec), tmp_path)
+    with LITERT.open(path, spec, 1) as session:
+        result = session.run({"hidden.0": image.numpy()})["lambda"]
+    assert sqnr_db(run(program, image).numpy(), result) >= Limits().component_sqnr_db
+
+
 def test_closed_session_and_wide_number_are_refused(tmp_path: Path) -> None:
     session = LITERT.open(compiled(net(), tmp_path), net().spec, 1)
     wide = {"x0": INPUTS[0].numpy(), "x1": np.array([1 << 40])}
@@ -152,6 +163,19 @@ def test_closed_session_and_wide_number_are_refused(tmp_path: Path) -> None:
     session.close()
     with pytest.raises(ContractError, match="closed"):
         session.run(feeds(net(), *INPUTS))
+
+
+class _Square(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (2, 2)).pow(2)
+
+
+def test_squares_of_five_axes_are_lowered(tmp_path: Path) -> None:
+    x = random(1, 4, 8, 8)
+    program = program_of(_Square(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
 
 
 class _Unsupported(torch.nn.Module):
