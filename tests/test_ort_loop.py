@@ -52,6 +52,14 @@ def test_weights_beside_the_components_are_in_the_file(tmp_path: Path, monkeypat
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["x.onnx"]
 
 
+def test_weights_of_a_large_loop_keep_their_place_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.runtimes.ort_loop._ONE_FILE_BYTES", 0)
+    made = stages.loop(plain(), tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.onnx.data"]
+    assert made.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    onnx.checker.check_model(str(tmp_path / "x.onnx"))  # it looks for the weights where the graph says
+
+
 def test_a_file_that_draws_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other_noise(*arguments: Any) -> dict[str, Any]:
         return {name: -array if name == "noise_0" else array for name, array in loop_feeds(*arguments).items()}
