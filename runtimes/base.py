@@ -76,6 +76,8 @@ class Runtime:
     """The same for one of several graphs on one file of weights, which are to be in memory once."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
+    image_outputs: bool = False
+    """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
 
 
 @dataclass(frozen=True)
