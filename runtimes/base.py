@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep.contract import ComponentSpec
-from fewstep.errors import ContractError
+from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.progress import Progress
@@ -74,10 +74,28 @@ class Runtime:
     """The same with fp32 arithmetic, for a runtime whose own arithmetic is narrower."""
     open_mapped: Callable[[Path, ComponentSpec, int | None], CheckedSession] | None = None
     """The same for one of several graphs on one file of weights, which are to be in memory once."""
+    at_function: Callable[[str], Runtime] | None = None
+    """(function) -> the runtime whose artifacts are that function of theirs, where a file can have several."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
     image_outputs: bool = False
     """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
+
+    def of(self, artifact: Artifact) -> Runtime:
+        """Returns the runtime for an artifact: as it is, or at the function of a file with several.
+
+        Raises:
+            RuntimeMissingError: the artifact is a function, which this runtime cannot open.
+        """
+        if not artifact.function:
+            return self
+        if self.at_function is None:
+            raise RuntimeMissingError(
+                f"runtime {self.name} opens no single function of a file, and {artifact.component} is "
+                f"{artifact.function!r} of {artifact.path}",
+                hint="build the bundle in the table form, with one shape and no batch",
+            )
+        return self.at_function(artifact.function)
 
 
 @dataclass(frozen=True)

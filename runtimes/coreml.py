@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -52,51 +54,62 @@ def executor() -> str:
     return "MIL evaluator, fp16 results rounded (Core ML itself runs on macOS only)"
 
 
-def open_session(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+def open_session(
+    path: Path, spec: ComponentSpec, threads: int | None = None, *, function: str | None = None
+) -> CheckedSession:
     """Returns a session on a package as it ships: Core ML itself on macOS, else the evaluator rounding to fp16.
 
     Args:
         path: the package's ``Manifest.json``.
         spec: what the manifest says of the component.
         threads: refused on macOS, where Core ML chooses; ignored by the evaluator, whose BLAS has been told by now.
+        function: of the package; None takes its default one.
 
     Raises:
         BundleError: the package is damaged or of a newer specification.
-        ContractError: its inputs or outputs are not those of the manifest, or it has an operation that the evaluator
-            does not know.
+        ContractError: its inputs or outputs are not those of the manifest, it has no such function, or an operation
+            that the evaluator does not know.
     """
     if runs_core_ml():
-        return open_core_ml(path, spec)
-    return open_evaluator(path, spec, "fp16")
+        return open_core_ml(path, spec, function=function)
+    return open_evaluator(path, spec, "fp16", function=function)
 
 
-def open_exact(path: Path, spec: ComponentSpec, threads: int | None = None) -> CheckedSession:
+def open_exact(
+    path: Path, spec: ComponentSpec, threads: int | None = None, *, function: str | None = None
+) -> CheckedSession:
     """Returns a session that evaluates a package with fp32 arithmetic: what is left is what conversion changed.
 
     Where the package gives an image, the session gives what it was before it was rounded to levels.
     """
-    return open_evaluator(path, spec, "fp32")
+    return open_evaluator(path, spec, "fp32", function=function)
 
 
-def open_evaluator(path: Path, spec: ComponentSpec, precision: Precision) -> CheckedSession:
+def open_evaluator(
+    path: Path, spec: ComponentSpec, precision: Precision, *, function: str | None = None
+) -> CheckedSession:
     """Returns a session on our evaluator; with fp16 precision, images have the levels that the package gives."""
     package = path.parent
-    program = open_package(package)
+    program = open_package(package, function)
     _check_contract(package, program, spec)
     return CheckedSession(package.stem, spec, _EvaluatorSession(program, precision, spec))
 
 
-def open_core_ml(path: Path, spec: ComponentSpec, compute_units: str = "ALL") -> CheckedSession:
+def open_core_ml(
+    path: Path, spec: ComponentSpec, compute_units: str = "ALL", *, function: str | None = None
+) -> CheckedSession:
     """Returns a session on Core ML itself.
 
     Args:
         path: the package's ``Manifest.json``.
         spec: what the manifest says of the component.
         compute_units: one of `COMPUTE_UNITS`.
+        function: of the package; None takes its default one.
 
     Raises:
         RuntimeMissingError: this is not macOS, or coremltools is not installed.
-        ContractError: unknown compute units, a package that Core ML refuses, or another interface than the manifest's.
+        ContractError: unknown compute units, a package that Core ML refuses, no such function, or another interface
+            than the manifest's.
     """
     if compute_units not in COMPUTE_UNITS:
         raise ContractError(
@@ -110,10 +123,11 @@ def open_core_ml(path: Path, spec: ComponentSpec, compute_units: str = "ALL") ->
     import coremltools
 
     package = path.parent
-    program = open_package(package)
+    program = open_package(package, function)
     _check_contract(package, program, spec)
+    units = coremltools.ComputeUnit[compute_units]
     try:
-        model = coremltools.models.MLModel(str(package), compute_units=coremltools.ComputeUnit[compute_units])
+        model = coremltools.models.MLModel(str(package), compute_units=units, function_name=function)
     except Exception as error:  # Core ML's errors arrive as RuntimeError and as plain Exception
         raise ContractError(f"{package}: Core ML cannot load it: {error}", hint="build the bundle again") from error
     return CheckedSession(package.stem, spec, _CoreMLSession(model, spec, _pictures(program)))
@@ -122,6 +136,12 @@ def open_core_ml(path: Path, spec: ComponentSpec, compute_units: str = "ALL") ->
 def interface_name(name: str) -> str:
     """Returns what a package calls an input or output: Core ML's names have letters, digits and underscores."""
     return re.sub(r"\W", "_", name, flags=re.ASCII)
+
+
+def function_name(variant: str) -> str:
+    """Returns what a package calls the function of a component's variant: ``row_1``, ``main_512x768``."""
+    name = interface_name(variant)
+    return name if name and name[0].isalpha() else f"main_{name}".removesuffix("_")
 
 
 def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -211,7 +231,8 @@ def _check_tensor(package: Path, value: Feature, tensor: TensorSpec) -> None:
         return
     if value.dtype is None:
         raise ContractError(
-            f"{package}: {value.name} is {_said(value)}, expected {tensor.dtype} {list(tensor.shape)}", hint="build it again"
+            f"{package}: {value.name} is {_said(value)}, expected {tensor.dtype} {list(tensor.shape)}",
+            hint="build it again",
         )
     interface = TensorSpec(tensor.name, _INTERFACE.get(tensor.dtype, tensor.dtype), tensor.shape or (1,))
     interface.check(value.shape or interface.shape, value.dtype.numpy.name, str(package))
@@ -227,10 +248,27 @@ def _compile(program: Program, folder: Path, weights: str) -> Artifact:
     return coreml_lower.lower(program, folder, weights)
 
 
-def _compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
-    from fewstep.runtimes import coreml_points  # needs torch, which running a bundle does not
+def _compile_variants(programs: Iterable[Program], folder: Path, weights: str) -> list[Artifact]:
+    from fewstep.runtimes import coreml_functions  # as above
 
-    return coreml_points.compare_integers(program, path, feeds)
+    return coreml_functions.lower_variants(programs, folder, weights)
+
+
+def _compare_integers(
+    program: Program, path: Path, feeds: Mapping[str, Array], function: str | None = None
+) -> list[PointResult]:
+    from fewstep.runtimes import coreml_points  # as above
+
+    return coreml_points.compare_integers(program, path, feeds, function)
+
+
+def _at_function(function: str) -> Runtime:
+    return replace(
+        RUNTIME,
+        open=functools.partial(open_session, function=function),
+        open_exact=functools.partial(open_exact, function=function),
+        compare_integers=functools.partial(_compare_integers, function=function),
+    )
 
 
 RUNTIME = Runtime(
@@ -239,7 +277,9 @@ RUNTIME = Runtime(
     _compile,
     open_session,
     _compare_integers,
+    compile_variants=_compile_variants,
     open_exact=open_exact,
+    at_function=_at_function,
     executor=executor,
     image_outputs=True,
 )

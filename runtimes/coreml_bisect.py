@@ -25,7 +25,9 @@ from fewstep.runtimes.departure import Departure, traced_values
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
 
 
-def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float) -> Departure | None:
+def bisect(
+    program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db: float, function: str | None = None
+) -> Departure | None:
     """Returns the first operation, in the order of computation, whose result's SQNR is below the limit.
 
     None if the outputs keep it: a value in between may be a little below it without consequence. An operation that
@@ -36,13 +38,14 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
         path: the package's ``Manifest.json``.
         feeds: one call's inputs.
         limit_db: the component's limit.
+        function: of the package; None takes its default one.
 
     Raises:
         ExportError: no intermediate value could be compared, so nothing can be said.
         BundleError: the package is damaged beyond reading.
     """
     exported = decomposed(program)
-    package = open_package(path.parent)
+    package = open_package(path.parent, function)
     outputs = _outputs(exported, program)
     for image in image_features(package):  # the picture itself is no value of the program
         outputs[image.name + UNROUNDED] = outputs.pop(image.name)

@@ -6,7 +6,6 @@ else that no input decides are there once.
 
 from __future__ import annotations
 
-import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +19,13 @@ from fewstep.bundle import Bundle
 from fewstep.errors import ContractError
 from fewstep.manifest import Manifest
 from fewstep.runtimes.coreml import NAME
-from fewstep.runtimes.coreml_lower import save
+from fewstep.runtimes.coreml_functions import move_weights, read_model
+from fewstep.runtimes.coreml_lower import WEIGHTS, save
+from fewstep.runtimes.mil.blobs import BlobWriter
 from fewstep.runtimes.unroll import Unrolled, check_unrolls, input_name
 from fewstep.schedule import Schedule
 
 OUTPUT = "picture"
-_MODEL, _WEIGHTS = Path("Data/com.apple.CoreML/model.mlmodel"), Path("Data/com.apple.CoreML/weights/weight.bin")
-# A weight file is a header and blobs, each at a multiple of 64 bytes: see `fewstep.runtimes.mil.blobs`.
-_ALIGNED, _VERSION, _SENTINEL = 64, 2, 0xDEADBEEF
-_START, _SIZE = 16, 8  # where a blob's metadata says where its data lies, and how long it is
 _FLOAT, _INT = (MIL_pb2.FLOAT32, "floats"), (MIL_pb2.INT32, "ints")
 
 
@@ -54,11 +51,13 @@ def write_loop(bundle: Bundle, path: Path, *, steps: int | None = None) -> Path:
             hint="build without image_output for a loop",
         )
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
-    packages = {name: bundle.file(manifest.artifact(NAME, name).path).parent for name in manifest.components}
+    artifacts = {name: manifest.artifact(NAME, name) for name in manifest.components}
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / _WEIGHTS.name
-        shifts = _merge_weights({name: package / _WEIGHTS for name, package in packages.items()}, weights)
-        parts = {name: _Part.read(name, package / _MODEL, shifts.get(name, 0)) for name, package in packages.items()}
+        with BlobWriter(Path(folder) / WEIGHTS.name) as weights:
+            parts = {
+                name: _Part.read(name, bundle.file(artifact.path).parent, artifact.function, weights)
+                for name, artifact in artifacts.items()
+            }
         model = _Loop(manifest, schedule, parts).model()
         save(MLModel(model, weights_dir=folder, skip_model_load=True), path)
     return path
@@ -73,20 +72,20 @@ class _Part:
     opset: str
     inputs: tuple[str, ...]
     block: Any
-    shift: int
     constants: dict[str, str]
     calls: int = 0
 
     @classmethod
-    def read(cls, component: str, path: Path, shift: int) -> _Part:
-        """Returns the component of a saved model."""
-        model = Model_pb2.Model.FromString(path.read_bytes())
-        function = model.mlProgram.functions["main"]
+    def read(cls, component: str, package: Path, name: str, weights: BlobWriter) -> _Part:
+        """Returns a component's function of a package, whose weights are written into another file."""
+        model = read_model(package)
+        function = model.mlProgram.functions[name or "main"]
+        move_weights(function, package, weights)
         block = function.block_specializations[function.opset]
         if any(operation.blocks for operation in block.operations):
             raise ContractError(f"{component} has control flow, expected operations that can be written in a row")
         inputs = tuple(value.name for value in function.inputs)
-        return cls(component, model.specificationVersion, function.opset, inputs, block, shift, {})
+        return cls(component, model.specificationVersion, function.opset, inputs, block, {})
 
     def call(self, inputs: Sequence[str]) -> tuple[list[Any], list[str]]:
         """Returns the operations of one more call, and the names of its outputs."""
@@ -107,16 +106,10 @@ class _Part:
         """Returns an operation under other names, and enters those of its outputs."""
         copy = MIL_pb2.Operation()
         copy.CopyFrom(operation)
-        values = list(copy.attributes.values())
         for argument in copy.inputs.values():
             for binding in argument.arguments:
                 if binding.HasField("name"):
                     binding.name = names[binding.name]
-                else:
-                    values.append(binding.value)
-        for value in values:
-            if value.HasField("blobFileValue"):
-                value.blobFileValue.offset += self.shift
         for output in copy.outputs:
             names[output.name] = output.name = prefix + output.name
         if "name" in copy.attributes:
@@ -263,30 +256,3 @@ def _describe(feature: Any, value: _Value, dtype: str) -> None:
     array = feature.type.multiArrayType
     array.shape.extend(value.shape)
     array.dataType = array.FLOAT32 if dtype.startswith("float") else array.INT32
-
-
-def _merge_weights(files: Mapping[str, Path], target: Path) -> dict[str, int]:
-    """Writes one weight file of several, and returns by how much the places of each one's blobs have moved."""
-    body, count, shifts = bytearray(struct.pack("<II56x", 0, _VERSION)), 0, {}
-    for name, path in files.items():
-        if not path.is_file():
-            continue  # a component without a large constant
-        data = bytearray(path.read_bytes())
-        shifts[name] = len(body) - _ALIGNED
-        place = _ALIGNED
-        blobs = struct.unpack_from("<I", data)[0]
-        for _ in range(blobs):
-            if struct.unpack_from("<I", data, place)[0] != _SENTINEL:
-                raise ContractError(f"{path}: there is no blob at {place}", hint="build the bundle again")
-            size, start = struct.unpack_from("<QQ", data, place + _SIZE)
-            struct.pack_into("<Q", data, place + _START, start + shifts[name])
-            place = _aligned(start + size)
-        body += data[_ALIGNED:] + bytes(_aligned(len(data)) - len(data))
-        count += blobs
-    struct.pack_into("<I", body, 0, count)
-    target.write_bytes(body)
-    return shifts
-
-
-def _aligned(place: int) -> int:
-    return -(-place // _ALIGNED) * _ALIGNED

@@ -39,13 +39,17 @@ PACKAGE_NAMES = {
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
 }
+# Where a package has its model and its weights.
+MODEL, WEIGHTS = Path("Data/com.apple.CoreML/model.mlmodel"), Path("Data/com.apple.CoreML/weights/weight.bin")
 TARGETS = ("iOS17", "iOS18")
-_DEFAULT_TARGET = "iOS18"
+DEFAULT_TARGET = "iOS18"
+# What coremltools puts beside the model for ExecuTorch's debugger: as large as the graph, and no device reads it.
+_DEBUG_MAPPING = "executorch_debug_handle_mapping.json"
 # By name: torchao registers them, and is not there without quantization.
 _PER_TENSOR = tuple(f"quantized_decomposed.{name}_per_tensor.default" for name in ("quantize", "dequantize"))
 
 
-def lower(program: Program, folder: Path, weights: str, *, target: str = _DEFAULT_TARGET) -> Artifact:
+def lower(program: Program, folder: Path, weights: str, *, target: str = DEFAULT_TARGET) -> Artifact:
     """Returns the artifact of a component, written as ``<folder>/<Name>.mlpackage``.
 
     Args:
@@ -138,7 +142,7 @@ def convert(
     program: Program,
     compute: str,
     *,
-    target: str = _DEFAULT_TARGET,
+    target: str = DEFAULT_TARGET,
     fp32_operations: Collection[str] = (),
     picture: OutputSpec | None = None,
 ) -> MLModel:
@@ -184,11 +188,14 @@ def convert(
 
 
 def save(model: MLModel, path: Path) -> None:
-    """Writes a package, with identifiers that are the same each time that the same model is written."""
+    """Writes a package whose bytes are the same each time that the same model is written."""
     with quiet_coremltools():
         shutil.rmtree(path, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         model.save(str(path))
+    # Entries of protobuf's maps, such as functions and attributes, come in any order otherwise.
+    (path / MODEL).write_bytes(model.get_spec().SerializeToString(deterministic=True))
+    (path / _DEBUG_MAPPING).unlink(missing_ok=True)
     manifest_path = path / ENTRY
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     entries = manifest["itemInfoEntries"]
@@ -232,9 +239,7 @@ def _pipeline(ct: Any, target: str, picture: OutputSpec | None) -> Any:
     pipeline.append_pass(coreml_norms.PASS)
     if picture is not None:
         pipeline.append_pass(coreml_picture_pass.PASS)
-        pipeline.set_options(
-            coreml_picture_pass.PASS, {"scale": repr(picture.scale), "shift": repr(picture.shift)}
-        )
+        pipeline.set_options(coreml_picture_pass.PASS, {"scale": repr(picture.scale), "shift": repr(picture.shift)})
     if target != "iOS17":
         pipeline.append_pass(coreml_pack_integers.PASS)
         pipeline.append_pass(coreml_pack.PASS)

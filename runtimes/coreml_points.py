@@ -24,15 +24,20 @@ from fewstep.runtimes.mil import Evaluator, Operation, open_package
 _NUMBERED = re.compile(r"quantize_(\d+)(_cast_fp16)?")
 
 
-def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
+def compare_integers(
+    program: Program, path: Path, feeds: Mapping[str, Array], function: str | None = None
+) -> list[PointResult]:
     """Returns the comparison of every quantized tensor of a component in the order of computation, then of its outputs.
 
+    ``function`` is the package's, its default one if None.
+
     Raises:
+        ContractError: the package has no such function.
         ExportError: the package has a quantized tensor that the program has not, or none at all.
     """
     reference = integer_reference(program, feeds)
     order = list(reference.values)
-    package = open_package(path.parent)
+    package = open_package(path.parent, function)
     given: dict[str, str] = {}
     for operation in package.functions[package.default].block.operations:
         if operation.type == "quantize":

@@ -181,7 +181,15 @@ def remote_runtime(runtime: Runtime, guest: Guest) -> Runtime:
         def compare(program: Program, path: Path, feeds: Mapping[str, Array]) -> list[PointResult]:
             return compare_at(program, path, feeds, run)
 
-    return replace(runtime, open=opened, open_exact=None, compare_integers=compare, executor=lambda: guest.where)
+    return replace(
+        runtime,
+        open=opened,
+        open_exact=None,
+        open_mapped=None,  # the other process opens files as it does
+        at_function=None,
+        compare_integers=compare,
+        executor=lambda: guest.where,
+    )
 
 
 class _RemoteSession:

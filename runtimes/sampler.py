@@ -285,22 +285,24 @@ def open_sampler(
     manifest = bundle.manifest
     backend = runtime if isinstance(runtime, Runtime) else get_runtime(runtime or manifest.runtimes[0])
     name = backend.name
-    opened = backend.open_exact if exact and backend.open_exact is not None else backend.open
     held = rows or manifest.recipe.get("row_graphs", ROW_GRAPHS[0])
     if held not in ROW_GRAPHS:
         raise ContractError(f"rows is {held!r}, expected one of {', '.join(ROW_GRAPHS)}")
-    open_of_several = backend.open_mapped if held == "mapped" and backend.open_mapped is not None else opened
 
-    def open_graph(component: str, variant: str | None, spec: ComponentSpec) -> CheckedSession:
-        return opened(bundle.file(manifest.artifact(name, component, variant).path), spec, threads)
+    def open_graph(component: str, variant: str | None, spec: ComponentSpec, *, mapped: bool = False) -> CheckedSession:
+        artifact = manifest.artifact(name, component, variant)
+        there = backend.of(artifact)
+        opened = there.open_exact if exact and there.open_exact is not None else there.open
+        if mapped and there.open_mapped is not None:
+            opened = there.open_mapped
+        return opened(bundle.file(artifact.path), spec, threads)
 
     def open_session(component: str) -> CheckedSession:
         spec = manifest.components[component]
         if has_rows(manifest.contract, spec):
 
             def open_row(row: int) -> CheckedSession:
-                path = bundle.file(manifest.artifact(name, component, row_variant(row)).path)
-                return open_of_several(path, row_spec(spec), threads)
+                return open_graph(component, row_variant(row), row_spec(spec), mapped=held == "mapped")
 
             return CheckedSession(component, spec, RowSession(spec, open_row, keep_open=held != "one"))
         if spec.tiles is None:

@@ -192,8 +192,8 @@ def test_the_branch_of_macos(package: Path, program: Program, monkeypatch: pytes
     """Core ML's place is taken by the evaluator: the same session class, the same types at the interface."""
 
     class Model:
-        def __init__(self, path: str, compute_units: Any) -> None:
-            assert compute_units == ct.ComputeUnit.ALL
+        def __init__(self, path: str, compute_units: Any, function_name: str | None) -> None:
+            assert (compute_units, function_name) == (ct.ComputeUnit.ALL, None)
             self.session = coreml.open_evaluator(Path(path) / coreml.ENTRY, SPEC, "fp16")._session
 
         def predict(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -497,8 +497,13 @@ def test_a_bundle_in_table_form_decodes_in_tiles_and_is_verified(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_several_graphs_of_a_component_are_refused(tmp_path: Path) -> None:
+def test_shapes_are_functions_of_one_package(tmp_path: Path) -> None:
     options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
     source = str(tiny.turbo_folder(tmp_path / "source"))
-    with pytest.raises(RuntimeMissingError, match="coreml cannot compile several graphs of one component"):
-        fewstep.build(source, "fp32", ("coreml",), tmp_path / "bundle", steps=[1], shape="16x24,16x16", options=options)
+    bundle = fewstep.build(
+        source, "fp32", ("coreml",), tmp_path / "bundle", steps=[1], shape="16x24,16x16", options=options
+    )
+    graphs = [a for a in bundle.manifest.artifacts if a.component == "decoder"]
+    assert [(a.variant, a.function) for a in graphs] == [("", "main"), ("16x16", "main_16x16")]
+    assert bundle.generate("cat", seed=1).output.shape == (16, 24, 3)
+    assert bundle.shaped("16x16").generate("cat", seed=1).output.shape == (16, 16, 3)

@@ -70,7 +70,7 @@ def latent_of(seed: int, batch: int = 1) -> Any:
 
 def reference(program: Program, latent: Any) -> Any:
     with torch.no_grad():
-        (result,) = program.exported.module()(torch.from_numpy(latent)),
+        (result,) = (program.exported.module()(torch.from_numpy(latent)),)
     return result.numpy()
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep
-from fewstep.errors import ExportError, RecipeError, RuntimeMissingError
+from fewstep.errors import ExportError, RecipeError
 from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS
 from fewstep.metrics import sqnr_db
@@ -146,12 +146,6 @@ def test_one_plan_cannot_serve_two_kinds_of_targets() -> None:
         for_targets(W8A8, ["coreml", "onnxruntime"])
     with pytest.raises(RecipeError, match="profile is 'arm', and coreml runs graphs of 'ane' only"):
         for_targets(Quantization(profile="arm"), ["coreml"])
-
-
-def test_several_shapes_are_refused_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeMissingError, match="runtime coreml takes one shape, and the recipe has 2"):
-        fewstep.build(painter(), "fp16", ["coreml"], tmp_path / "bundle", shape="64x64,64x96")
-    assert not [*tmp_path.iterdir()]
 
 
 def test_another_profiles_graph_is_refused(tmp_path: Path) -> None:

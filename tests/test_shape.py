@@ -13,7 +13,8 @@ from PIL import Image
 
 import fewstep
 from fewstep.cli import cli
-from fewstep.errors import ContractError, RecipeError
+from fewstep.compiling import check_shapes
+from fewstep.errors import ContractError, RecipeError, RuntimeMissingError
 from fewstep.recipe import parse_recipe
 from tests.bundles import built
 
@@ -33,6 +34,12 @@ def test_recipes_name_a_shape() -> None:
     assert parse_recipe({"shape": "16x24, 24x16,16x24"}, where="r.toml", name="r").shape == ((16, 24), (24, 16))
     with pytest.raises(RecipeError, match=r"r.toml: shape is '16', expected HEIGHTxWIDTH"):
         parse_recipe({"shape": "16"}, where="r.toml", name="r")
+
+
+def test_runtimes_without_shared_weights_take_one_shape() -> None:
+    check_shapes(("onnxruntime", "coreml"), ((16, 16), (16, 24)))
+    with pytest.raises(RuntimeMissingError, match="runtime litert takes one shape, and the recipe has 2"):
+        check_shapes(("coreml", "litert"), ((16, 16), (16, 24)))
 
 
 SHAPES = ("16x16", "16x24")

@@ -332,7 +332,9 @@ def _in_kind_of_result(operation: Operation, arguments: dict[str, Any]) -> dict[
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
             found[name] = value.astype(type_.dtype.numpy)
             if not np.array_equal(found[name], value):
-                raise ContractError(f"{operation.where}: {name!r} has fractions, and the result is {type_}", hint="convert it again")
+                raise ContractError(
+                    f"{operation.where}: {name!r} has fractions, and the result is {type_}", hint="convert it again"
+                )
     return found
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from fewstep.bundle import resolve_inside
-from fewstep.errors import BundleError
+from fewstep.errors import BundleError, ContractError
 from fewstep.runtimes.mil.blobs import BlobFile
 from fewstep.runtimes.mil.dtypes import Array, DType
 from fewstep.runtimes.mil.program import MilProgram
@@ -18,12 +19,16 @@ _DATA = "Data"
 _MODEL_PATH = "@model_path"
 
 
-def open_package(path: Path) -> MilProgram:
+def open_package(path: Path, function: str | None = None) -> MilProgram:
     """Returns the program of a package; weights are read when they are wanted.
+
+    Args:
+        path: of the package.
+        function: which is to be the program's default; None leaves the package's own.
 
     Raises:
         BundleError: a file is missing, cut off or damaged, or of a newer specification.
-        ContractError: the model is no ML program, or has a type that the evaluator does not know.
+        ContractError: the model is no ML program, has no such function, or a type that the evaluator does not know.
     """
     manifest_path = path / MANIFEST
     try:
@@ -48,7 +53,14 @@ def open_package(path: Path) -> MilProgram:
             blobs[file] = BlobFile(resolve_inside(specification.parent, "/".join(parts[1:])))
         return blobs[file].read(offset, dtype, count)
 
-    return parse_model(data, str(path), read_blob)
+    program = parse_model(data, str(path), read_blob)
+    if function is None:
+        return program
+    if function not in program.functions:
+        raise ContractError(
+            f"{path} has no function {function!r}, it has {', '.join(program.functions)}", hint="build the bundle again"
+        )
+    return replace(program, default=function)
 
 
 _HINT = "copy the whole package again or build the bundle again"

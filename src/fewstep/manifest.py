@@ -58,6 +58,8 @@ class Artifact:
     compute: str
     bytes: int
     variant: str = ""
+    function: str = ""
+    """Which function of the file it is, where graphs share one (Core ML, iOS 18)."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fewstep.bisecting import answering
 from fewstep.bundle import Bundle
 from fewstep.errors import ContractError
 from fewstep.executed import executor_text
@@ -29,7 +30,7 @@ from fewstep.runtimes.parity import Check, ParityReport, agreement_db, compare_c
 from fewstep.runtimes.quantized_parity import floor_checks, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.source import SourceSpec
-from fewstep.verify import GOLDEN, Verification, answering
+from fewstep.verify import GOLDEN, Verification
 
 MINUTES = 8.0
 # What checks between two executors are called: neither is the reference of the other.
@@ -194,8 +195,7 @@ class _Replay:
     def _operations(self, sample: Sample, against: str | SourceSpec | None) -> None:
         """Compares the operations of a sample's calls one by one, where the source is at hand."""
         source, reason = usable_source(self._bundle, against)
-        compare = self._there.compare_integers
-        if source is None or compare is None:
+        if source is None or self._there.compare_integers is None:
             self.notes.append(f"quantized operations were not compared one by one: {reason or 'nothing compares them'}")
             return
         original = as_built(load_original(self._bundle, source, self._progress), self._manifest)
@@ -211,7 +211,9 @@ class _Replay:
                     continue
                 started = time.monotonic()
                 program, inputs, variant = answering(self._manifest, made, feed.inputs)
-                path = self._bundle.file(self._manifest.artifact(self._there.name, component, variant).path)
+                artifact = self._manifest.artifact(self._there.name, component, variant)
+                path, compare = self._bundle.file(artifact.path), self._there.of(artifact).compare_integers
+                assert compare is not None, "of one graph as of another"
                 self.checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
                 self._budget.took(started)
             advance()

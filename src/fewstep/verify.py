@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from fewstep.bisecting import BISECTED, answering, bisect_failures
 from fewstep.bundle import Bundle
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.executed import compute_notes, executor_text, stand_in_notes
 from fewstep.feeds import Sample
 from fewstep.further import batches
 from fewstep.manifest import INTEGERS, Manifest
-from fewstep.program import Program
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import (
-    as_built,
     golden_samples,
     known_floor,
     live_references,
     load_original,
-    prepare,
     usable_source,
 )
-from fewstep.runtimes import coreml, get_runtime, ort
-from fewstep.runtimes.base import Array
+from fewstep.runtimes import get_runtime
 from fewstep.runtimes.levels import compare_levels
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -41,9 +38,7 @@ from fewstep.runtimes.parity import (
     label,
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
-from fewstep.runtimes.rows import has_rows, row_call, row_variant
 from fewstep.runtimes.sampler import Sampler, open_sampler
-from fewstep.runtimes.tiled import first_tile
 from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
@@ -53,8 +48,6 @@ if TYPE_CHECKING:
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
 # How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
 FLOOR_SAMPLES = 8
-# Runtimes whose artifacts have a value for every value of the traced program.
-BISECTED = (ort.NAME, coreml.NAME)
 GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
 
 
@@ -141,7 +134,7 @@ def verify(
                 note = f"{name} was not bisected: it hides the values in between; bisect a bundle for onnxruntime"
                 verified = replace(verified, caveats=(*verified.caveats, note))
                 continue
-            departed = _bisect(bundle, source, of_one, name, limits)
+            departed = bisect_failures(bundle, source, name, of_one.report.failures, of_one.references, limits)
             verified.departures.update(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
             )
@@ -317,30 +310,19 @@ def _compare_operations(
     sample: Sample,
     progress: Progress,
 ) -> list[Check]:
-    compare = get_runtime(runtime).compare_integers
-    if compare is None:
-        raise ContractError(f"{runtime} computes with whole numbers and has nothing to compare them with")
     checks = []
     with stage(progress, "compare operations"):
         for component in components:
             made = quantized.make(component)
             for feed in (f for f in sample.feeds if f.component == component):
                 program, inputs, variant = answering(bundle.manifest, made, feed.inputs)
-                path = bundle.file(bundle.manifest.artifact(runtime, component, variant).path)
+                artifact = bundle.manifest.artifact(runtime, component, variant)
+                compare = get_runtime(runtime).of(artifact).compare_integers
+                if compare is None:
+                    raise ContractError(f"{runtime} computes with whole numbers and has nothing to compare them with")
+                path = bundle.file(artifact.path)
                 checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
     return checks
-
-
-def answering(
-    manifest: Manifest, program: Program, inputs: Mapping[str, Array]
-) -> tuple[Program, Mapping[str, Array], str | None]:
-    """Returns the program of the graph that answers a call of a component, what it takes, and its name."""
-    if not has_rows(manifest.contract, program.spec):
-        return program, inputs, None
-    from fewstep.export.row import at_row
-
-    row, left = row_call(program.spec, inputs)
-    return at_row(program, row), left, row_variant(row)
 
 
 def _compare_shipped(
@@ -374,31 +356,3 @@ def _compare_shipped(
     limit = None if integers else FP16_LIMITS.picture_psnr_db
     checks += compare_samples(references, results, limit, error=LOWERING_FP16)
     return checks, results
-
-
-def _bisect(
-    bundle: Bundle, source: SourceSpec, verified: Verification, runtime: str, limits: Limits
-) -> dict[str, Departure | None]:
-    from fewstep.export import load
-
-    if runtime == coreml.NAME:
-        from fewstep.runtimes.coreml_bisect import bisect
-    else:
-        from fewstep.runtimes.ort_bisect import bisect
-
-    manifest = bundle.manifest
-    original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
-    _, programs, quantized, _ = prepare(bundle, as_built(original, manifest))
-    failing = {check.component for check in verified.report.failures if check.level in ("component", "operation")}
-    found: dict[str, Departure | None] = {}
-    for component in sorted(failing):
-        feed = next(f for sample in verified.references for f in sample.feeds if f.component == component)
-        spec, inputs, variant = manifest.components[component], feed.inputs, None
-        if spec.tiles is not None:
-            spec, inputs, variant = first_tile(spec, inputs)
-        program = (quantized or programs).make(component, spec)
-        if variant is None:
-            program, inputs, variant = answering(manifest, program, inputs)
-        path = bundle.file(manifest.artifact(runtime, component, variant).path)
-        found[component] = bisect(program, path, inputs, limit_db=limits.component_sqnr_db)
-    return found

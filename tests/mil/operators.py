@@ -43,7 +43,9 @@ def main() -> None:
     """Runs what has not been run and prints the page."""
     parser = argparse.ArgumentParser(prog="python -m tests.mil.operators")
     parser.add_argument("--page", action="store_true", help="print the page of the records that there are")
-    parser.add_argument("--records", type=Path, default=RESULTS, help="the folder of the records (default: %(default)s)")
+    parser.add_argument(
+        "--records", type=Path, default=RESULTS, help="the folder of the records (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.records
     if not arguments.page:
