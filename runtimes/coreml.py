@@ -158,7 +158,7 @@ def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _pictures(program: MilProgram) -> dict[str, OutputSpec]:
-    """Returns how the images that a package gives belong to its component's outputs, by their names at the interface."""
+    """Returns how the levels of a package's images and its component's outputs belong together, by their names."""
     return {feature.name: from_metadata(program, feature.name) for feature in image_features(program)}
 
 

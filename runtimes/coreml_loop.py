@@ -41,7 +41,8 @@ def write_loop(bundle: Bundle, path: Path, *, steps: int | None = None) -> Path:
         steps: the schedule; None takes the bundle's default.
 
     Raises:
-        ContractError: see `check_unrolls`; or the last component gives an image; or a component has control flow, or another operation set than the others.
+        ContractError: see `check_unrolls`; or the last component gives an image; or a component has control flow, or
+            another operation set than the others.
     """
     manifest = bundle.manifest
     check_unrolls(manifest)

@@ -297,5 +297,26 @@ def decomposed(program: Program) -> torch.export.ExportedProgram:
         if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
             node.replace_all_uses_with(node.args[0])
             result.graph.erase_node(node)
+    _write_out_ranks(result.graph)
     result.graph_module.recompile()
     return result
+
+
+def _write_out_ranks(graph: torch.fx.Graph) -> None:
+    """Gives the terms of sums and differences that broadcast to a higher rank this rank, in place.
+
+    coremltools puts a constant that is added to a linear layer into its bias, and loses the axes that only the constant
+    has: a table of one step's rows, [1, 1, C], added to [1, C].
+    """
+    for node in graph.nodes:
+        if node.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor):
+            continue
+        rank = node.meta["val"].ndim
+        for term in [arg for arg in node.args if isinstance(arg, torch.fx.Node) and arg.op == "call_function"]:
+            value = term.meta["val"]
+            if 0 < value.ndim < rank:
+                shape = [1] * (rank - value.ndim) + list(value.shape)
+                with graph.inserting_before(node):
+                    wide = graph.call_function(torch.ops.aten.view.default, (term, shape))
+                wide.meta = {**term.meta, "val": value.reshape(shape)}
+                node.replace_input_with(term, wide)

@@ -20,6 +20,7 @@ from fewstep.runtimes.coreml_lower import lower
 from fewstep.runtimes.mil import open_package
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+WEIGHT, BIAS, ROW = torch.linspace(-1, 1, 64).reshape(8, 8), torch.ones(8), torch.linspace(0, 1, 8).reshape(1, 1, 8)
 SCALE, SHIFT = (torch.linspace(low, 2, 3).reshape(1, 3, 1, 1) for low in (0.5, -1))
 
 
@@ -67,6 +68,7 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
         pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
         pytest.param(lambda a, b: torch.where((a > b) & a.new_ones((), dtype=torch.bool), a, b), id="a single one"),
+        pytest.param(lambda a, b: functional.linear(a[0], WEIGHT, BIAS) + ROW + b[:1], id="a table of one row"),
     ],
 )
 def test_operation(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tmp_path: Path) -> None:

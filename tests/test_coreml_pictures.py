@@ -30,6 +30,7 @@ from tests import tiny
 
 with quiet_coremltools() as ct:
     from fewstep.runtimes.coreml_bisect import bisect
+    from fewstep.runtimes.coreml_loop import write_loop
 
 PICTURE = OutputSpec()
 WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
@@ -203,11 +204,22 @@ def test_a_bundle_with_pictures_is_verified_by_levels(tmp_path: Path) -> None:
     source = str(tiny.lcm_folder(tmp_path / "source"))
     options = fewstep.Options(prompts=1, seeds=1, profile=False, cache_root=tmp_path / "cache")
     bundle = fewstep.build(
-        source, "fp16", ("coreml",), tmp_path / "bundle", steps=[1], image_output=True, options=options
+        source,
+        "fp16",
+        ("coreml",),
+        tmp_path / "bundle",
+        steps=[1],
+        shape="16x24,16x16",
+        image_output=True,
+        options=options,
     )
     verified = fewstep.verify(bundle, prompts=1, seeds=1)
     assert verified.report
     levels = [c for c in verified.report.checks if "levels" in c.metric]
     assert {(c.error, c.component) for c in levels} == {(LOWERING_FP16, "decoder")}
-    picture = bundle.generate("a red apple", seed=1).output
-    assert np.allclose(picture * LEVELS, np.rint(picture * LEVELS), atol=1e-3)
+    for at, shape in ((bundle, (16, 24, 3)), (bundle.shaped("16x16"), (16, 16, 3))):
+        picture = at.generate("a red apple", seed=1).output
+        assert picture.shape == shape
+        assert np.allclose(picture * LEVELS, np.rint(picture * LEVELS), atol=1e-3)
+    with pytest.raises(ContractError, match="the last component gives an image"):
+        write_loop(bundle, tmp_path / "loop.mlpackage")

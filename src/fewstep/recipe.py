@@ -130,7 +130,7 @@ class Recipe:
                 )
         if self.image_output and self.weights == "fp32":
             raise RecipeError(
-                f"{self.name}: image_output with fp32 weights, whose pictures are compared more closely than 8 bits allow",
+                f"{self.name}: image_output with fp32 weights, whose pictures must agree closer than 8 bits can",
                 hint="take a recipe that computes in fp16, such as fp16 or palette6",
             )
         if self.palette_mean_bits is not None and self.sparsity is not None:
