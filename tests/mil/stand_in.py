@@ -8,6 +8,7 @@ where it was interrupted, and a test that brought the process down is known.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ from coremltools.converters import _converters_entry
 from coremltools.converters.mil import testing_utils
 from coremltools.converters.mil.mil import Program
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+from coremltools.converters.mil.mil.passes.defs import optimize_activation
 from coremltools.models import MLModel
 from PIL import Image
 
@@ -166,6 +168,14 @@ def pytest_configure(config: pytest.Config) -> None:
     _converters_entry.gc = SimpleNamespace(collect=lambda: 0)
     # coremltools examines the program after each of its 80 passes, a quarter of the rest. Here values are examined.
     Program.validate = lambda self, check_essential_scope=False: None
+    # Patterns to look for, which are built anew in each conversion: a third of what is left.
+    for owner, name in (
+        (optimize_activation.fuse_gelu_tanh_approximation, "get_gelu_pattern1"),
+        (optimize_activation.fuse_gelu_tanh_approximation, "get_gelu_pattern2"),
+        (optimize_activation.FusePreluPattern1, "get_prelu_pattern"),
+        (optimize_activation.FusePreluPattern2, "get_prelu_pattern"),
+    ):
+        setattr(owner, name, staticmethod(functools.cache(getattr(owner, name))))
     ct.models.utils._macos_version = lambda: (15, 2)
     MLModel.predict = _predict
     MLModel.make_state = _make_state
