@@ -35,10 +35,12 @@ from coremltools.models import MLModel
 from PIL import Image
 
 from fewstep.errors import ContractError
-from fewstep.runtimes.mil import Evaluator, Precision, known_operations, open_package
+from fewstep.runtimes.mil import Evaluator, known_operations, open_package
 from fewstep.runtimes.mil.program import Feature, Function, TensorType
 from tests.mil.operators import INTERRUPTED, PLUMBING, RULE, evaluator_sources, evaluator_version
 
+# What rounding to fp16 and a sum in another order can leave of a value.
+_UNIT = 2.0**-10
 # Read with the code that runs: files may change while it does.
 _SOURCES = evaluator_sources()
 
@@ -50,11 +52,14 @@ class _Log:
         self.operations: set[str] = set()
         self.predictions = 0
         self.unknown: str | None = None
-        self.precision: Precision = "fp16"
+        self.halves = False
+        """Whether a program declares a tensor of fp16, or a case's expected values are of it."""
+        self.wide = False
+        """Whether values are compared to fp16's precision."""
 
 
 _LOG = _Log()
-_EMPTY: dict[str, Any] = {"operations": [], "predictions": 0, "unknown": None, "precision": "fp16"}
+_EMPTY: dict[str, Any] = {"operations": [], "predictions": 0, "unknown": None, "wide": False}
 
 
 def _operations(function: Function) -> set[str]:
@@ -67,6 +72,12 @@ def _operations(function: Function) -> set[str]:
     return found
 
 
+def _declares_halves(function: Function) -> bool:
+    declared = [type_ for _, type_ in function.inputs]
+    declared += [type_ for operation in function.block.operations for _, type_ in operation.outputs]
+    return any(isinstance(type_, TensorType) and type_.dtype.name == "fp16" for type_ in declared)
+
+
 def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[str, Any]:
     """Returns what Core ML's ``predict`` would, from the saved package."""
     if model.package_path is None:
@@ -76,8 +87,9 @@ def _predict(model: MLModel, data: dict[str, Any], state: Any = None) -> dict[st
     name = model.function_name or program.default
     function = program.functions[name]
     _LOG.operations |= _operations(function)
+    _LOG.halves |= _declares_halves(function)
     try:
-        evaluator = Evaluator(program, precision=_LOG.precision)
+        evaluator = Evaluator(program, precision="fp16")
     except ContractError as error:
         _LOG.unknown = error.message
         raise
@@ -160,10 +172,25 @@ def _converting(convert: Callable[..., Any]) -> Callable[..., Any]:
     return converted
 
 
+def _comparing(compare: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a comparison that can be made to fp16's precision: one unit in the last place of the largest value."""
+
+    def compared(*, expected_outputs: dict[str, Any] | None = None, **options: Any) -> Any:
+        arrays = [value for value in (expected_outputs or {}).values() if isinstance(value, np.ndarray)]
+        _LOG.halves |= any(array.dtype == np.float16 for array in arrays)
+        if _LOG.wide:
+            largest = max((float(np.abs(a).max(initial=0)) for a in arrays if a.dtype.kind == "f"), default=0.0)
+            options["atol"] = max(options["atol"], _UNIT * largest)
+        return compare(expected_outputs=expected_outputs, **options)
+
+    return compared
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Puts the evaluator in Core ML's place."""
     testing_utils._IS_MACOS = True
     testing_utils.ct_convert = _converting(testing_utils.ct_convert)
+    testing_utils.compare_backend = _comparing(testing_utils.compare_backend)
     # Each conversion ends with a full collection, which costs as much as the conversion. Python collects by itself.
     _converters_entry.gc = SimpleNamespace(collect=lambda: 0)
     # coremltools examines the program after each of its 80 passes, a quarter of the rest. Here values are examined.
@@ -219,8 +246,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Starts a record for the test, whose random inputs follow from its name.
 
-    A test with the tolerance of an fp32 backend that fails is run again in fp32 arithmetic: its program may declare
-    values of fp16, whose rounding alone is more than that.
+    A test with the tolerance of an fp32 backend that fails on values of fp16 is compared again, to fp16's precision.
     """
     global _LOG
     _LOG = _Log()
@@ -230,10 +256,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     except AssertionError:
-        if "precision='fp32'" not in item.nodeid or not _LOG.predictions:
+        if "precision='fp32'" not in item.nodeid or not _LOG.predictions or not _LOG.halves:
             raise
         _LOG = _Log()
-        _LOG.precision = "fp32"
+        _LOG.wide = True
         np.random.seed(seed)
         return item.runtest()
 
@@ -254,7 +280,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
                 "operations": sorted(_LOG.operations - PLUMBING),
                 "predictions": _LOG.predictions if report.when == "call" else 0,
                 "unknown": _LOG.unknown if report.when == "call" else None,
-                "precision": _LOG.precision,
+                "wide": _LOG.wide,
                 "reason": reason or error,
             }
         )
