@@ -205,8 +205,8 @@ bench-quant: $(VENV)/.dev bundle-step ## Compares recipes with other tools' int8
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quant.orderings
 
 .PHONY: bench-backends
-bench-backends: $(VENV)/.dev ## Builds and measures the built-in generator for every runtime, on every executor (goes on where it was interrupted)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.backends
+bench-backends: $(VENV)/.dev .venv-litert/.installed .venv-executorch/.installed ## Builds and measures the built-in generator for every runtime, on every executor (goes on where it was interrupted)
+	for environment in $(VENV) .venv-litert .venv-executorch; do OMP_NUM_THREADS=1 $$environment/bin/python -m benchmarks.backends; done
 
 .PHONY: bench-static
 bench-static: $(VENV)/.dev ## Counts what known steps take out of networks of full size, and times the built-in generator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fewstep.calibration.fp16_range import overflow_caveat
 from fewstep.calibration.ranges import Histogram, Range, StepRanges
 from fewstep.calibration.record import SampleRequest, record_samples
-from fewstep.calibration.sets import CalibrationSet, collect
+from fewstep.calibration.sets import CalibrationSet, collect, trajectory_key
 
 __all__ = [
     "CalibrationSet",
@@ -16,4 +16,5 @@ __all__ = [
     "collect",
     "overflow_caveat",
     "record_samples",
+    "trajectory_key",
 ]

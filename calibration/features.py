@@ -10,7 +10,7 @@ import torch
 
 from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Floats
-from fewstep.contract import DENOISER
+from fewstep.contract import DENOISER, is_denoiser
 from fewstep.export import Description, Generator
 
 _MIDDLES = ("mid_block", "middle_block")
@@ -22,9 +22,10 @@ def step_features(
     """Returns the features of each step, [trajectories, N, F], and where in the denoiser they were taken.
 
     From its middle block, else from the middle one of its longest list of blocks, else (and where its weights are not
-    in memory) from its output.
+    in memory, or steps call different networks) from its output.
     """
-    path = None if generator.stored is not None else middle_of(generator.module(DENOISER))
+    several = sum(map(is_denoiser, generator.parts)) > 1
+    path = None if several or generator.stored is not None else middle_of(generator.module(DENOISER))
     rows = []
     for request in requests:
         found: list[Floats] = []
@@ -38,7 +39,7 @@ def step_features(
             if handle is not None:
                 handle.remove()
         if path is None:
-            feeds = [feed for feed in sample.feeds if feed.component == DENOISER]
+            feeds = [feed for feed in sample.feeds if is_denoiser(feed.component)]
             found = [np.concatenate([a.ravel() for a in f.outputs.values()]).astype(np.float64) for f in feeds]
         # Guidance may call the network several times in a step: their features are side by side.
         rows.append(np.stack(found).reshape(request.steps, -1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ Calls = Callable[[], Iterable[tuple[int, tuple[torch.Tensor, ...]]]]
 
 
 def observe(
-    graph: torch.fx.GraphModule, points: Mapping[str, str], calls: Calls, *, steps: int | None = None
+    graph: torch.fx.GraphModule, points: Mapping[str, str], calls: Calls, *, steps: Sequence[int] | None = None
 ) -> StepRanges:
     """Returns extremes and histograms of every point at every step.
 
@@ -32,7 +32,7 @@ def observe(
         graph: takes the inputs of a call in order.
         points: name of a point -> name of the graph's node whose output is observed, a tensor of floats.
         calls: returns (step, inputs) of every call, the same each time; step 0 for a component that runs once.
-        steps: how many steps there should be; None takes as many as the last step seen says.
+        steps: those that should have calls; None takes all up to the last step seen.
 
     Raises:
         CalibrationError: there are no points or calls, a step has none, a point is no node or no tensor of floats, its
@@ -41,7 +41,7 @@ def observe(
     extremes: dict[tuple[str, int], _Extremes] = {}
     watch(graph, points, calls, lambda point, step, x: _note_extremes(extremes, point, step, x))
     seen = {step for _, step in extremes}
-    expected = tuple(range(max(seen, default=-1) + 1 if steps is None else steps))
+    expected = tuple(range(max(seen, default=-1) + 1) if steps is None else steps)
     if not seen:
         raise CalibrationError(
             "there is no calibration call, expected at least one for each step",

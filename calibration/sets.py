@@ -6,9 +6,11 @@ import hashlib
 import itertools
 import json
 import re
+import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,11 @@ from fewstep.inputs import example_inputs
 from fewstep.progress import Progress, Silent
 
 INDEX = "calibration.json"
-_PARTIAL = f".{INDEX}.partial"
 # Trajectories that tell a sampler which steps are alike.
 _FEATURE_TRAJECTORIES = 4
 _AGAIN = "run `fewstep calibrate` again: it goes on where it was interrupted"
-_SHARD = re.compile(r"\d{5}-[0-9a-f]{16}\.safetensors(\.partial)?")
+_SHARD = re.compile(r"\d{5}-[0-9a-f]{16}\.safetensors")
+_PARTIAL = re.compile(rf"\.({_SHARD.pattern}|{re.escape(INDEX)})\.[0-9a-f]{{32}}\.partial")
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def collect(
 
     Each trajectory is written when it is done, under a name that holds the hash of all that determines it: a second
     call with the same arguments goes on where the first was interrupted, and one with a larger ``size`` adds to it.
-    One trajectory is in memory at a time.
+    One trajectory is in memory at a time. Several processes may make the same set in one folder at once.
 
     Args:
         generator: the reference.
@@ -186,7 +188,7 @@ def collect(
     choice = chosen.choose(Question(size, steps, seed, features))
     order = prompt_order(len(choice.kept), len(prompts), steps, seed=seed, in_order=chosen.in_order)
     names = _latent_names(described)
-    common = {**_identity(generator, described, steps), "sampler": sampler}
+    common = {**trajectory_key(generator, described, steps), "sampler": sampler}
     folder.mkdir(parents=True, exist_ok=True)
     advance = (progress or Silent()).task(f"calibrate ({sampler})", len(choice.kept))
     shards = []
@@ -200,7 +202,8 @@ def collect(
         shards.append(f"{i:05d}-{key[:16]}.safetensors")
         if not _is_whole(folder / shards[-1]):
             sample = _keep(next(record_samples(generator, described, [request])), kept, with_rest)
-            _write(sample if chosen.rewrite is None else chosen.rewrite(sample, names), folder / shards[-1])
+            sample = sample if chosen.rewrite is None else chosen.rewrite(sample, names)
+            _write(folder / shards[-1], partial(save_sample, sample))
         advance()
     _remove_others(folder, shards)
     inputs = {name: tuple(tensor.name for tensor in spec.inputs) for name, spec in described.components.items()}
@@ -241,8 +244,8 @@ def _latent_names(described: Description) -> LatentNames:
     return LatentNames(of_step, final)
 
 
-def _identity(generator: Generator, described: Description, steps: int) -> dict[str, object]:
-    """Returns what determines a trajectory beside its request."""
+def trajectory_key(generator: Generator, described: Description, steps: int) -> dict[str, object]:
+    """Returns what determines a trajectory of N steps beside its request, JSON-ready."""
     return {
         "source": generator.source.sha256,
         "weights": _weights_sha256(generator),
@@ -272,7 +275,12 @@ def is_calibration_folder(folder: Path) -> bool:
     """Returns whether there is nothing in a folder, or nothing but what `collect` writes."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(_SHARD.fullmatch(p.name) or p.name in (INDEX, _PARTIAL) for p in folder.iterdir())
+    return folder.is_dir() and all(p.name == INDEX or _is_shard(p.name) for p in folder.iterdir())
+
+
+def _is_shard(name: str) -> bool:
+    """Returns whether a file is a shard, or what an interruption left of one or of the index."""
+    return bool(_SHARD.fullmatch(name) or _PARTIAL.fullmatch(name))
 
 
 def _is_whole(path: Path) -> bool:
@@ -284,22 +292,30 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _write(sample: Sample, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    save_sample(sample, partial)
-    partial.replace(path)
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file that appears when it is whole.
+
+    Another process that makes the same set may write it at the same time, and removes what it takes for the rest of an
+    interruption once all of its own files are there: ours among them.
+    """
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    write(unfinished)
+    try:
+        unfinished.replace(path)
+    except FileNotFoundError:
+        if not path.is_file():
+            raise
 
 
 def _remove_others(folder: Path, shards: Sequence[str]) -> None:
-    """Removes shards of other sets, and what an interruption left of one."""
+    """Removes shards of other sets, and what interruptions left."""
     for path in folder.iterdir():
-        if _SHARD.fullmatch(path.name) and path.name not in shards:
-            path.unlink()
+        if _is_shard(path.name) and path.name not in shards:
+            path.unlink(missing_ok=True)
 
 
 def _write_index(made: CalibrationSet) -> None:
     values = asdict(made)
     values.pop("folder")
-    partial = made.folder / _PARTIAL
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(made.folder / INDEX)
+    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    _write(made.folder / INDEX, lambda file: file.write_text(text, encoding="utf-8"))

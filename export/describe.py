@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fewstep.contract import DECODER, ComponentSpec, Contract
+from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
 from fewstep.export.embedding import read_guidance
 from fewstep.export.generator import Generator
 from fewstep.export.layout import read_tokenizers
@@ -44,8 +44,9 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     """
     inputs = stacked([example_inputs(generator.inputs, i) for i in range(generator.batch)])
     prompt = example_prompts(generator)
-    # Two steps tell what varies from step to step from what does not.
-    count = generator.default_steps if generator.default_steps in steps else max(steps)
+    # Two steps tell what varies from step to step from what does not; the most call all networks that take turns.
+    several = sum(map(is_denoiser, generator.parts)) > 1
+    count = generator.default_steps if generator.default_steps in steps and not several else max(steps)
     count = count if generator.is_loop else max(2, count)
     stubs = None if generator.stored is None else generator.stored.shapes(generator)
     recorded = run(generator, prompt, 0, steps=count, guidance=generator.guidance, inputs=inputs, stubs=stubs)

@@ -15,7 +15,7 @@ _RTOL, _ATOL = 1e-5, 1e-6
 
 def read_guidance(generator: Generator, recorded: Run) -> Guidance:
     """Returns how the scale reached the network in a recorded run."""
-    call = recorded.of(DENOISER)[0]
+    call = recorded.denoiser_calls[0]
     embedded = embedded_guidance(generator)
     if embedded is not None and any(is_embedding(t, embedded) for t in call.inputs.values()):
         return embedded

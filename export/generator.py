@@ -111,7 +111,7 @@ class Generator:
                 parts[ENCODER] = Part("vae", "encode", "vae_encoder")
                 parts[DECODER] = Part("vae", "decode", "vae_decoder")
             else:
-                parts[DENOISER if attribute == denoiser else attribute] = Part(attribute, "forward", attribute)
+                parts[_component(attribute, denoiser)] = Part(attribute, "forward", attribute)
         embedded = getattr(modules[denoiser].config, "time_cond_proj_dim", None)
         tokenizers = {a: t for a, t in pipeline.components.items() if hasattr(t, "model_max_length")}
         return cls(
@@ -149,7 +149,8 @@ class Generator:
 
         Args:
             name: what to call it.
-            networks: by name; the one of the loop is ``denoiser``.
+            networks: by name; the one of the loop is ``denoiser``. Networks that take its place in some of the steps
+                are ``denoiser_...``.
             sample: the sampling function, see `SampleFunction`.
             inputs: what the user gives; a text input names its tokenizer.
             kind: what comes out: picture or video (in [-1, 1]), audio (in [-1, 1]) or depth (in [0, 1]).
@@ -229,6 +230,11 @@ class Generator:
         if config is not None:
             pipeline._internal_dict = type(config)(pipeline._internal_dict)
         return replace(self, pipeline=pipeline)
+
+
+def _component(attribute: str, denoiser: str) -> str:
+    """Returns what a bundle calls a network of a pipeline; some have a second denoiser, for some of the steps."""
+    return {denoiser: DENOISER, f"{denoiser}_2": f"{DENOISER}_2"}.get(attribute, attribute)
 
 
 def _refuse_incomplete(pipeline: Any, modules: Mapping[str, torch.nn.Module]) -> None:

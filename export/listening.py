@@ -15,7 +15,7 @@ import diffusers.utils.torch_utils
 import torch
 
 from fewstep import noise
-from fewstep.contract import DENOISER, LATENT, MASK, NOISE, TOKENS, draw_offset
+from fewstep.contract import LATENT, MASK, NOISE, TOKENS, draw_offset, is_denoiser
 from fewstep.errors import ExportError
 from fewstep.export.recorded import Call, Run, Text, name_inputs, name_outputs
 
@@ -46,7 +46,7 @@ class Listener:
         # Networks may empty the lists that they are given.
         arguments = _copied_containers(self._bind(args, kwargs))
         tensors = name_inputs(self._folder, arguments)
-        if run.is_loop and self._component == DENOISER:
+        if run.is_loop and is_denoiser(self._component):
             # Schedulers name the latent; in plain PyTorch it is what the network is given first.
             run.note_state(next(iter(tensors.values())))
         with run.tape.paused():
@@ -57,7 +57,7 @@ class Listener:
             instance = self._component if same == 0 else f"{self._component}-{same + 1}"
             result = self._original(*args, **kwargs) if self._stub is None else self._stub(number, arguments)
             outputs = name_outputs(self._folder, result)
-            varies = self._component == DENOISER or any(map(run.tape.varies, tensors.values()))
+            varies = is_denoiser(self._component) or any(map(run.tape.varies, tensors.values()))
             for name, tensor in outputs.items() if varies else ():
                 run.tape.leaf(f"{instance}.{name}", tensor)
             copies = {name: tensor.detach().clone() for name, tensor in outputs.items()}
@@ -65,7 +65,7 @@ class Listener:
         run.every_call.append(call)
         if varies:  # what gives the same in every run is a constant, not a component
             run.calls.append(call)
-        run.steps_done += run.is_loop and self._component == DENOISER
+        run.steps_done += run.is_loop and is_denoiser(self._component)
         return result
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

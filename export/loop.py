@@ -19,7 +19,9 @@ class SampleFunction(Protocol):
 
     ``inputs`` holds what the user gave: token ids int64 [1, L] under a text input's name, a class as int64 [1], a
     picture as float32 [1, C, H, W] in [0, 1]. ``noise(shape)`` is a fresh standard normal at every call: the first one
-    is the initial noise. The network ``denoiser`` is the one of the loop; its first argument is the latent.
+    is the initial noise. The network ``denoiser`` is the one of the loop; its first argument is the latent. In some of
+    the steps, or by the number of steps, another one may take its place, which is called ``denoiser_...`` and takes the
+    latent and its times by the same names.
 
     Compiled for a batch, it is run with one row of inputs and noise for each sample, whatever first dimension it asks
     ``noise`` for.

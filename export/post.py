@@ -47,7 +47,7 @@ class Post:
 
 def read_post(run: Run) -> Post | None:
     """Returns what the loop of a recorded run does to the output in every step, None if the table says all of it."""
-    calls = run.of(DENOISER)
+    calls = run.denoiser_calls
     ends = [*(call.position for call in calls[1:]), run.tape.position]
     outputs = [next(tensor for _, tensor in flatten_tensors(call.result, "")) for call in calls]
     chains = [run.tape.made_of(F, c.position, end) for F, c, end in zip(outputs, calls, ends, strict=True)]

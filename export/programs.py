@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.contract import LOOP, STEP, ComponentSpec, Contract, step_numbers
+from fewstep.contract import LOOP, STEP, ComponentSpec, Contract, called_in_step, step_numbers
 from fewstep.export.counts import Removed, removed
 from fewstep.export.dependence import user_inputs
 from fewstep.export.describe import Description
@@ -69,6 +69,12 @@ class Programs:
         program = found.step if component == network else found.conditions
         assert program is not None
         return program
+
+    def rows(self, component: str) -> list[int]:
+        """Returns the rows of the table of steps that a network of the loop is called with."""
+        network, schedules = self._network(component), self.described.schedules.values()
+        steps = ((schedule, k) for schedule in schedules for k in range(schedule.steps))
+        return sorted({self.contract.row(s, k) for s, k in steps if called_in_step(network, s, k)})
 
     def label(self, artifact: Artifact) -> Artifact:
         """Returns an artifact as its runtime labelled it: the programs are in float."""

@@ -26,12 +26,13 @@ from fewstep.contract import (
     Contract,
     Guidance,
     draw_offset,
+    is_denoiser,
 )
 from fewstep.export.embedding import is_embedding
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.post import read_post
-from fewstep.export.recorded import Run, name_inputs
+from fewstep.export.recorded import Call, Run, name_inputs
 from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
@@ -57,11 +58,12 @@ class Reader:
     ) -> None:
         self._generator, self._run, self._guidance = generator, recorded, guidance
         self._others = others
-        calls = recorded.of(DENOISER)
+        calls = recorded.denoiser_calls
         if len(calls) != len(recorded.states):
             raise refuse(f"the pipeline called the denoiser {len(calls)} times in {len(recorded.states)} steps")
         self._last = len(calls) - 1
         refuse_other_networks(recorded, self._loop_names(), others)
+        self._denoisers = [name for name in self._loop_names() if is_denoiser(name)]
         self._loop_post = read_post(recorded) if generator.is_loop else None
         self._since = next(c.position for c in recorded.calls if c.component in self._loop_names())
         self._initial: tuple[int | None, Any] = (0, None)
@@ -76,6 +78,7 @@ class Reader:
             clips=recorded.clips,
             post_after=None if self._loop_post is None else self._loop_post.after,
         )
+        self._check_alike()
         if generator.is_loop:
             refuse_other_shapes(recorded, self._loop_post)
         refuse_further_noise(recorded, self._loop_names(), self._originals, self.anatomy.latent)
@@ -83,24 +86,45 @@ class Reader:
     # --- the loop
 
     def _loop_names(self) -> list[str]:
-        """Components that are called once in every step, in order."""
+        """Components that are called once in every step, or of which one is, in order."""
         done = list(range(len(self._run.states)))
         names = dict.fromkeys(call.component for call in self._run.calls)
-        inside = [n for n in names if [c.steps_done for c in self._run.of(n)] == done]
-        return [n for n in inside if n == DENOISER or len(done) > 1]
+        inside = [n for n in names if is_denoiser(n) or self._steps(n) == done]
+        return [n for n in inside if is_denoiser(n) or len(done) > 1]
+
+    def _steps(self, component: str) -> list[int]:
+        """The steps that call a component."""
+        return [call.steps_done for call in self._run.of(component)]
+
+    def _at(self, component: str, k: int) -> Call:
+        return next(call for call in self._run.of(component) if call.steps_done == k)
+
+    def _check_alike(self) -> None:
+        """Raises if the networks that take turns are not told of a step by the same arguments."""
+        names = self._denoisers
+        first, *others = [(self._scaled_argument(self._run.of(name)), *self._time_arguments(name)) for name in names]
+        for name, told in zip(names[1:], others, strict=True):
+            if told != first:
+                raise refuse(
+                    f"{name} is told of a step by {_listed(told)}, expected {_listed(first)} as {names[0]} is: "
+                    "networks that take turns name their latent and times alike"
+                )
 
     def _latent_argument(self) -> str | None:
         """The denoiser's argument that is the latent times a number at every step; None if there is none such."""
-        calls, run = self._run.of(DENOISER), self._run
+        return self._scaled_argument(self._run.denoiser_calls)
+
+    def _scaled_argument(self, calls: Sequence[Call]) -> str | None:
+        states = self._run.states
         for name in calls[0].inputs:
-            if all(is_scaled(c.inputs[name], x) for c, x in zip(calls, run.states, strict=True)):
+            if all(name in c.inputs and is_scaled(c.inputs[name], states[c.steps_done]) for c in calls):
                 return name
         return None
 
     def _time_arguments(self, component: str) -> list[str]:
         """Arguments that are one number at each step and depend on nothing that the user gives."""
-        call = self._run.of(component)[self._last]
-        originals = self._originals(component, self._last)
+        last = self._steps(component)[-1]
+        call, originals = self._at(component, last), self._originals(component, last)
         found = []
         for name, tensor in call.inputs.items():
             if self._run.tape.varies(originals[name]) or not self._moves(component, name):
@@ -111,11 +135,13 @@ class Reader:
 
     def _moves(self, component: str, name: str) -> bool:
         """Whether an argument differs from step to step, or from step count to step count."""
-        values = [c.inputs[name] for r in (self._run, *self._others) for c in r.of(component)]
+        runs = (self._run, *self._others)
+        calls = [c for r in runs for c in (r.denoiser_calls if is_denoiser(component) else r.of(component))]
+        values = [c.inputs[name] for c in calls if name in c.inputs]
         return any(not torch.equal(v, values[0]) for v in values[1:])
 
     def _originals(self, component: str, k: int) -> dict[str, torch.Tensor]:
-        call = self._run.of(component)[k]
+        call = self._at(component, k)
         return name_inputs(self._generator.parts[component].folder, call.arguments)
 
     def _post(self) -> Any:
@@ -124,10 +150,10 @@ class Reader:
         if not run.model_outputs:
             return None if self._loop_post is None else self._loop_post.glue
         k = self._last
-        F = next(iter(run.of(DENOISER)[k].outputs.values()))
+        F = next(iter(run.denoiser_calls[k].outputs.values()))
         if F.shape == run.model_outputs[k].shape:
             return None
-        glue = run.tape.cut([run.model_outputs[k]], what="model output", since=run.of(DENOISER)[k].position)
+        glue = run.tape.cut([run.model_outputs[k]], what="model output", since=run.denoiser_calls[k].position)
         if len(glue.leaves) != 1 or not glue.leaves[0].startswith(f"{DENOISER}."):
             raise refuse(f"the model output is made of {', '.join(glue.leaves)}, expected the denoiser's output alone")
         return glue
@@ -179,7 +205,7 @@ class Reader:
         ]
         wanted = {origin for wiring in every for origin in wiring.origins}
         wanted |= {anchor} if anchor else set()
-        wanted |= {f"{DENOISER}.{n}" for n in next(w for w in every if w.component == DENOISER).outputs[:1]}
+        wanted |= {f"{name}.{n}" for name in self._denoisers for n in loop[name].outputs[:1]}
         if ends:
             wanted.add(f"{ends[-1].component}.{ends[-1].outputs[0]}")
         if initial:
@@ -201,8 +227,8 @@ class Reader:
         return wire(self._run.tape, call, folder, phase, direct=direct, since=since)
 
     def _wire_loop(self, component: str) -> Wiring:
-        k = self._last
-        call = self._run.of(component)[k]
+        k = self._steps(component)[-1]
+        call = self._at(component, k)
         times = self._time_arguments(component)
         direct = {name: TIMESTEP if i == 0 else f"{TIME}{name}" for i, name in enumerate(times)}
         for name, tensor in call.inputs.items():
@@ -210,28 +236,30 @@ class Reader:
                 direct[name] = GUIDANCE
             elif name not in times and not self._varies(component, name) and self._moves(component, name):
                 raise refuse(f"{component}: input {name} {list(tensor.shape)} differs from step to step")
-        latent = self.anatomy.latent if component == DENOISER else self._same_as_latent(component)
+        latent = self.anatomy.latent if is_denoiser(component) else self._same_as_latent(component)
         if latent is not None:
             direct[latent] = LATENT
         wiring = self._wire(call, LOOP, direct, self._since)
         draws = {f"{NOISE}{draw_offset(k, int(n.removeprefix(DRAW)))}": n for n in self._run.step_draws()} if k else {}
         wiring = renamed(wiring, {SCALED: LATENT, **draws})
         self._check_every_step(component, wiring)
-        post = self._post() if component == DENOISER else None
+        post = self._post() if is_denoiser(component) else None
+        if post is not None and len(self._denoisers) > 1:
+            raise refuse(f"what is done to the output of {component} differs between {', '.join(self._denoisers)}")
         if post is not None:
             result = post.leaves[0].removeprefix(f"{DENOISER}.")
             wiring = replace(wiring, after=post, results=(result,), outputs=(result,))
-        elif component == DENOISER:
+        elif is_denoiser(component):
             wiring = with_outputs(wiring, wiring.outputs[:1])
         return wiring
 
     def _varies(self, component: str, name: str) -> bool:
-        return self._run.tape.varies(self._originals(component, self._last)[name])
+        return self._run.tape.varies(self._originals(component, self._steps(component)[-1])[name])
 
     def _same_as_latent(self, component: str) -> str | None:
         if self.anatomy.latent is None:
             return None
-        latents = [c.inputs[self.anatomy.latent] for c in self._run.of(DENOISER)]
+        latents = [c.inputs[self.anatomy.latent] for c in self._run.denoiser_calls]
         for name in self._run.of(component)[0].inputs:
             values = [c.inputs[name] for c in self._run.of(component)]
             if all(torch.equal(v, x) for v, x in zip(values, latents, strict=True)):
@@ -240,18 +268,17 @@ class Reader:
 
     def _check_every_step(self, component: str, wiring: Wiring) -> None:
         """Raises if what the last step shows is not what the others do."""
-        for k in range(self._last):
+        *steps, last = self._steps(component)
+        for k in steps:
             originals = self._originals(component, k)
             for name, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
                 if direct is not None and direct.startswith(DRAW):
                     if originals[name] is not self._run.step_draws()[direct][k]:
-                        raise refuse(
-                            f"{component}: input {name} is not the same draw of step {k} and step {self._last}"
-                        )
+                        raise refuse(f"{component}: input {name} is not the same draw of step {k} and step {last}")
                 if direct is None or not direct.startswith(MADE):
                     continue
                 if not torch.equal(self._run.tape.tensor(direct), originals[name]):
-                    raise refuse(f"{component}: input {name} is not the same in step {k} and step {self._last}")
+                    raise refuse(f"{component}: input {name} is not the same in step {k} and step {last}")
 
     def _conditions(self, loop: Mapping[str, Wiring]) -> tuple[Wiring | None, dict[str, str], str | None]:
         """Returns the component that makes what the loop takes from before it, and new names for these origins."""
@@ -284,7 +311,7 @@ class Reader:
             return None
         shape = self._run.states[0].shape
         for call in self._run.calls:
-            if call.component == DENOISER:
+            if is_denoiser(call.component):
                 return None
             for name, tensor in call.outputs.items():
                 if tensor.shape == shape:
@@ -339,6 +366,10 @@ class Reader:
             output=output,
         )
         return ([*wirings, finish] if finish else wirings), contract
+
+
+def _listed(arguments: Sequence[str | None]) -> str:
+    return ", ".join(name or "no latent" for name in arguments)
 
 
 def _unique(names: Sequence[str]) -> list[str]:

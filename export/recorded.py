@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.contract import DRAW, LATENT, draw_offset
+from fewstep.contract import DRAW, LATENT, draw_offset, is_denoiser
 from fewstep.export.tape import Tape
 
 # Names that ONNX Runtime users of diffusers models expect for the inputs and outputs of these methods.
@@ -94,6 +94,11 @@ class Run:
                 return found
             found[f"{DRAW}{number}"] = [self.draws[offset] for offset in offsets]
         return found
+
+    @property
+    def denoiser_calls(self) -> list[Call]:
+        """The calls that make the output of a step, whichever network each is of."""
+        return [call for call in self.calls if is_denoiser(call.component)]
 
     def of(self, component: str) -> list[Call]:
         """Returns the calls of one component, in order."""

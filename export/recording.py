@@ -74,8 +74,9 @@ class _Reader:
             self._at_step(k, steps)
             for branch in self._branches:
                 for wiring in wirings:
-                    if wiring.phase == LOOP:
-                        yield self._feed(wiring, self._run.of(wiring.part)[k], branch, k)
+                    calls = self._run.of(wiring.part) if wiring.phase == LOOP else []
+                    for call in (c for c in calls if c.steps_done == k):
+                        yield self._feed(wiring, call, branch, k)
         self._values["cond"][SAMPLE] = self._sample()
         for wiring in wirings:
             if wiring.phase == AFTER:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fewstep import noise
-from fewstep.contract import DENOISER, INPUT, LATENT, TEXT
+from fewstep.contract import INPUT, LATENT, TEXT
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
 from fewstep.export.listening import (
@@ -114,7 +114,7 @@ def _takes(recorded: Run, leaf: str) -> bool:
 
 
 def _clips(recorded: Run) -> bool:
-    starts = [c.position for c in recorded.of(DENOISER)]
+    starts = [c.position for c in recorded.denoiser_calls]
     ends = [*starts[1:], recorded.tape.position]
     clamps = recorded.tape.clamps
     return len(starts) > 1 and all(any(a <= c < b for c in clamps) for a, b in zip(starts, ends, strict=True))

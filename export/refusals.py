@@ -27,7 +27,7 @@ def refuse_other_networks(run: Run, inside: Sequence[str], others: Sequence[Run]
             raise ExportError(
                 f"{call.component} runs after step {call.steps_done - 1} of {end}, expected it in every step or in "
                 "none",
-                hint="a network of some steps only cannot be expressed yet",
+                hint=f"name a network that replaces {DENOISER} in some steps {DENOISER}_...: one of them in each",
             )
     ours = _outside(run, inside)
     for other in others:
@@ -38,20 +38,21 @@ def refuse_other_networks(run: Run, inside: Sequence[str], others: Sequence[Run]
                     f"{name} is called {ours[name]} times in a loop of {end} calls of {DENOISER} and "
                     f"{theirs[name]} times in one of {len(other.states)}, expected {DENOISER} alone to be called "
                     "by the step",
-                    hint="another network in the first or the last steps cannot be expressed yet",
+                    hint=f"name a network that replaces {DENOISER} in some steps {DENOISER}_...: one of them in each",
                 )
 
 
 def refuse_other_shapes(run: Run, post: Post | None) -> None:
     """Raises ExportError if what a loop makes of its denoiser's output alone cannot be added to its latent."""
     shape = run.states[0].shape
-    name, F = next(iter(run.of(DENOISER)[0].outputs.items()))
-    F = F if post is None else post(F)
-    if F.shape != shape:
-        raise ExportError(
-            f"{DENOISER}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
-            hint=f"move what makes one of the other into the network {DENOISER!r}",
-        )
+    for call in run.denoiser_calls:
+        name, F = next(iter(call.outputs.items()))
+        F = F if post is None else post(F)
+        if F.shape != shape:
+            raise ExportError(
+                f"{call.component}: output {name} is {list(F.shape)}, expected the latent's {list(shape)}",
+                hint=f"move what makes one of the other into the network {call.component!r}",
+            )
 
 
 def refuse_further_noise(
@@ -68,7 +69,7 @@ def refuse_further_noise(
     further = {offset for offset in run.draws if offset >= draw_offset(1, 1)}
     numbers = range(1, 1 + len(run.step_draws()))
     for component in inside if further else ():
-        for k in range(1, len(run.states)):
+        for k in (call.steps_done for call in run.of(component) if call.steps_done):
             inputs = [t for name, t in given(component, k).items() if name != latent and run.tape.varies(t)]
             leaves = run.tape.cut(inputs, what=component).leaves
             further -= {draw_offset(k, n) for n in numbers if f"{NOISE}{draw_offset(k, n)}" in leaves}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch.fx import Node
 
 from fewstep.contract import STEP

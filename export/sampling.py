@@ -8,6 +8,7 @@ latent before ``step``) is read off by comparing numbers, and folded into the sc
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.contract import DENOISER
+from fewstep.contract import DENOISER, is_denoiser
 from fewstep.errors import ExportError, ScheduleError
 from fewstep.export.generator import Generator
 from fewstep.export.listening import Stub, noise_tensor
@@ -59,14 +60,17 @@ def example_prompts(generator: Generator) -> str | list[str]:
 
 
 def stand_ins(recorded: Run, outputs: Callable[[int, tuple[int, ...]], torch.Tensor]) -> dict[str, Stub]:
-    """Returns a stub for every component of a recorded run: the denoiser's tensors are ``outputs(call, shape)``."""
+    """Returns a stub for every component of a recorded run: the denoiser's tensors are ``outputs(step, shape)``."""
+
+    steps = itertools.count()  # of all denoisers together
 
     def stub(component: str, first: Sequence[Call]) -> Stub:
         def result(number: int, _: Any) -> Any:
             call = first[min(number, len(first) - 1)]
-            if component != DENOISER:
+            if not is_denoiser(component):
                 return call.result
-            return replace_tensors(call.result, lambda t: outputs(number, tuple(t.shape)))
+            step = next(steps)
+            return replace_tensors(call.result, lambda t: outputs(step, tuple(t.shape)))
 
         return result
 
@@ -100,7 +104,7 @@ def pipeline_schedule(
         ScheduleError: the scheduler is not a table, or the pipeline does more around it than a table can say.
     """
     stubbed = probe_run(generator, recorded, steps, anatomy.guidance, inputs)
-    calls = stubbed.of(DENOISER)
+    calls = stubbed.denoiser_calls
     if len(calls) != len(stubbed.states):
         raise ScheduleError(
             f"the pipeline calls its denoiser {len(calls)} times in {len(stubbed.states)} steps, expected once in each",
@@ -116,6 +120,7 @@ def pipeline_schedule(
         timesteps=times.pop(first) if first else (0.0,) * len(calls),
         timestep_dtype=str(calls[0].inputs[first].dtype).removeprefix("torch.") if first else "float32",
         times=times,
+        networks=_networks(calls),
         **_around_the_scheduler(stubbed, calls, anatomy, base),
         **_start(recorded, stubbed, anatomy),
     )
@@ -268,7 +273,7 @@ def loop_schedule(
     if anatomy.initial_offset is not None:
         early = dict.fromkeys(call.component for call in recorded.calls if call.steps_done == 0)
         shapes = {name: {tuple(t.shape) for t in recorded.of(name)[0].outputs.values()} for name in early}
-        anchors = [name for name in early if name != DENOISER and shape in shapes[name]]
+        anchors = [name for name in early if not is_denoiser(name) and shape in shapes[name]]
     for name in anchors:
         stubs[name] = _anchor_stub(recorded.of(name)[0].result, shape, symbol(size - 1, shape))
 
@@ -308,7 +313,7 @@ def _check_on_numbers(
 
     held = [array(t) for name in anchors for t in recorded.of(name)[0].outputs.values() if t.shape == shape]
     history: list[np.ndarray[Any, Any]] = []
-    for k, call in enumerate(counted.of(DENOISER)):
+    for k, call in enumerate(counted.denoiser_calls):
         output = next(iter(call.outputs.values()))
         F = array(output if anatomy.post is None else anatomy.post(output))
         drawn = array(counted.draws[k + 1]) if schedule.uses_noise(k) else None
@@ -359,9 +364,11 @@ def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, wa
     rest[[0, -1]] = 0.0
     if np.abs(rest).max() > 0:
         raise ScheduleError(f"{generator.name}: the first latent depends on the network's output")
-    times = {name: tuple(float(c.inputs[name].reshape(-1)[0]) for c in counted.of(DENOISER)) for name in anatomy.times}
+    times = {
+        name: tuple(float(c.inputs[name].reshape(-1)[0]) for c in counted.denoiser_calls) for name in anatomy.times
+    }
     first = anatomy.times[0] if anatomy.times else None
-    dtype = str(counted.of(DENOISER)[0].inputs[first].dtype).removeprefix("torch.") if first else "float32"
+    dtype = str(counted.denoiser_calls[0].inputs[first].dtype).removeprefix("torch.") if first else "float32"
     return Schedule(
         timesteps=times.pop(first) if first else (0.0,) * calls,
         timestep_dtype=dtype,
@@ -371,7 +378,14 @@ def _solve(generator: Generator, traced: Run, counted: Run, anatomy: Anatomy, wa
         clip=clip,
         source=f"{generator.name}'s own loop",
         times=times,
+        networks=_networks(counted.denoiser_calls),
     )
+
+
+def _networks(calls: Sequence[Call]) -> tuple[str, ...]:
+    """Returns the column of a schedule that names the network of each step, empty if all call the same."""
+    names = tuple(call.component for call in calls)
+    return () if set(names) == {DENOISER} else names
 
 
 def refuse(what: str) -> ExportError:

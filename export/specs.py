@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fewstep.contract import AFTER, DECODER, DENOISER, GUIDANCE, LATENT, SAMPLE, TIME, TIMESTEP, ComponentSpec
+from fewstep.contract import AFTER, DECODER, GUIDANCE, LATENT, SAMPLE, TIME, TIMESTEP, ComponentSpec
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Run
 from fewstep.export.sampling import Anatomy
@@ -19,7 +19,7 @@ def read_specs(
     generator: Generator, run: Run, anatomy: Anatomy, wirings: Mapping[str, Wiring]
 ) -> dict[str, ComponentSpec]:
     """Returns the specification of each wired component, in the order of the wirings."""
-    last = run.of(DENOISER)[-1]
+    last = run.denoiser_calls[-1]
     scaled = last.inputs.get(anatomy.latent or "", run.states[-1])
     found: dict[str, torch.Tensor] = {LATENT: scaled, SAMPLE: run.latents[-1]}
     found |= {name: draws[-1] for name, draws in run.step_draws().items()}

@@ -21,6 +21,7 @@ from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ExportError
 from fewstep.export.fakes import fake_trace
 from fewstep.export.generator import Generator
+from fewstep.export.real_numbers import in_real_numbers
 from fewstep.export.recorded import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, GlueModule, Ref, Tape
 from fewstep.hashing import value_sha256
@@ -310,13 +311,15 @@ def trace(generator: Generator, wiring: Wiring, spec: ComponentSpec) -> Program:
     module = wired_module(generator, wiring)
     if generator.stored is not None and module.module is not None:
         weights = generator.stored.weights(generator.parts[wiring.part].attribute, module.module)
-        exported = fake_trace(module, example)
+        exported = in_real_numbers(module, lambda: fake_trace(module, example))
         _normalise(exported)
         return Program(wiring.component, wiring.folder, exported, spec, weights.under("module"))
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet_logs():
             warnings.simplefilter("ignore")  # torch.export warns about its own internals
-            exported = torch.export.export(module, example)
+            exported = in_real_numbers(module, lambda: torch.export.export(module, example))
+    except ExportError:
+        raise
     except Exception as error:  # torch.export raises many classes, most of them private; all mean the same here
         first_line = str(error).strip().split("\n", 1)[0]
         raise ExportError(

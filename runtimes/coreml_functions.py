@@ -22,7 +22,7 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.coreml import function_name
-from fewstep.runtimes.coreml_lower import DEFAULT_TARGET, MODEL, WEIGHTS, lower, save
+from fewstep.runtimes.coreml_lower import DEFAULT_TARGET, MODEL, WEIGHTS, fp32_operations_of, lower, save
 from fewstep.runtimes.mil.blobs import BlobFile, BlobWriter
 
 # iOS 18, the first specification whose models have several functions.
@@ -46,10 +46,12 @@ def lower_variants(
         ExportError: see there; or the target's packages have one function.
     """
     artifacts: list[Artifact] = []
+    fp32: frozenset[str] | None = None
     with FunctionsWriter() as writer:
         for program in programs:
+            fp32 = fp32_operations_of(program, weights, target=target, known=fp32)
             with tempfile.TemporaryDirectory() as alone:
-                artifact = lower(program, Path(alone), weights, target=target)
+                artifact = lower(program, Path(alone), weights, target=target, fp32_operations=fp32)
                 name = function_name(program.variant)
                 added = writer.add(name, (Path(alone) / artifact.path).parent)
             artifacts.append(replace(artifact, bytes=added, function=name))

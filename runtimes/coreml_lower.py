@@ -49,7 +49,14 @@ _DEBUG_MAPPING = "executorch_debug_handle_mapping.json"
 _PER_TENSOR = tuple(f"quantized_decomposed.{name}_per_tensor.default" for name in ("quantize", "dequantize"))
 
 
-def lower(program: Program, folder: Path, weights: str, *, target: str = DEFAULT_TARGET) -> Artifact:
+def lower(
+    program: Program,
+    folder: Path,
+    weights: str,
+    *,
+    target: str = DEFAULT_TARGET,
+    fp32_operations: frozenset[str] | None = None,
+) -> Artifact:
     """Returns the artifact of a component, written as ``<folder>/<Name>.mlpackage``.
 
     Args:
@@ -58,29 +65,38 @@ def lower(program: Program, folder: Path, weights: str, *, target: str = DEFAULT
         weights: ``fp32`` computes in fp32. All else computes in fp16, with those operations in fp32 that
             `choose_fp32_operations` names.
         target: the oldest system that the package is for, one of `TARGETS`.
+        fp32_operations: what `fp32_operations_of` returned for the program; None asks it.
 
     Raises:
         ExportError: the component has an op that cannot be lowered, a value that fp16 cannot hold, or an output that is
             no picture where there should be one.
     """
     compute = "fp32" if weights == "fp32" else "fp16"
-    _check_names(program)
-    _check_grids(program)
     _check_picture(program)
-    keep: frozenset[str] = frozenset()
-    if compute == "fp16":
-
-        def variant(kept: frozenset[str] | None) -> MLModel:
-            if kept is None:
-                return convert(program, "fp32", target=target)
-            return convert(program, "fp16", target=target, fp32_operations=kept)
-
-        keep = choose_fp32_operations(program, variant)
+    keep = fp32_operations_of(program, weights, target=target) if fp32_operations is None else fp32_operations
     model = convert(program, compute, target=target, fp32_operations=keep, picture=program.picture)
     path = folder / f"{package_name(program.folder)}.mlpackage"
     save(model, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Artifact(NAME, program.component, f"{path.name}/{ENTRY}", weights, compute, size, program.variant)
+
+
+def fp32_operations_of(
+    program: Program, weights: str, *, target: str = DEFAULT_TARGET, known: frozenset[str] | None = None
+) -> frozenset[str]:
+    """Returns the operations of a component that stay in fp32 where `lower` computes in fp16.
+
+    ``known`` is what was found for another graph of it, from which the search goes on.
+    """
+    if weights == "fp32":
+        return frozenset()
+
+    def variant(kept: frozenset[str] | None) -> MLModel:
+        if kept is None:
+            return convert(program, "fp32", target=target)
+        return convert(program, "fp16", target=target, fp32_operations=kept)
+
+    return choose_fp32_operations(program, variant, known)
 
 
 def _check_names(program: Program) -> None:
@@ -156,10 +172,12 @@ def convert(
         picture: how the output becomes an image; None leaves it an array.
 
     Raises:
-        ExportError: the component has an op that coremltools cannot convert.
+        ExportError: the component has an op that coremltools cannot convert, or what Core ML cannot hold.
     """
     if target not in TARGETS:
         raise ExportError(f"unknown Core ML target {target!r}, expected one of {', '.join(TARGETS)}", hint="use iOS18")
+    _check_names(program)
+    _check_grids(program)
     with quiet_coremltools() as ct, materialized(program):
         names = frozenset(fp32_operations)
         precision: Any = ct.precision.FLOAT32

@@ -46,7 +46,9 @@ _PASSING = frozenset(
 _TIMES = (1, 499, 999)
 
 
-def choose_fp32_operations(program: Program, convert: Callable[[frozenset[str] | None], MLModel]) -> frozenset[str]:
+def choose_fp32_operations(
+    program: Program, convert: Callable[[frozenset[str] | None], MLModel], known: frozenset[str] | None = None
+) -> frozenset[str]:
     """Returns the operations that stay in fp32, by the name of their first output.
 
     They are found in the component as converted to fp32, and then looked for again as converted to fp16.
@@ -54,12 +56,14 @@ def choose_fp32_operations(program: Program, convert: Callable[[frozenset[str] |
     Args:
         program: the component. Its recorded calls are evaluated; without them, normal numbers and usual times.
         convert: returns the model converted to fp16 but for some operations, and to fp32 for None.
+        known: operations of another graph of the component, which are kept and take the place of looking in fp32:
+            graphs that compute alike then share their weights.
 
     Raises:
         ExportError: a value is beyond fp16's range and keeping its operation in fp32 does not help.
     """
     feeds = feeds_of(program)
-    kept: frozenset[str] = frozenset(_unfit(convert(None), feeds, "fp32"))
+    kept = frozenset(_unfit(convert(None), feeds, "fp32")) if known is None else known
     for _ in range(_ROUNDS):
         found = _unfit(convert(kept), feeds, "fp16")
         fresh = frozenset(found) - kept

@@ -13,7 +13,7 @@ from fewstep.runtimes.litert_model import LiteRTModel
 
 _Op = schema.BuiltinOperator
 # Operations that move values and compute nothing: on a grid they are the same.
-_MOVES = (_Op.TRANSPOSE, _Op.RESHAPE)
+MOVES = (_Op.TRANSPOSE, _Op.RESHAPE)
 
 
 def place_points(model: LiteRTModel, points: Sequence[Point], where: str) -> None:
@@ -70,7 +70,7 @@ def _sink(model: LiteRTModel) -> bool:
         if model.kind(operator) != _Op.DEQUANTIZE or (grid := model.grid(int(operator.inputs[0]))) is None:
             continue
         after = readers.get(int(operator.outputs[0]), [])
-        if len(after) != 1 or model.kind(after[0]) not in _MOVES or int(operator.outputs[0]) in outputs:
+        if len(after) != 1 or model.kind(after[0]) not in MOVES or int(operator.outputs[0]) in outputs:
             continue
         move = after[0]
         result = int(move.outputs[0])
@@ -91,7 +91,7 @@ def _raise(model: LiteRTModel) -> bool:
             continue
         data, result = int(operator.inputs[0]), int(operator.outputs[0])
         move = producers.get(data)
-        if move is None or model.kind(move) not in _MOVES or len(readers[data]) != 1:
+        if move is None or model.kind(move) not in MOVES or len(readers[data]) != 1:
             continue
         if data in {int(t) for t in model.graph.outputs}:
             continue

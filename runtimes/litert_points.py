@@ -7,15 +7,18 @@ computed: no difference reaches the next operation, and one run checks them all 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
 from fewstep.runtimes.integer_reference import judged, signed_reference
+from fewstep.runtimes.litert_grids import MOVES
 from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.narrow import narrow
 
@@ -39,31 +42,75 @@ def compare_integers(program: Program, path: Path, feeds: Mapping[str, Array]) -
             + (f", first {lost[0]}" if lost else ""),
             hint="was the model compiled from this program?",
         )
-    layouts = {name: _layout(model, places[name], values) for name, values in expected.values.items()}
+    layouts = {name: _layout(model, places[name], values.shape) for name, values in expected.values.items()}
     cut = Cut(model)
     for name, values in expected.values.items():
-        cut.at(places[name], values.transpose(layouts[name]))
+        cut.at(places[name], layouts[name].of_file(values))
     cut.run(narrow(feeds, "LiteRT"))
-    integers = {
-        name: cut.value(places[name])
-        .reshape([values.shape[axis] for axis in layouts[name]])
-        .transpose(np.argsort(layouts[name]))
-        for name, values in expected.values.items()
-    }
+    integers = {name: layouts[name].of_reference(cut.value(places[name])) for name in expected.values}
     return judged(expected, integers, cut.outputs)
 
 
-def _layout(model: LiteRTModel, tensor: int, values: Array) -> tuple[int, ...]:
-    """Returns the order of the reference's axes in a tensor of the file, which may have merged some of them."""
-    shape, same = model.shape(tensor), tuple(range(values.ndim))
-    orders = [same] if values.ndim != 4 else [_LAST, same] if model.is_image(tensor) else [same, _LAST]
-    for order in orders:
-        if _merges([values.shape[axis] for axis in order], shape):
-            return order
+@dataclass(frozen=True)
+class _Layout:
+    """Where the values of a tensor of the reference are in one of the file.
+
+    Attributes:
+        order: of the reference's axes in the file, which may have merged some of them.
+        shape: of the reference's tensor.
+        moves: that the file makes before its tensor has this order: shape before and order of axes of each, None for a
+            change of shape alone.
+    """
+
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+    moves: tuple[tuple[tuple[int, ...], tuple[int, ...] | None], ...] = ()
+
+    def of_file(self, values: Array) -> Array:
+        """Returns the values of the reference's tensor as the file has them, but for merged axes."""
+        values = values.transpose(self.order)
+        for before, axes in reversed(self.moves):
+            values = values.reshape(before if axes is None else [before[axis] for axis in axes])
+            values = values if axes is None else values.transpose(np.argsort(axes))
+        return values
+
+    def of_reference(self, values: Array) -> Array:
+        """Returns the values of the file's tensor as the reference has them."""
+        for before, axes in self.moves:
+            values = values.reshape(before)
+            values = values if axes is None else values.transpose(axes)
+        return values.reshape([self.shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
+
+
+def _layout(model: LiteRTModel, tensor: int, shape: tuple[int, ...]) -> _Layout:
+    """Returns how a tensor of the file holds the reference's of a shape.
+
+    Converters take functions of single values through layouts: a tensor may be on its grid before the file moves it to
+    where the reference has it.
+    """
+    moves: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = []
+    at: int | None = tensor
+    while at is not None:
+        order = _order(model, at, shape)
+        if order is not None:
+            return _Layout(order, shape, tuple(moves))
+        move = next((o for o in model.readers().get(at, []) if model.kind(o) in MOVES), None)
+        if move is not None:
+            turns = model.kind(move) == schema.BuiltinOperator.TRANSPOSE
+            axes = tuple(int(axis) for axis in model.constants[int(move.inputs[1])]) if turns else None
+            moves.append((model.shape(at), axes))
+        at = None if move is None else int(move.outputs[0])
     raise ExportError(
-        f"{model.name(tensor)} is {list(shape)} in the file, expected {list(values.shape)} in some layout",
+        f"{model.name(tensor)} is {list(model.shape(tensor))} in the file, expected {list(shape)} in some layout",
         hint="was the model compiled from this program?",
     )
+
+
+def _order(model: LiteRTModel, tensor: int, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the order in which a tensor of the file has the axes of a shape, which it may have merged."""
+    same = tuple(range(len(shape)))
+    orders = [same] if len(shape) != 4 else [_LAST, same] if model.is_image(tensor) else [same, _LAST]
+    return next((order for order in orders if _merges([shape[axis] for axis in order], model.shape(tensor))), None)
 
 
 def _merges(sizes: Sequence[int], shape: Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from fewstep.bundle import Bundle
-from fewstep.contract import DENOISER
+from fewstep.contract import DENOISER, is_denoiser
 from fewstep.errors import RuntimeMissingError
 from fewstep.inputs import example_inputs
 from fewstep.runtimes import get_runtime
@@ -109,8 +109,10 @@ def _measure(bundle: Bundle, *, runtime: str | None, steps: int | None, runs: in
         latencies = []
         for component in manifest.components:
             feeds = [feed for feed in sample.feeds if feed.component == component]
+            if not feeds:  # a network that other step counts call
+                continue
             session = sampler.session(component)
-            times = _times(lambda: session.run(feeds[0].inputs), runs * (2 if component == DENOISER else 1))  # noqa: B023
+            times = _times(lambda: session.run(feeds[0].inputs), runs * (2 if is_denoiser(component) else 1))  # noqa: B023
             latencies.append(_latency(component, len(feeds), times))
         picture = _latency("picture", 1, _times(lambda: sampler(prompt, 0, schedule, inputs=inputs), runs))
         sampler.close()

@@ -24,20 +24,23 @@ from fewstep.runtimes.ort_files import save_model
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_nbits import multiply_packed
-from fewstep.runtimes.ort_pack import pack_int4, strip, widen_weights
+from fewstep.runtimes.ort_pack import pack_int4, shorten, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
 
 MODEL = "model.onnx"
-# protobuf refuses files over 2 GiB; below a quarter of that, one file is easier to handle than two.
-_ONE_FILE_BYTES = 512 << 20
+# Weights in the model's own file are in memory twice once it is open, as parsed and as packed; those beside it are
+# mapped. Below this, one file is easier to handle than two.
+_ONE_FILE_BYTES = 1 << 20
 # A tensor this small does not pay for the Cast that widens it again.
 _SMALLEST_HALF_TENSOR = 256
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
     """Returns the artifact of a component, written as ``<folder>/<component folder>/model.onnx``.
+
+    Weights of more than 1 MiB are in ``model.onnx.data`` beside it.
 
     Args:
         program: the traced component.
@@ -75,6 +78,7 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
         _shrink(model, weights)
         strip(model, notes=True)
         shared.attach(model)
+        shorten(model)
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
         size = (folder / name).stat().st_size

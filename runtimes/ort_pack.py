@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +42,23 @@ def strip(model: ir.Model, *, notes: bool = False) -> None:
                 value.shape = value.type = None
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
+
+
+def shorten(model: ir.Model) -> None:
+    """Gives initializers short names and takes those of nodes, in place: half of what a graph is without its weights.
+
+    Other values keep their names, by which they are compared with PyTorch's.
+    """
+    graph = model.graph
+    for node in graph:
+        node.name = None
+    taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
+    fresh = (name for name in (f"w{i}" for i in itertools.count()) if name not in taken)
+    for value in list(graph.initializers.values()):
+        del graph.initializers[str(value.name)]
+        value.name = next(fresh)
+        value.shape = value.type = None  # the tensor has them
+        graph.initializers[value.name] = value
 
 
 def widen_weights(model: ir.Model) -> None:

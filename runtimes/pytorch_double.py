@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch.fx import GraphModule, Node
 
 from fewstep.program import Program

@@ -20,7 +20,8 @@ class _TorchSession:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the outputs by name."""
         assert self._module is not None, "the session is closed"
-        results = self._module(*(torch.from_numpy(feeds[name]) for name in self._inputs))
+        # Copies: recorded feeds may be read-only, and a network may write to its inputs.
+        results = self._module(*(torch.tensor(feeds[name]) for name in self._inputs))
         return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
 
     def close(self) -> None:

@@ -14,7 +14,6 @@ from fewstep.bundle import Bundle, resolve_inside
 from fewstep.contract import (
     AFTER,
     BEFORE,
-    DENOISER,
     DRAW,
     GUIDANCE,
     INPUT,
@@ -28,6 +27,7 @@ from fewstep.contract import (
     ComponentSpec,
     Contract,
     TensorSpec,
+    called_in_step,
     draw_offset,
     step_numbers,
 )
@@ -144,11 +144,11 @@ class Sampler:
             outputs = {}
             for branch in branches:
                 values[branch].update({LATENT: x, STEP: rows[k], **step_numbers(schedule, k), **self._draws(k, seeds)})
-                for component in self._phase(LOOP):
+                for component in (name for name in self._phase(LOOP) if called_in_step(name, schedule, k)):
                     feeds.append(
                         self._call(component, values[branch], step=k, timestep=schedule.timesteps[k], branch=branch)
                     )
-                    if component == DENOISER:
+                    if component == schedule.network(k):
                         outputs[branch] = next(iter(feeds[-1].outputs.values()))
             return combine(outputs["uncond"], outputs["cond"], w) if len(branches) == 2 else outputs["cond"]
 

@@ -6,7 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
-from fewstep.contract import AFTER, BEFORE, DENOISER, LATENT, LOOP, NOISE, SAMPLE, STEP, ComponentSpec, step_numbers
+from fewstep.contract import (
+    AFTER,
+    BEFORE,
+    LATENT,
+    LOOP,
+    NOISE,
+    SAMPLE,
+    STEP,
+    ComponentSpec,
+    called_in_step,
+    step_numbers,
+)
 from fewstep.errors import ContractError
 from fewstep.manifest import Manifest
 from fewstep.schedule import Schedule
@@ -18,7 +29,7 @@ def check_unrolls(manifest: Manifest) -> None:
     """Raises ContractError unless one file can sample with a bundle's networks.
 
     A bundle that guides with two passes needs tokens of the prompt and of the empty one at once; one of the specialized
-    form has no graph that all steps could call.
+    form has no graph that all steps could call; tiles are cut and blended outside of networks.
     """
     if manifest.contract.guidance.kind == "two_pass":
         raise ContractError(
@@ -30,6 +41,13 @@ def check_unrolls(manifest: Manifest) -> None:
             f"{manifest.name} has a graph for each step, expected one that all steps call",
             hint="build it with --form table: grids of activations by step are rows of its table too",
         )
+    for name, spec in manifest.components.items():
+        size = spec.inputs[0].shape[2:]
+        if spec.tiles is not None and spec.tiles.shapes(*size) != [size]:
+            raise ContractError(
+                f"{manifest.name} runs its {name} in tiles, expected one call of a component",
+                hint="build it without --decoder-tile, or with tiles as large as the picture",
+            )
 
 
 class Unrolled(ABC, Generic[V]):
@@ -82,8 +100,9 @@ class Unrolled(ABC, Generic[V]):
             numbers: dict[str, float] = {**step_numbers(schedule, k)}
             if contract.form != "step":
                 numbers[STEP] = contract.row(schedule, k)
-            self._run(LOOP, numbers)
-            F = self._values[f"{DENOISER}.{self.manifest.components[DENOISER].outputs[0].name}"]
+            self._run(LOOP, numbers, k)
+            network = schedule.network(k)
+            F = self._values[f"{network}.{self.manifest.components[network].outputs[0].name}"]
             x0 = self._sum([(schedule.p[k], x), (schedule.q[k], F)])
             if schedule.clip is not None:
                 x0 = self.clip(x0, -schedule.clip, schedule.clip)
@@ -102,9 +121,10 @@ class Unrolled(ABC, Generic[V]):
             result = self.clip(result, *contract.output.clip)
         return result, shape
 
-    def _run(self, phase: str, numbers: Mapping[str, float] | None = None) -> list[str]:
-        """Calls the components of a phase, in order, and returns their names."""
+    def _run(self, phase: str, numbers: Mapping[str, float] | None = None, k: int | None = None) -> list[str]:
+        """Calls the components of a phase, in the loop those of step k, in order, and returns their names."""
         found = [name for name, spec in self.manifest.components.items() if spec.phase == phase]
+        found = found if k is None else [name for name in found if called_in_step(name, self.schedule, k)]
         for component in found:
             self._call(component, self.manifest.components[component], numbers or {})
         return found

@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[1]
 # What is refused, with words of the reason.
 REFUSED: Mapping[str, str] = {
     "growing-latents": "the latent of step 3 is [1, 4, 8, 8], expected [1, 4, 4, 4] as in step 0",
-    "dsno": "denoiser cannot be lowered to ONNX",  # a Fourier transform
-    "hybrid-sd": "denoiser_small is called 2 times in a loop of 2 calls of denoiser",
 }
 
 _KINDS = {"prompt": "text", "class": "class", "image": "image", "mask": "image"}

@@ -23,7 +23,7 @@ from fewstep.calibration.samplers import SAMPLERS, Question, allot, prompt_order
 from fewstep.calibration.sets import CalibrationSet, collect
 from fewstep.errors import CalibrationError
 from fewstep.export import Description, Generator, describe, load, record, trace
-from fewstep.feeds import load_sample
+from fewstep.feeds import Sample, load_sample
 from fewstep.optimize import RoundWeights
 from fewstep.stickers.prompts import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS, PROMPTS
 from tests import tiny
@@ -147,6 +147,23 @@ def test_damaged_shards_are_made_again_and_missing_ones_reported(make: Make) -> 
     path.unlink()
     with pytest.raises(CalibrationError, match="safetensors is missing"):
         CalibrationSet.open(made.folder)
+
+
+def test_two_collections_of_one_set_in_one_folder_do_not_disturb_each_other(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, others = sets.save_sample, iter([0, 1])
+
+    def interleaved(sample: Sample, path: Path) -> None:
+        plain(sample, path)
+        if next(others, None) == 1:  # the second shard is written, not renamed, when another process makes the set
+            make()
+
+    monkeypatch.setattr(sets, "save_sample", interleaved)
+    made = make()
+    assert CalibrationSet.open(made.folder) == made
+    assert len(list(made.samples())) == len(made.shards) == 2
+    assert {path.name for path in made.folder.iterdir()} == {*made.shards, sets.INDEX}
 
 
 def test_changed_weights_make_another_set(

@@ -383,3 +383,13 @@ def test_profile_refuses_what_the_bundle_lacks(run: Run) -> None:
     status, _, stderr = run("profile", bundle, "--runtime", "coreml")
     assert status == 2
     assert "bundle has no denoiser for runtime 'coreml'" in " ".join(stderr.split())
+
+
+def test_what_a_library_raises_of_no_file_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(name: str, *, progress: object) -> list[Trial]:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(machines, "self_test", raises)
+    status, stdout, stderr = run("runtimes", "--self-test", "onnxruntime")
+    assert (status, stdout) == (2, "")
+    assert stderr.strip().endswith("error: could not get source code")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import REFUSED, build_family, family_code
+from tests.families import REFUSED, Row, build_family, family_code
 from tests.zoo import FAMILIES, Family
 
 # One of each kind of machinery: two text encoders and glue between them; packed latents; a picture to start from; a
@@ -45,6 +45,11 @@ def test_family(family: Family, record_property: Callable[[str, object], None]) 
     assert row.sqnr_db is not None and row.sqnr_db >= 100
     assert row.output_db is not None and row.output_db >= 80
     assert family_code(row) == 0
+
+
+def test_lines_of_a_family_are_found() -> None:
+    row = Row("transformer", "", "its loop in plain PyTorch", (1,), (), "", None, None, 0, 0.0)
+    assert family_code(row) > 0  # no family: a folder of a pipeline, which the compiler has to name
 
 
 def test_page_is_of_this_zoo() -> None:

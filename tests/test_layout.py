@@ -19,6 +19,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
     "fewstep.runtimes.coreml_bisect",
+    "fewstep.runtimes.coreml_functions",
     "fewstep.runtimes.coreml_loop",
     "fewstep.runtimes.coreml_lower",
     "fewstep.runtimes.coreml_norms",

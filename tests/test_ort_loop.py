@@ -11,8 +11,11 @@ import pytest
 
 from fewstep import stages
 from fewstep.errors import ContractError, ParityError, RuntimeMissingError
+from fewstep.manifest import Manifest
 from fewstep.progress import Silent
 from fewstep.runtimes.loops import loop_feeds
+from fewstep.runtimes.unroll import check_unrolls
+from fewstep.tiles import Tiles
 from tests.bundles import STEPS, built, plain
 
 
@@ -60,3 +63,17 @@ def test_two_passes_are_refused(tmp_path: Path) -> None:
 def test_other_runtimes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeMissingError, match="litert has no file that samples on its own"):
         stages.loop(built("turbo").bundle, tmp_path / "x", steps=1, runtime="litert", progress=Silent())
+
+
+def test_a_component_in_tiles_is_refused() -> None:
+    manifest = built("turbo").bundle.manifest
+    decoder = manifest.components["decoder"]
+    latent = decoder.inputs[0].shape[2]
+
+    def tiled(size: int) -> Manifest:
+        tiles = Tiles(size=size, stride=size, scale=2, blend=0, keep=2 * size)
+        return replace(manifest, components={**manifest.components, "decoder": replace(decoder, tiles=tiles)})
+
+    check_unrolls(tiled(latent))
+    with pytest.raises(ContractError, match=r"runs its decoder in tiles, .*\n\nhint: build it without --decoder-tile"):
+        check_unrolls(tiled(latent // 2))

@@ -316,7 +316,7 @@ def test_a_step_without_calls(
 
     expected = rf"calibration has calls of steps \[{steps[0]}, {steps[1]}\], expected every one of \[0, 1, 2\]"
     with pytest.raises(CalibrationError, match=expected) as caught:
-        plan_component(program, W8A8, get_profile("x86"), calls, steps=3)
+        plan_component(program, W8A8, get_profile("x86"), calls, steps=range(3))
     assert "every step" in str(caught.value.hint)
 
 

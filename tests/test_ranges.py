@@ -259,7 +259,7 @@ def test_missing_calls_are_refused() -> None:
     with pytest.raises(CalibrationError, match=r"calls of steps \[0, 2\], expected every one of \[0, 1, 2\]"):
         observe(graph(), POINTS, lambda: [c for c in calls_of(3)() if c[0] != 1])
     with pytest.raises(CalibrationError, match=r"calls of steps \[0, 1\], expected every one of \[0, 1, 2, 3\]"):
-        observe(graph(), POINTS, calls_of(2), steps=4)
+        observe(graph(), POINTS, calls_of(2), steps=range(4))
 
 
 def test_points_must_be_tensors_of_floats() -> None:

@@ -16,7 +16,7 @@ from fewstep.contract import TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.runtimes import ort
 from fewstep.runtimes.guest import PREFIX, decode, encode
-from fewstep.runtimes.remote import Guest, Launch, open_remote
+from fewstep.runtimes.remote import Guest, Launch, open_remote, remote_runtime
 from tests.bundles import plain
 
 HERE = Launch((sys.executable,), "a process", start_s=120, call_s=120)
@@ -94,6 +94,14 @@ def test_a_signal_is_named_and_explained(tmp_path: Path) -> None:
         guest.open(tmp_path / "model.onnx", 1)
     assert caught.value.hint == "it was 4"
     guest.close()
+
+
+def test_nothing_is_opened_here_in_place_of_there() -> None:
+    guest = Guest(HERE, ort.NAME)
+    there = remote_runtime(ort.RUNTIME, guest)
+    guest.close()
+    assert ort.RUNTIME.open_mapped is not None
+    assert (there.open_mapped, there.open_exact, there.at_function) == (None, None, None)
 
 
 def test_what_a_process_said_last_is_told(tmp_path: Path) -> None:

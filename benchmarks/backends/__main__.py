@@ -1,8 +1,9 @@
 """Builds and measures the built-in generator for every registered runtime, on every executor.
 
 ``python -m benchmarks.backends`` goes on where it was interrupted: rows of ``figures.json`` are not measured again, and
-bundles in ``build/backends`` are not built again. A runtime that cannot compile here, or a recipe that it cannot
-express, is a line that says so.
+bundles in ``build/backends`` are not built again. Runtimes have environments of their own (`make bench-backends` goes
+through them); without ``--runtimes`` those are measured that can be built for in this one. A recipe that a runtime
+cannot express is a line that says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.backends.rows import RECIPES, measure
+from benchmarks.backends.rows import RECIPES, Row, measure
 from benchmarks.backends.table import markdown
 from benchmarks.scale.table import describe_machine
 from fewstep.replay import MINUTES
@@ -27,7 +28,8 @@ WORK = Path("build/backends")
 def main() -> None:
     """Measures the rows that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.backends", description=__doc__)
-    parser.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
+    buildable = [name for name, runtime in RUNTIMES.items() if runtime.availability().builds]
+    parser.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=buildable)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--executors", nargs="+", choices=list(EXECUTORS), default=list(EXECUTORS))
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for a bundle on an executor that is not native")
@@ -51,6 +53,8 @@ def main() -> None:
 def _load() -> dict[str, Any]:
     path = RESULTS / "figures.json"
     figures: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    # Rows of before a column was added lack it.
+    figures["rows"] = {key: Row(**row).to_json() for key, row in figures["rows"].items()}
     return figures
 
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import fewstep
+from benchmarks.quant import latency
 from fewstep.errors import FewstepError
+from fewstep.references import golden_samples
 from fewstep.replay import replay
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.executors import NATIVE
-from fewstep.runtimes.parity import ParityReport, label
+from fewstep.runtimes.parity import label
+from fewstep.runtimes.sampler import open_sampler
+
+Array = npt.NDArray[Any]
 
 RECIPES = ("fp32", "fp16", "w8", "w8a8", "w4")
 SOURCE = "stickers"
 # Of the reference in PyTorch that all recipes start from: the golden pack of this bundle.
 ORIGINAL = ("onnxruntime", "fp32")
-# Where the machine itself runs a bundle, the whole golden pack takes seconds.
-_NATIVE_MINUTES = 60.0
+# Packages whose version a runtime goes by, where its name is another.
+_PACKAGES = {"litert": "ai-edge-litert"}
+# What equal arrays count as: beyond float32.
+_EQUAL_DB = 150.0
 
 
 @dataclass(frozen=True)
@@ -30,12 +40,14 @@ class Row:
 
     Attributes:
         executor_text: what ran the artifacts, in words.
+        version: of the runtime that the bundle was built with.
         passed: whether all checks did.
         lowering_db: least SQNR of an output, of calls fed with PyTorch's own inputs.
         picture_db: mean PSNR of the pictures to those of the PyTorch network that was compiled.
         original_db: mean PSNR of that network's pictures to the original's; None where it is the original.
         size_bytes: of the artifacts.
         latency_ms: median of a picture on this machine, one thread.
+        ratio: time of a picture over that of ONNX Runtime in fp32, measured in turn.
         memory_bytes: peak above the idle process.
         notes: coverage and caveats.
         error: why there is nothing else.
@@ -45,12 +57,14 @@ class Row:
     recipe: str
     executor: str
     executor_text: str = ""
+    version: str = ""
     passed: bool | None = None
     lowering_db: float | None = None
     picture_db: float | None = None
     original_db: float | None = None
     size_bytes: int | None = None
     latency_ms: float | None = None
+    ratio: float | None = None
     memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
     error: str | None = None
@@ -68,34 +82,78 @@ class Row:
 def measure(runtime: str, recipe: str, executor: str, work: Path, *, minutes: float, timed: bool) -> Row:
     """Returns a row, measured now; its pictures go to ``work``, where its bundle is or will be.
 
-    ``timed`` asks for latency and memory too, which a busy machine falsifies.
+    ``timed`` asks for milliseconds too, which a busy machine falsifies; ratios are interleaved, and memory is memory.
     """
     try:
         bundle = bundle_of(runtime, recipe, work)
-        allowed = _NATIVE_MINUTES if executor == NATIVE else minutes
-        found = replay(bundle, executor, runtime=runtime, minutes=allowed)
-        runs = get_runtime(runtime).availability().runs
-        timed = timed and runs and executor == NATIVE
-        profile = fewstep.profile(bundle, runtime=runtime, runs=5, threads=1) if timed else None
+        found = _built(bundle, runtime) if executor == NATIVE else _replayed(bundle, executor, runtime, minutes)
+        measured: dict[str, Any] = {}
+        if executor == NATIVE and get_runtime(runtime).availability().runs:
+            original = bundle_of(*ORIGINAL, work)
+            measured = latency.measure(str(bundle.path), str(original.path), bundle.manifest.default_steps)
     except FewstepError as error:
         return Row(runtime, recipe, executor, error=error.message)
-    pictures = {label(sample): sample.output for sample in found.results}
-    np.savez(pictures_of(work, f"{runtime}/{recipe}/{executor}"), **pictures)
+    np.savez(pictures_of(work, f"{runtime}/{recipe}/{executor}"), **found.pictures)
     compression = (bundle.manifest.parity or {})["worst"].get("compression.picture")
     return Row(
         runtime,
         recipe,
         executor,
-        executor_text=found.report.executor,
-        passed=bool(found.report),
-        lowering_db=_least(found.report),
-        picture_db=_mean([c.value for c in found.report.checks if _is_picture(c.error, c.metric)]),
+        executor_text=found.executor,
+        version=bundle.manifest.versions.get(_PACKAGES.get(runtime, runtime), ""),
+        passed=found.passed,
+        lowering_db=min(found.lowering_db, default=math.nan),
+        picture_db=_mean(found.picture_db),
         original_db=None if compression is None else float(compression["value"]),
         size_bytes=sum(a.bytes for a in bundle.manifest.artifacts if a.runtime == runtime),
-        latency_ms=None if profile is None else profile.picture.median_ms,
-        memory_bytes=None if profile is None else profile.peak_memory_bytes,
-        notes=found.caveats,
+        latency_ms=measured["times"]["picture"]["ms"]["median"] if measured and timed else None,
+        ratio=measured["times"]["picture"]["ratio"] if measured else None,
+        memory_bytes=measured.get("peak_memory_bytes"),
+        notes=found.notes,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What running a bundle came to: its checks in dB, equal counting as 150, and pictures by label."""
+
+    executor: str
+    passed: bool
+    lowering_db: list[float]
+    picture_db: list[float]
+    pictures: dict[str, Array]
+    notes: tuple[str, ...]
+
+
+def _replayed(bundle: fewstep.Bundle, executor: str, runtime: str, minutes: float) -> _Found:
+    found = replay(bundle, executor, runtime=runtime, minutes=minutes)
+    checks = [check.to_json() for check in found.report.checks]
+    pictures = {label(sample): sample.output for sample in found.results}
+    return _Found(found.report.executor, bool(found.report), *_decibels(checks), pictures, found.caveats)
+
+
+def _built(bundle: fewstep.Bundle, runtime: str) -> _Found:
+    """Returns what the bundle's own verification found on this machine when it was built, and its pictures now."""
+    report = json.loads((bundle.path / "report" / "parity.json").read_text(encoding="utf-8"))
+    schedules, pictures = bundle.manifest.schedule, {}
+    sampler = open_sampler(bundle, runtime=runtime, exact=True)
+    try:
+        for s in golden_samples(bundle, ""):
+            drawn = sampler(s.prompt, s.seed, schedules(s.steps), guidance=s.guidance, inputs=s.inputs)
+            pictures[label(s)] = drawn.output
+    finally:
+        sampler.close()
+    notes = (f"{report['checks']} checks against {report['reference']}",)
+    return _Found(report["executor"], report["passed"], *_decibels(report["all"]), pictures, notes)
+
+
+def _decibels(checks: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """Returns the values in dB of components and of pictures, of what was lowered."""
+    lowering = [check for check in checks if check["error"] == "lowering"]
+    components = [check for check in lowering if check["level"] == "component"]
+    pictures = [check for check in lowering if check["metric"] == "PSNR dB"]
+    of_components, of_pictures = ([min(float(c["value"]), _EQUAL_DB) for c in cs] for cs in (components, pictures))
+    return of_components, of_pictures
 
 
 def bundle_of(runtime: str, recipe: str, work: Path) -> fewstep.Bundle:
@@ -113,14 +171,5 @@ def pictures_of(work: Path, key: str) -> Path:
     return folder / f"{key.replace('/', '-')}.npz"
 
 
-def _is_picture(error: str, metric: str) -> bool:
-    return error == "lowering" and metric == "PSNR dB"
-
-
-def _least(report: ParityReport) -> float:
-    values = [c.value for c in report.checks if c.error == "lowering" and c.level == "component"]
-    return min((min(value, 150.0) for value in values), default=math.nan)
-
-
 def _mean(values: list[float]) -> float:
-    return math.fsum(min(v, 150.0) for v in values) / len(values) if values else math.nan
+    return math.fsum(values) / len(values) if values else math.nan

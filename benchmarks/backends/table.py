@@ -28,10 +28,12 @@ def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
         "was compiled; *picture* the mean PSNR of free-running pictures to that network's; *recipe* the mean PSNR of "
         "its pictures to the original's. Whole numbers are judged by their noise floor, not by these "
         "(docs/quantization.md). Milliseconds are of a picture on this machine, one thread; where it was busy they are "
-        "not given (`--untimed`), and emulated times never are.",
+        "not given (`--untimed`). *Time* is that of a picture over ONNX Runtime's in fp32, both drawn "
+        "in turn in one process. Emulated times say nothing. *Peak* is the growth of the process from before its "
+        "runtime is loaded; ExecuTorch's Python bindings load torch.",
         "",
-        "| runtime | recipe | executor | verified | lowering dB | picture dB | recipe dB | MB | ms | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| runtime | recipe | executor | verified | lowering dB | picture dB | recipe dB | MB | ms | time | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_line(row) for row in rows if row["error"] is None]
     failed = [row for row in rows if row["error"] is not None]
@@ -95,7 +97,7 @@ def _golden(bundle: Path) -> Pictures:
 
 def _line(row: Mapping[str, Any]) -> str:
     cells = [
-        row["runtime"],
+        f"{row['runtime']} {row['version']}".strip(),
         row["recipe"],
         row["executor"],
         "yes" if row["passed"] else "**no**",
@@ -104,6 +106,7 @@ def _line(row: Mapping[str, Any]) -> str:
         _number(row["original_db"], 1),
         _number(row["size_bytes"], 1, 1e6),
         _number(row["latency_ms"], 0),
+        _number(row["ratio"], 2),
         _number(row["memory_bytes"], 0, 1e6),
     ]
     return f"| {' | '.join(cells)} |"

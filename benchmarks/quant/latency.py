@@ -29,8 +29,8 @@ def measure(bundle: str, reference: str, steps: int) -> dict[str, Any]:
     for component in manifest.components:
         inputs = next(f.inputs for f in sample.feeds if f.component == component)
         first, second = (s.session(component) for s in samplers)
-        measured[component] = _in_turn(lambda: first.run(inputs), lambda: second.run(inputs), CALLS)  # noqa: B023
-    measured["picture"] = _in_turn(
+        measured[component] = in_turn(lambda: first.run(inputs), lambda: second.run(inputs), CALLS)  # noqa: B023
+    measured["picture"] = in_turn(
         lambda: samplers[0](prompt, 0, schedule), lambda: samplers[1](prompt, 0, schedule), PICTURES
     )
     for sampler in samplers:
@@ -39,7 +39,8 @@ def measure(bundle: str, reference: str, steps: int) -> dict[str, Any]:
     return {"threads": 1, "times": measured, "peak_memory_bytes": peak}
 
 
-def _in_turn(reference: Callable[[], object], other: Callable[[], object], runs: int) -> dict[str, Any]:
+def in_turn(reference: Callable[[], object], other: Callable[[], object], runs: int) -> dict[str, Any]:
+    """Returns the times in ms of two calls and their ratio, as `measure` has them of every component."""
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(WARM_UP + runs):
         # Who comes first changes, so that neither has the warmer caches throughout.

@@ -25,7 +25,7 @@ RUNTIME = "onnxruntime"
 def quantize(method: Method, component: str, model: Path, calls: Path, out: Path) -> dict[str, Any]:
     """Writes a component's model as a peer quantizes it, and returns its size and how long that took.
 
-    The peer is given a copy of the model: ModelOpt 0.47 saves its input again, in place.
+    The peer is given a copy of the model, in one file: ModelOpt 0.47 saves its input again, in place.
 
     Raises:
         ContractError: the peer's script failed, or wrote no model.
@@ -36,7 +36,7 @@ def quantize(method: Method, component: str, model: Path, calls: Path, out: Path
     out.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="fewstep-peer-") as folder:
         own = Path(folder, "model.onnx")
-        shutil.copy(model, own)
+        _copy_whole(model, own)
         job = {
             "model": str(own),
             "calls": str(calls.resolve()),
@@ -62,6 +62,21 @@ def quantize(method: Method, component: str, model: Path, calls: Path, out: Path
     return {"bytes": out.stat().st_size, "seconds": round(seconds, 1)}
 
 
+def _copy_whole(model: Path, copy: Path) -> None:
+    """Copies a model into one file."""
+    if not _weights_of(model).is_file():
+        shutil.copy(model, copy)
+        return
+    import onnx
+
+    onnx.save(onnx.load(model), copy)
+
+
+def _weights_of(model: Path) -> Path:
+    """Returns where a model's weights are, if they are not in its own file."""
+    return model.with_name(f"{model.name}.data")
+
+
 def networks(bundle: Bundle) -> dict[str, str]:
     """Returns the hash of every file that a bundle's runtime reads."""
     files = bundle.manifest.files
@@ -78,6 +93,7 @@ def assemble(reference: Bundle, models: Mapping[str, Path], out: Path, recipe: s
             model = models.get(artifact.component)
             if model is not None:
                 shutil.copy(model, folder / artifact.path)
+                _weights_of(folder / artifact.path).unlink(missing_ok=True)  # the reference's
                 artifact = replace(artifact, weights="int8", compute="int8", bytes=model.stat().st_size)
             artifacts.append(artifact)
         changed = replace(manifest, artifacts=tuple(artifacts), recipe={**manifest.recipe, "name": recipe}, parity=None)

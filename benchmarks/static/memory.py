@@ -19,7 +19,7 @@ from fewstep.isolated import run_isolated
 WAYS = {
     "step": "the step form: one graph, its weights beside it",
     "table": "the table form: one graph, its weights beside it",
-    "one file": "the table form with its weights in the file, as networks of less than 512 MiB have them",
+    "one file": "the table form with its weights in the graph's own file",
     "mapped": "all graphs open: no packing, weights and their layout as in the mapped file, one arena",
     "unpacked": "all graphs open, no packing (`session.disable_prepacking`)",
     "packed": "all graphs open, ONNX Runtime's defaults",
@@ -40,20 +40,13 @@ def measure(step: Path, table: Path, graphs: Sequence[Path]) -> dict[str, dict[s
     """
     found = {}
     with tempfile.TemporaryDirectory(dir=table.parent) as folder:
-        beside = {
-            form: _beside(path, Path(folder) / f"{form}.onnx") for form, path in (("step", step), ("table", table))
-        }
-        alone = {"step": [beside["step"]], "table": [beside["table"]], "one file": [table]}
+        one_file = Path(folder) / "one-file.onnx"
+        ir.save(ir.load(table), one_file)
+        alone = {"step": [step], "table": [table], "one file": [one_file]}
         for way in WAYS:
             paths = [str(path) for path in alone.get(way, graphs)]
             found[way] = run_isolated(hold, {"paths": paths, "way": way}).result
     return found
-
-
-def _beside(path: Path, copy: Path) -> Path:
-    """Returns a copy of a model whose weights are in a file of their own."""
-    ir.save(ir.load(path), copy, external_data=f"{copy.name}.data")
-    return copy
 
 
 def hold(paths: list[str], way: str) -> dict[str, float]:

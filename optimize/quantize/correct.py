@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fewstep.calibration import CalibrationSet
-from fewstep.contract import DENOISER, LATENT
+from fewstep.contract import LATENT, LOOP, is_denoiser
 from fewstep.export import Programs
 from fewstep.optimize.correction import CorrectionFit
 from fewstep.optimize.quantize.apply import quantize
@@ -19,16 +19,18 @@ def corrected_schedules(programs: Programs, plan: QuantPlan, calls: CalibrationS
 
     A correction is fitted to the steps that were recorded: tables of other step counts are left as they are.
     """
-    spec = programs.components[DENOISER]
-    latent = next(name for name, origin in spec.bindings.items() if origin == LATENT)
     fit = CorrectionFit(calls.steps)
-    with open_program(quantize(programs.make(DENOISER), plan.components[DENOISER])) as session:
-        for sample in calls.samples():
-            for feed in (f for f in programs.restate([sample])[0].feeds if f.component == DENOISER):
-                name = spec.outputs[0].name
-                assert feed.step is not None
-                quantized = session.run(feed.inputs)[name]
-                fit.add(feed.step, feed.inputs[latent], quantized, feed.outputs[name])
+    for component, spec in programs.components.items():
+        if spec.phase != LOOP or not is_denoiser(component):
+            continue
+        latent = next(name for name, origin in spec.bindings.items() if origin == LATENT)
+        name = spec.outputs[0].name
+        with open_program(quantize(programs.make(component), plan.components[component])) as session:
+            for sample in calls.samples():
+                for feed in (f for f in programs.restate([sample])[0].feeds if f.component == component):
+                    assert feed.step is not None
+                    quantized = session.run(feed.inputs)[name]
+                    fit.add(feed.step, feed.inputs[latent], quantized, feed.outputs[name])
     schedules = dict(programs.described.schedules)
     schedules[calls.steps] = fit.result().applied_to(schedules[calls.steps])
     return schedules

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges
-from fewstep.contract import BEFORE, LOOP
+from fewstep.contract import BEFORE, LOOP, called_in_step
 from fewstep.export import Programs
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
@@ -51,11 +51,11 @@ def observe_sites(
     profile: TargetProfile,
     calls: Calls,
     *,
-    steps: int | None = None,
+    steps: Sequence[int] | None = None,
 ) -> StepRanges | None:
     """Returns the ranges of every activation that the decisions need; None if they need none.
 
-    With ``steps``, each of so many steps must have a call.
+    With ``steps``, each of these must have a call.
 
     Raises:
         CalibrationError: see `fewstep.calibration.observe`.
@@ -103,7 +103,7 @@ def make_plan(
             profile,
             partial(calls_of, programs, calls, name),
             _early(programs),
-            _steps(calls) if programs.components[name].phase == LOOP else 1,
+            _steps_of(programs, calls, name),
             StepGrids.of(programs, quantization, calls, name),
         )
         for name in programs.components
@@ -133,7 +133,7 @@ class _Part:
     sites: tuple[Site, ...]
     decisions: list[Decision]
     calls: Calls
-    steps: int | None = None
+    steps: Sequence[int] | None = None
     step_grids: StepGrids = SHARED
     options: Mapping[str, Option] | None = None
 
@@ -145,7 +145,7 @@ class _Part:
         profile: TargetProfile,
         calls: Calls,
         early: frozenset[str],
-        steps: int | None,
+        steps: Sequence[int] | None,
         step_grids: StepGrids,
     ) -> _Part:
         """Returns a component with what the recipe and the profile make of it."""
@@ -181,7 +181,7 @@ class _Part:
         sites = [d.site for d in self.decisions if d.computes]
         budget = int(share * sum(site.macs for site in self.sites))
         reasons = kept_in_float(
-            self.module, sites, whole.activations, some(self.calls, _TRIALS * (self.steps or 1)), budget
+            self.module, sites, whole.activations, some(self.calls, _TRIALS * len(self.steps or (0,))), budget
         )
         return [
             replace(d, computes=False, activation_reason=reasons[d.site.name]) if d.site.name in reasons else d
@@ -244,14 +244,17 @@ def calls_of(
         for feed in programs.restate([sample])[0].feeds:
             if feed.component == component:
                 yield (
-                    min(feed.step or 0, _steps(calls) - 1),
+                    0 if calls.sampler == "single" else feed.step or 0,
                     tuple(torch.from_numpy(feed.inputs[name]) for name in names),
                 )
 
 
-def _steps(calls: CalibrationSet) -> int:
-    """Returns how many steps must have calls; a set of one step, made to see what that costs, counts as one."""
-    return 1 if calls.sampler == "single" else calls.steps
+def _steps_of(programs: Programs, calls: CalibrationSet, component: str) -> list[int]:
+    """Returns the steps at which a component must have calls; a set of one step, made to see what that costs, has 0."""
+    if programs.components[component].phase != LOOP or calls.sampler == "single":
+        return [0]
+    schedule = programs.described.schedules[calls.steps]
+    return [k for k in range(calls.steps) if called_in_step(component, schedule, k)]
 
 
 def plan_component(
@@ -261,7 +264,7 @@ def plan_component(
     calls: Calls,
     early: frozenset[str] = frozenset(),
     *,
-    steps: int | None = None,
+    steps: Sequence[int] | None = None,
     step_grids: StepGrids = SHARED,
 ) -> tuple[ComponentPlan, StepRanges | None]:
     """Returns the plan of a component, and the ranges that it was made from."""

@@ -64,6 +64,10 @@ class QuantizedPrograms:
         """Returns the quantized program of a component; ``spec`` as in `Programs.make`."""
         return quantize(self.programs.make(component, spec), self.plan.components[component])
 
+    def rows(self, component: str) -> list[int]:
+        """Returns the rows of the table of steps that a network of the loop is called with."""
+        return self.programs.rows(component)
+
     def label(self, artifact: Artifact) -> Artifact:
         """Returns an artifact that says what its component's weights are stored in and what it computes with."""
         return self.plan.label(artifact)

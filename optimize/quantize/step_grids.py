@@ -15,7 +15,7 @@ import numpy as np
 
 from fewstep.calibration.estimate import Range, estimate, squared_error
 from fewstep.calibration.ranges import StepRanges
-from fewstep.contract import LOOP, STEP
+from fewstep.contract import LOOP, STEP, called_in_step
 from fewstep.errors import QuantizationError
 from fewstep.export import Programs
 from fewstep.optimize.quantize.grids import activation_grid
@@ -74,7 +74,8 @@ class StepGrids:
             return cls()
         schedule = programs.described.schedules[calls.steps]
         read = [contract.row(schedule, k) for k in range(calls.steps)]
-        rows = [[k for k, row in enumerate(read) if row == i] for i in range(len(contract.rows))]
+        called = [called_in_step(component, schedule, k) for k in range(calls.steps)]
+        rows = [[k for k, row in enumerate(read) if row == i and called[k]] for i in range(len(contract.rows))]
         return cls(rows, quantization.step_grids == "grouped", constant)
 
     def beside(self, wants_constants: bool) -> StepGrids:

@@ -241,11 +241,19 @@ def quantize_programs(
     """
     if recipe.quantization is None:
         return None
-    from fewstep.calibration import collect
+    from fewstep.calibration import collect, trajectory_key
     from fewstep.optimize.quantize import QuantizedPrograms, corrected_schedules, make_plan
 
     q, generator, described = recipe.quantization, programs.generator, programs.described
-    key = {"source": generator.source.sha256, "weights": recipe.weights, "sampler": q.sampler, "samples": q.samples}
+    # All that tells its shards from others': builds at the same time would remove each other's from one folder.
+    key = {
+        **trajectory_key(generator, described, generator.default_steps),
+        "prompts": generator.calibration_prompts or generator.prompts,
+        "guidance": generator.guidance,
+        "sampler": q.sampler,
+        "samples": q.samples,
+        "seed": q.seed,
+    }
     calls = collect(
         generator,
         described,
@@ -255,7 +263,7 @@ def quantize_programs(
         seed=q.seed,
         steps=generator.default_steps,
         guidance=generator.guidance,
-        folder=cache.folder("calibration", key | {"seed": q.seed, "steps": generator.default_steps}),
+        folder=cache.folder("calibration", key),
         progress=progress,
     )
     tokenizers = open_tokenizers(folder, described.tokenizers)

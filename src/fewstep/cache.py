@@ -43,7 +43,7 @@ class StageCache:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
 
-    def get_or_make(self, stage: str, key: Mapping[str, object], make: Callable[[Path], None]) -> tuple[Path, bool]:
+    def get_or_make(self, stage: str, key: Mapping[str, object], make: Callable[[Path], object]) -> tuple[Path, bool]:
         """Returns the folder of a stage's result and whether it was there; ``make(folder)`` fills a new one."""
         digest = value_sha256({"stage": stage, "code": code_sha256(), **key})
         entry = self.root / stage / digest[:32]
@@ -59,12 +59,21 @@ class StageCache:
             ) from error
         try:
             make(partial)
-            partial.replace(entry)
-        except BaseException:
+            return entry, not _appeared(partial, entry)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return entry, False
 
     def folder(self, stage: str, key: Mapping[str, object]) -> Path:
         """Returns a folder that a stage may fill over several runs, which knows itself what in it is finished."""
         return self.root / stage / value_sha256({"stage": stage, "code": code_sha256(), **key})[:32]
+
+
+def _appeared(partial: Path, entry: Path) -> bool:
+    """Renames a folder that is done; returns False where another process was first with the same entry."""
+    try:
+        partial.replace(entry)
+    except OSError:
+        if not entry.is_dir():
+            raise
+        return False
+    return True

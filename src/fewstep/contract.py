@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fewstep.errors import ContractError
+from fewstep.schedule import DENOISER as DENOISER
 from fewstep.schedule import Schedule
 from fewstep.tiles import Tiles
 
-DENOISER = "denoiser"
 DECODER = "decoder"
 ENCODER = "encoder"
 # What pipelines compute between their networks, as components of their own: what depends on the user's inputs alone,
@@ -40,6 +40,16 @@ TEXT, CLASS, IMAGE = "text", "class", "image"
 EARLY_DRAWS, DRAWS_OF_A_STEP = 1 << 31, 1 << 16
 
 
+def is_denoiser(component: str) -> bool:
+    """Returns whether a network of the loop makes F: `DENOISER`, or ``denoiser_...`` in the steps that call another."""
+    return component == DENOISER or component.startswith(f"{DENOISER}_")
+
+
+def called_in_step(component: str, schedule: Schedule, k: int) -> bool:
+    """Returns whether a network of the loop is called in step k: of those that make F, one is."""
+    return not is_denoiser(component) or component == schedule.network(k)
+
+
 def draw_offset(k: int, number: int) -> int:
     """Returns the offset of a further draw before network call k, numbered from 1."""
     return EARLY_DRAWS + DRAWS_OF_A_STEP * k + number - 1
@@ -67,7 +77,8 @@ class ComponentSpec:
     """One network call: its inputs in order, its outputs, where each input comes from, and when it runs.
 
     ``phase`` is ``before`` the loop, in every step of the ``loop`` (in the order of the manifest's components) or
-    ``after`` it.
+    ``after`` it. Where the networks of the steps differ, a step calls the one that its schedule names: see
+    `called_in_step`.
     """
 
     inputs: tuple[TensorSpec, ...]

@@ -124,6 +124,8 @@ def _reading(path: Path) -> Iterator[tuple[dict[str, Any], list[str], Any]]:
     try:
         with safe_open(path, framework="numpy") as stream:
             yield json.loads((stream.metadata() or {})["fewstep"]), list(stream.keys()), stream
+    except FileNotFoundError as error:  # safetensors' own has the name in its text alone
+        raise BundleError(f"{path} is not there", hint="was it removed meanwhile?") from error
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise BundleError(f"{path} is not a sample: {error}", hint="build the bundle again") from error
 

@@ -102,8 +102,7 @@ def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Ma
         specs = [spec, *(at.components[component] for at in others.values())]
         return [Graph(tile_variant(tile), component, programs, tile) for tile in _tile_shapes(specs)]
     if has_rows(programs.contract, spec):
-        rows = range(len(programs.contract.rows))
-        return [Graph(row_variant(row), component, programs, row=row) for row in rows]
+        return [Graph(row_variant(row), component, programs, row=row) for row in programs.rows(component)]
     kept = {"": Graph("", component, programs)}
     for name, at in others.items():
         graph, shared = Graph(name, component, at), kept[nearest(name, kept) or ""]

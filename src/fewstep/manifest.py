@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 
-from fewstep.contract import ComponentSpec, Contract, Guidance, InputSpec, OutputSpec, TensorSpec
+from fewstep.contract import LOOP, ComponentSpec, Contract, Guidance, InputSpec, OutputSpec, TensorSpec, is_denoiser
 from fewstep.errors import BundleError, ContractError
 from fewstep.schedule import Schedule
 from fewstep.source import SourceInfo
@@ -182,6 +182,9 @@ class Manifest:
         values["schedules"] = _tables(self.schedules)
         for shape, other in self.shapes.items():
             values["shapes"][shape]["schedules"] = _tables(other.schedules)
+        for artifact in values["artifacts"]:
+            if not artifact["function"]:
+                del artifact["function"]  # what was built before there were functions can read the rest
         return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(values))}
 
     @classmethod
@@ -198,6 +201,7 @@ class Manifest:
                 hint="build the bundle again with this fewstep, or open it with the one that built it",
             )
         _validate(values, where)
+        _check_networks(values, where)
         return cls(
             name=values["name"],
             source=SourceInfo.from_json(values["source"]),
@@ -232,6 +236,19 @@ def _validate(values: Any, where: str) -> None:
     if error is not None:
         path = "/".join(str(part) for part in error.absolute_path) or "(top)"
         raise BundleError(f"{where}: {path}: {error.message}", hint="build the bundle again; manifests are not edited")
+
+
+def _check_networks(values: Any, where: str) -> None:
+    """Raises BundleError if a step is to call a network that is none of the loop's."""
+    loop = {name for name, spec in values["components"].items() if spec.get("phase") == LOOP}
+    for steps, table in values["schedules"].items():
+        for name in table.get("networks", ()):
+            if name not in loop or not is_denoiser(name):
+                raise BundleError(
+                    f"{where}: schedules/{steps}/networks: {name!r} is no network of the loop, expected one of "
+                    f"{', '.join(sorted(filter(is_denoiser, loop)))}",
+                    hint="build the bundle again; manifests are not edited",
+                )
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:

@@ -24,6 +24,8 @@ from fewstep.errors import ContractError, ScheduleError
 
 Array = npt.NDArray[np.floating[Any]]
 
+# The network whose output is F, unless a table names others.
+DENOISER = "denoiser"
 _DTYPES = ("int32", "int64", "float16", "float32", "float64")
 _COLUMNS = ("s", "p", "q", "a", "b", "c", "g")
 
@@ -48,6 +50,7 @@ class Schedule:
         times: further numbers that the network takes at each step, by name (a second time, for instance).
         g: coefficient of the anchor in the next x, per step.
         init_anchor: coefficient of the anchor in the initial latent.
+        networks: which component's output is F at each step; empty: `DENOISER`'s at all of them.
 
     Raises:
         ScheduleError: the table is empty, or a column has the wrong length or a number that is not finite.
@@ -68,6 +71,7 @@ class Schedule:
     times: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     g: tuple[float, ...] = ()
     init_anchor: float = 0.0
+    networks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks lengths and values; a column ``g`` that is left out is zero."""
@@ -81,6 +85,8 @@ class Schedule:
         for name in (*_COLUMNS, "h"):
             if len(getattr(self, name)) != self.steps:
                 raise ScheduleError(f"schedule.{name} has {len(getattr(self, name))} entries, expected {self.steps}")
+        if self.networks and len(self.networks) != self.steps:
+            raise ScheduleError(f"schedule.networks has {len(self.networks)} entries, expected {self.steps}")
         for name, values in self.times.items():
             if len(values) != self.steps:
                 raise ScheduleError(f"schedule.times.{name} has {len(values)} entries, expected {self.steps}")
@@ -114,13 +120,21 @@ class Schedule:
         """Returns t_k as an array of shape [1] in the network's own type."""
         return np.array([self.timesteps[k]], dtype=self.timestep_dtype)
 
+    def network(self, k: int) -> str:
+        """Returns the component whose output is F at step k."""
+        return self.networks[k] if self.networks else DENOISER
+
     def uses_noise(self, k: int) -> bool:
         """Returns whether step k adds noise."""
         return self.c[k] != 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the table as plain lists and numbers; `from_json` gives back an equal table."""
-        return {f.name: _thaw(getattr(self, f.name)) for f in fields(self)}
+        """Returns the table as plain lists and numbers; `from_json` gives back an equal table.
+
+        A column ``networks`` that names none is left out.
+        """
+        table = {f.name: _thaw(getattr(self, f.name)) for f in fields(self)}
+        return table if self.networks else {name: value for name, value in table.items() if name != "networks"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schedule:
@@ -129,9 +143,9 @@ class Schedule:
         Raises:
             ScheduleError: a key is missing or unknown, or a value is not a number where one is expected.
         """
-        expected = {f.name for f in fields(cls)}
-        if data.keys() != expected:
-            missing, unknown = sorted(expected - data.keys()), sorted(data.keys() - expected)
+        known = {f.name for f in fields(cls)}
+        missing, unknown = sorted(known - {"networks"} - data.keys()), sorted(data.keys() - known)
+        if missing or unknown:
             raise ScheduleError(f"schedule has missing keys {missing} and unknown keys {unknown}")
         columns = {name: _numbers(f"schedule.{name}", data[name]) for name in ("timesteps", *_COLUMNS)}
         rows = data["h"]
@@ -142,6 +156,7 @@ class Schedule:
             h=tuple(_numbers(f"schedule.h[{k}]", row) for k, row in enumerate(rows)),
             init_scale=_number("schedule.init_scale", data["init_scale"]),
             init_anchor=_number("schedule.init_anchor", data["init_anchor"]),
+            networks=_names("schedule.networks", data.get("networks", [])),
             times={str(n): _numbers(f"schedule.times.{n}", v) for n, v in data["times"].items()},
             clip=None if data["clip"] is None else _number("schedule.clip", data["clip"]),
             timestep_dtype=str(data["timestep_dtype"]),
@@ -261,6 +276,12 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ScheduleError(f"{name} is {value!r}, expected a number")
     return float(value)
+
+
+def _names(where: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ScheduleError(f"{where} is {value!r}, expected a list of names of components")
+    return tuple(value)
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:

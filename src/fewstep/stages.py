@@ -286,7 +286,7 @@ def _agreement_db(bundle: Bundle, opened: OpenLoop, steps: int, runtime: str) ->
         ours = sampler(prompt, 0, manifest.schedule(steps), inputs=given).output
     finally:
         sampler.close()
-    return psnr_db(ours, output[0].transpose(1, 2, 0) if output.ndim == 4 else output[0])
+    return psnr_db(ours, output[0].transpose(1, 2, 0) if manifest.contract.output.kind == "picture" else output[0])
 
 
 def _remove(path: Path) -> None:

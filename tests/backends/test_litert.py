@@ -12,12 +12,13 @@ import torch
 
 from fewstep.errors import ContractError, ExportError
 from fewstep.metrics import sqnr_db
+from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
 from fewstep.recipe import Limits
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import PointResult
 from tests.backends.networks import INPUTS, net
-from tests.quantized import feeds, program_of, random, run
+from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
 if util.find_spec("litert_torch") is None:
     pytest.skip("litert-torch is not installed: `make test-backends` runs these tests", allow_module_level=True)
@@ -73,6 +74,36 @@ def test_whole_numbers_are_those_of_the_plan(tmp_path: Path) -> None:
     model = LiteRTModel(path.read_bytes())
     float_products = [o for o in model.graph.operators if model.kind(o) in (3, 9) and model.grid(o.inputs[0]) is None]
     assert not float_products, "a convolution or linear layer computes in float"
+
+
+class _Attention(torch.nn.Module):
+    """Its result goes onto a grid once heads are beside one another; the converter puts them so behind the marker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts, self.last = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (part.unflatten(2, (4, 8)).transpose(1, 2) for part in self.parts(x).chunk(3, -1))
+        heads = torch.nn.functional.scaled_dot_product_attention(*parts)
+        result: torch.Tensor = self.last(heads.transpose(1, 2).flatten(2))
+        return result
+
+
+def test_whole_numbers_are_found_before_the_file_moves_them(tmp_path: Path) -> None:
+    tokens = random(1, 24, 32)
+    program = program_of(_Attention(), tokens, origins=["latent"])
+    program = quantize(program, plan_of(program, W8A8, calls_of(tokens), "litert"))
+    assert LITERT.compare_integers is not None
+    path = compiled(program, tmp_path, "fp16")
+    found = LITERT.compare_integers(program, path, feeds(program, tokens))
+    model = LiteRTModel(path.read_bytes())
+    held = {model.name(t): model.shape(t) for t in range(len(model.graph.tensors))}
+    assert held["quantize_per_tensor_2"] == (4, 24, 8)
+    assert len([p for p in found if p.sqnr_db is None]) == 4
+    for point in found:
+        assert point.equal >= 0.999 and point.largest <= 1, point
 
 
 def test_a_wrong_scale_is_found_where_it_is(tmp_path: Path) -> None:

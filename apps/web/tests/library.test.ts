@@ -9,8 +9,11 @@ import { goldenPaths } from "../src/lib/golden";
 import { parseManifest, type Manifest } from "../src/lib/manifest";
 import { psnrDb, spread, sqnrDb } from "../src/lib/metrics";
 import { externalDataFiles } from "../src/lib/onnx";
+import { normal } from "../src/lib/noise";
 import { bind, checkOrigins, rowOf, setStep, type Origins } from "../src/lib/origins";
 import { readSafetensors } from "../src/lib/safetensors";
+import type { Session } from "../src/lib/runtime";
+import { Sampler } from "../src/lib/sampler";
 import { firstSchemaError } from "../src/lib/schema";
 import { sha256, sha256InScript } from "../src/lib/sha256";
 import { cast, float32, fromFloat16, toFloat16 } from "../src/lib/tensor";
@@ -150,6 +153,41 @@ describe("manifest", () => {
     ["a path that leaves", () => parsed(manifest({}, { files: { "../x": { sha256: "0".repeat(64), bytes: 1 } } })), "leaves the bundle"],
     ["an address", () => parsed(manifest({}, { files: { "https://x/y": { sha256: "0".repeat(64), bytes: 1 } } })), "leaves the bundle"],
   ])("refuses %s", (_, read, text) => expect(read).toThrow(text));
+});
+
+describe("steps that call different networks", () => {
+  const two = (networks: string[]): Manifest => {
+    const { components, contract } = manifest();
+    Object.assign(contract.output, { kind: "depth" });
+    const small = { ...components.denoiser!, bindings: { x: "latent", t: "timestep" } };
+    return parsed(manifest({}, { components: { ...components, denoiser_small: small }, contract, schedules: { "2": { ...table(2), g: [0, 0], networks } } }));
+  };
+
+  it("call the one that the schedule names", async () => {
+    const value = two(["denoiser", "denoiser_small"]);
+    const opened: string[] = [];
+    const open = async (component: string): Promise<Session> => ({
+      run: async ({ x }) => {
+        opened.push(component);
+        return { y: float32([1, 2], (x!.data as Float32Array).map((v) => (component === "denoiser" ? 2 : -3) * v)) };
+      },
+      close: async () => {},
+    });
+    const sampler = new Sampler(value, new Map(), open, true);
+    const { latents, output } = await sampler.sample({ prompt: "", seed: 1n, schedule: value.schedules["2"]! });
+    expect(opened).toEqual(["denoiser", "denoiser_small"]);
+    // x0 = p x + q s f x and x' = a x + b x0, all numbers 0.5: x' = (0.5 + 0.25 + 0.125 f) x, plus half of the noise.
+    const draw = (k: number): Float32Array => normal(1n, k, 2);
+    const first = draw(0).map((v, i) => (0.75 + 0.25) * v + 0.5 * draw(1)[i]!);
+    expect([...latents[0]!]).toEqual([...first].map((v) => expect.closeTo(v, 5)));
+    expect([...(output.data as Float32Array)]).toEqual([...first].map((v, i) => expect.closeTo((0.75 - 0.375) * v + 0.5 * draw(2)[i]!, 5)));
+  });
+
+  it.each([
+    [["denoiser", "decoder"], "names decoder, which is no network of the loop"],
+    [["denoiser", "denoiser_large"], "names denoiser_large, which is no network of the loop"],
+    [["denoiser"], "names 1 networks"],
+  ])("are refused where it names %j", (networks, text) => expect(() => two(networks)).toThrow(text));
 });
 
 describe("origins", () => {

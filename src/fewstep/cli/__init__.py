@@ -47,9 +47,13 @@ def main() -> NoReturn:
         sys.exit(2)
     except OSError as error:
         ERR.print("error:", style="bold red", end=" ")
-        ERR.print(
-            f"{error.filename or 'file system'}: {error.strerror}\n\nhint: check the path and its permissions",
-            markup=False,
-        )
+        ERR.print(_told(error), markup=False)
         sys.exit(2)
     sys.exit(status or 0)
+
+
+def _told(error: OSError) -> str:
+    """Returns what an error of the operating system says; libraries raise some of no file, with a text alone."""
+    if error.filename is None:
+        return str(error) or type(error).__name__
+    return f"{error.filename}: {error.strerror}\n\nhint: check the path and its permissions"

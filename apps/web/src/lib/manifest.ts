@@ -76,6 +76,8 @@ export interface Schedule {
   times: { [name: string]: number[] };
   g: number[];
   init_anchor: number;
+  /** Which component's output is F at each step; that of `DENOISER` at all of them unless given. */
+  networks?: string[];
 }
 
 export interface TokenizerSpec {
@@ -123,6 +125,16 @@ export interface Manifest {
 
 export const DENOISER = "denoiser";
 
+/** Returns whether a network of the loop makes F: `DENOISER`, or, in the steps that call others, `denoiser_...`. */
+export function isDenoiser(component: string): boolean {
+  return component === DENOISER || component.startsWith(`${DENOISER}_`);
+}
+
+/** Returns the component whose output is F at step k. */
+export function networkOf(schedule: Schedule, k: number): string {
+  return schedule.networks?.[k] ?? DENOISER;
+}
+
 const REBUILD = "build the bundle again; manifests are not edited";
 const UPDATE = "update the app, which is older than the bundle, or build the bundle without this";
 
@@ -162,7 +174,7 @@ const KNOWN = {
   input: "name kind shape count",
   output: "kind scale shift clip rate",
   component: "inputs outputs bindings phase",
-  schedule: "timesteps timestep_dtype init_scale s p q a b c h clip source times g init_anchor",
+  schedule: "timesteps timestep_dtype init_scale s p q a b c h clip source times g init_anchor networks",
   tokenizer: "folder length pad_id padding_side prefix suffix clean input",
   artifact: "runtime component path weights compute bytes",
 } as const;
@@ -191,7 +203,15 @@ function refuseUnknown(manifest: Manifest): void {
   check("output", "output", contract.output);
   contract.inputs.forEach((input) => check("input", `input ${input.name}`, input));
   Object.entries(manifest.components).forEach(([name, spec]) => check("component", name, spec));
-  Object.entries(manifest.schedules).forEach(([steps, spec]) => check("schedule", `schedule of ${steps} steps`, spec));
+  Object.entries(manifest.schedules).forEach(([steps, spec]) => {
+    check("schedule", `schedule of ${steps} steps`, spec);
+    const networks = spec.networks ?? [];
+    const wrong = networks.find((name) => !isDenoiser(name) || manifest.components[name]?.phase !== "loop");
+    if (wrong !== undefined || ![0, spec.timesteps.length].includes(networks.length)) {
+      const what = wrong === undefined ? `${networks.length} networks` : `${wrong}, which is no network of the loop`;
+      throw new FewstepError("bundle", `manifest.json: the schedule of ${steps} steps names ${what}`, REBUILD);
+    }
+  });
   Object.entries(manifest.tokenizers).forEach(([name, spec]) => check("tokenizer", `tokenizer ${name}`, spec));
   manifest.artifacts.forEach((spec) => check("artifact", `artifact ${spec.path}`, spec));
 }

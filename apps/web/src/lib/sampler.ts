@@ -2,7 +2,7 @@
 
 import { FewstepError } from "./errors.js";
 import { combine } from "./guidance.js";
-import { DENOISER, type Contract, type InputSpec, type Manifest, type Phase, type Schedule } from "./manifest.js";
+import { isDenoiser, networkOf, type Contract, type InputSpec, type Manifest, type Phase, type Schedule } from "./manifest.js";
 import { normal } from "./noise.js";
 import {
   bind,
@@ -129,9 +129,10 @@ export class Sampler {
       for (const branch of branches) {
         const values = known.get(branch)!;
         setStep(values, contract, schedule, k, float32(shape, latent));
-        for (const component of this.phase("loop")) {
+        const network = networkOf(schedule, k);
+        for (const component of this.phase("loop").filter((name) => name === network || !isDenoiser(name))) {
           const results = await run(component, values, k, branch);
-          if (component === DENOISER) outputs.set(branch, tensorFloats(firstOf(results), DENOISER));
+          if (component === network) outputs.set(branch, tensorFloats(firstOf(results), network));
         }
       }
       const unconditional = outputs.get("uncond");
