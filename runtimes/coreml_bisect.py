@@ -18,7 +18,7 @@ from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.coreml import interface_name, to_interface
-from fewstep.runtimes.coreml_lower import decomposed
+from fewstep.runtimes.coreml_decompose import decomposed
 from fewstep.runtimes.coreml_pictures import UNROUNDED, image_features
 from fewstep.runtimes.coreml_precision import FP16_SUFFIX
 from fewstep.runtimes.departure import Departure, traced_values

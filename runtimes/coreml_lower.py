@@ -6,11 +6,10 @@ import contextlib
 import io
 import json
 import logging
-import math
 import shutil
 import uuid
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.coreml import ENTRY, NAME, interface_name
+from fewstep.runtimes.coreml_decompose import decomposed
 from fewstep.runtimes.coreml_pictures import LAYOUTS, METADATA, to_metadata
 from fewstep.runtimes.coreml_precision import choose_fp32_operations
 from fewstep.runtimes.materialize import materialized
@@ -278,63 +278,3 @@ def _output_type(ct: Any, spec: TensorSpec, picture: OutputSpec | None) -> Any:
         return ct.TensorType(name=interface_name(spec.name), dtype=_interface(spec))
     layout = getattr(ct.colorlayout, LAYOUTS[spec.shape[1]])
     return ct.ImageType(name=interface_name(spec.name), color_layout=layout)
-
-
-def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
-    """Returns the approximation by tanh in elementary operations: coremltools 9 does not see which one is asked for."""
-    if approximate != "tanh":
-        return NotImplemented
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
-    """Returns ones; layout and device say nothing of their values. coremltools takes a scalar from this op alone."""
-    return x.new_full(size, 1, dtype=dtype or x.dtype)
-
-
-def _either(logical: Any, bitwise: Any) -> Any:
-    """Returns what computes an operator of Python, by the type of its operands."""
-    return lambda x, y: logical(x, y) if x.dtype == torch.bool else bitwise(x, y)
-
-
-# What coremltools has no translation for, or a wrong one.
-_DECOMPOSED: Mapping[Any, Any] = {
-    torch.ops.aten.gelu.default: _gelu,
-    torch.ops.aten.new_ones.default: _new_ones,
-    torch.ops.aten.__and__.Tensor: _either(torch.logical_and, torch.bitwise_and),
-    torch.ops.aten.__or__.Tensor: _either(torch.logical_or, torch.bitwise_or),
-    torch.ops.aten.where.ScalarOther: lambda c, x, y: torch.where(c, x, x.new_full((), y)),
-    torch.ops.aten.where.ScalarSelf: lambda c, x, y: torch.where(c, y.new_full((), x), y),
-}
-
-
-def decomposed(program: Program) -> torch.export.ExportedProgram:
-    """Returns the program in core ATen, without what coremltools has no translation for or a wrong one."""
-    result: torch.export.ExportedProgram = program.exported.run_decompositions(dict(_DECOMPOSED))
-    for node in list(result.graph.nodes):
-        if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
-            node.replace_all_uses_with(node.args[0])
-            result.graph.erase_node(node)
-    _write_out_ranks(result.graph)
-    result.graph_module.recompile()
-    return result
-
-
-def _write_out_ranks(graph: torch.fx.Graph) -> None:
-    """Gives the terms of sums and differences that broadcast to a higher rank this rank, in place.
-
-    coremltools puts a constant that is added to a linear layer into its bias, and loses the axes that only the constant
-    has: a table of one step's rows, [1, 1, C], added to [1, C].
-    """
-    for node in graph.nodes:
-        if node.target not in (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor):
-            continue
-        rank = node.meta["val"].ndim
-        for term in [arg for arg in node.args if isinstance(arg, torch.fx.Node) and arg.op == "call_function"]:
-            value = term.meta["val"]
-            if 0 < value.ndim < rank:
-                shape = [1] * (rank - value.ndim) + list(value.shape)
-                with graph.inserting_before(node):
-                    wide = graph.call_function(torch.ops.aten.view.default, (term, shape))
-                wide.meta = {**term.meta, "val": value.reshape(shape)}
-                node.replace_input_with(term, wide)

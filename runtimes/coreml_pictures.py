@@ -61,7 +61,7 @@ def fits(feature: Feature, tensor: TensorSpec) -> bool:
 def to_levels(values: Array, picture: OutputSpec) -> Array:
     """Returns the levels of a decoder's output, uint8 of its shape."""
     shown = np.clip(values * np.float32(picture.scale) + np.float32(picture.shift), 0, 1)
-    return np.rint(LEVELS * shown).astype(np.uint8)
+    return np.asarray(np.rint(LEVELS * shown), dtype=np.uint8)
 
 
 def from_levels(levels: Array, picture: OutputSpec) -> Array:

@@ -21,6 +21,7 @@ from fewstep.runtimes.mil import open_package
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
 WEIGHT, BIAS, ROW = torch.linspace(-1, 1, 64).reshape(8, 8), torch.ones(8), torch.linspace(0, 1, 8).reshape(1, 1, 8)
+SMALL = torch.tensor([1.0, 0.01, 0.0]).reshape(3, 1)  # the last row is nothing but zeros
 SCALE, SHIFT = (torch.linspace(low, 2, 3).reshape(1, 3, 1, 1) for low in (0.5, -1))
 
 
@@ -68,6 +69,17 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
         pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
         pytest.param(lambda a, b: torch.where((a > b) & a.new_ones((), dtype=torch.bool), a, b), id="a single one"),
+        # Without help the epsilon counts for more, or for less.
+        pytest.param(lambda a, b: functional.rms_norm(a * SMALL, (8,), BIAS, 1e-3) + b, id="rms norm of small values"),
+        pytest.param(lambda a, b: functional.rms_norm(300 * a, (3, 8)) + b, id="rms norm of large values"),
+        pytest.param(lambda a, b: functional.group_norm((a * b).reshape(1, 6, 2, 2, 2), 3), id="group norm of a video"),
+        pytest.param(lambda a, b: 1 / (a * a + 0.1) + b, id="reciprocal"),
+        pytest.param(lambda a, b: torch.ops.aten._euclidean_dist(a[0], b[1] + 3), id="distances"),
+        pytest.param(lambda a, b: torch.concatenate([a, b], dim=-1) * 2, id="concatenate"),
+        pytest.param(
+            lambda a, b: functional.interpolate(a[None], scale_factor=2.0, mode="nearest-exact") + b.mean(),
+            id="exact nearest enlargement",
+        ),
         pytest.param(lambda a, b: functional.linear(a[0], WEIGHT, BIAS) + ROW + b[:1], id="a table of one row"),
     ],
 )
