@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from fewstep.program import Program
@@ -33,14 +34,26 @@ def _rms_norm(
 ) -> torch.Tensor:
     """Returns x over the root of its mean square. coremltools 9 divides by the largest value and not the epsilon, too.
 
-    Values above 1 are divided, so that squares stay in fp16's range, as there.
+    Values above 1 are divided, so that squares stay in fp16's range, as there. An epsilon is no half, and an operation
+    with it would have to compute in fp32; its factors are halves. It shrinks by 256 at most: beside the squares of
+    values above 16 it is nothing, and halves become inexact where they are so small.
     """
     axes = tuple(range(-len(shape), 0))
-    scale = x.abs().amax(axes, keepdim=True).clamp_min(1.0)
-    scaled = x / scale
-    epsilon = torch.finfo(x.dtype).eps if eps is None else eps
-    y = scaled * torch.rsqrt((scaled * scaled).mean(axes, keepdim=True) + epsilon / (scale * scale))
+    shrink = 1 / x.abs().amax(axes, keepdim=True).clamp_min(1.0)
+    scaled = x * shrink
+    first, second = _halves(torch.finfo(x.dtype).eps if eps is None else eps)
+    visible = shrink.clamp_min(1 / 16)
+    epsilon = (visible * first) * (visible * second)
+    y = scaled * torch.rsqrt((scaled * scaled).mean(axes, keepdim=True) + epsilon)
     return y if weight is None else y * weight
+
+
+def _halves(value: float) -> tuple[float, float]:
+    """Returns two numbers of fp16's precision whose product is a positive number, but for 2^-17 of it."""
+    first = np.arange(1024, 2048) * 2.0 ** (math.floor(math.log2(value) / 2) - 10)
+    second = np.float64(np.float16(value / first))
+    best = int(np.argmin(np.abs(first * second - value)))
+    return float(first[best]), float(second[best])
 
 
 def _group_norm(

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from fewstep.contract import ComponentSpec, TensorSpec
@@ -16,6 +18,7 @@ from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes import coreml
 from fewstep.runtimes.coreml_bisect import bisect
+from fewstep.runtimes.coreml_decompose import _halves
 from fewstep.runtimes.coreml_lower import lower
 from fewstep.runtimes.mil import open_package
 
@@ -94,6 +97,25 @@ def test_batch_norms_of_products_and_sums_are_exact(tmp_path: Path) -> None:
     assert quality(program, tmp_path) >= 130
     package = open_package(tmp_path / "Unet.mlpackage")
     assert "batch_norm" in {operation.type for operation in package.functions["main"].block.operations}
+
+
+def test_rms_norms_compute_in_fp16(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: functional.rms_norm(300 * a, (8,), eps=1e-6) + b)
+    package = open_package((tmp_path / lower(program, tmp_path, "fp16").path).parent)
+    types = {
+        o.outputs[0][1].dtype.name
+        for o in package.functions["main"].block.operations
+        if o.type not in ("cast", "const")
+    }  # type: ignore[union-attr]
+    assert types <= {"fp16", "int32", "bool", "string"}
+
+
+@given(st.floats(1e-8, 1e-2))
+def test_an_epsilon_is_a_product_of_halves(value: float) -> None:
+    first, second = _halves(value)
+    assert np.float16(first) == first
+    assert np.float16(second) == second
+    assert abs(first * second - value) <= 2.0**-17 * value
 
 
 def test_gelu_stays_one_operation(tmp_path: Path) -> None:
