@@ -83,6 +83,19 @@ def _nearest_exact(x: torch.Tensor, size: list[int] | None, factors: list[float]
     return torch.ops.aten.upsample_nearest2d.vec(x, None, factors)
 
 
+def _nearest_3d(x: torch.Tensor, size: list[int] | None, factors: list[float] | None) -> Any:
+    """Returns a video [N, C, F, H, W] enlarged by whole factors: its pictures, then along the axis of frames."""
+    if size is not None:
+        factors = [wanted / given for wanted, given in zip(size, x.shape[2:], strict=True)]
+    if factors is None or any(factor != int(factor) for factor in factors):
+        return NotImplemented
+    enlarge = torch.ops.aten.upsample_nearest2d.vec
+    pictures = enlarge(x.flatten(1, 2), None, factors[1:])
+    height, width = pictures.shape[2:]
+    frames = pictures.unflatten(1, tuple(x.shape[1:3])).flatten(3)
+    return enlarge(frames, None, [factors[0], 1.0]).unflatten(3, (height, width))
+
+
 # What coremltools has no translation for, or a wrong one.
 _DECOMPOSED: Mapping[Any, Any] = {
     torch.ops.aten.gelu.default: _gelu,
@@ -92,6 +105,7 @@ _DECOMPOSED: Mapping[Any, Any] = {
     torch.ops.aten.group_norm.default: _group_norm,
     torch.ops.aten._euclidean_dist.default: _euclidean_distances,
     torch.ops.aten._upsample_nearest_exact2d.vec: _nearest_exact,
+    torch.ops.aten.upsample_nearest3d.vec: _nearest_3d,
     torch.ops.aten.concatenate.default: lambda tensors, dim=0: torch.cat(tensors, dim),
     torch.ops.aten.__and__.Tensor: _either(torch.logical_and, torch.bitwise_and),
     torch.ops.aten.__or__.Tensor: _either(torch.logical_or, torch.bitwise_or),

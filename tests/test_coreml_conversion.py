@@ -76,6 +76,10 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: functional.rms_norm(a * SMALL, (8,), BIAS, 1e-3) + b, id="rms norm of small values"),
         pytest.param(lambda a, b: functional.rms_norm(300 * a, (3, 8)) + b, id="rms norm of large values"),
         pytest.param(lambda a, b: functional.group_norm((a * b).reshape(1, 6, 2, 2, 2), 3), id="group norm of a video"),
+        pytest.param(
+            lambda a, b: functional.interpolate((a * b).reshape(1, 2, 3, 2, 4), scale_factor=(2.0, 2.0, 3.0)),
+            id="enlargement of a video",
+        ),
         pytest.param(lambda a, b: 1 / (a * a + 0.1) + b, id="reciprocal"),
         pytest.param(lambda a, b: torch.ops.aten._euclidean_dist(a[0], b[1] + 3), id="distances"),
         pytest.param(lambda a, b: torch.concatenate([a, b], dim=-1) * 2, id="concatenate"),
