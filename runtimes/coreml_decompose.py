@@ -51,7 +51,7 @@ def _rms_norm(
 def _halves(value: float) -> tuple[float, float]:
     """Returns two numbers of fp16's precision whose product is a positive number, but for 2^-17 of it."""
     first = np.arange(1024, 2048) * 2.0 ** (math.floor(math.log2(value) / 2) - 10)
-    second = np.float64(np.float16(value / first))
+    second = (value / first).astype(np.float16).astype(np.float64)
     best = int(np.argmin(np.abs(first * second - value)))
     return float(first[best]), float(second[best])
 
