@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
@@ -171,7 +172,10 @@ def _call_pipeline(
     if generator.batch > 1:  # pipelines want a list of each kind of prompt, or of none
         arguments |= {n: [v] * generator.batch for n, v in arguments.items() if "prompt" in n and isinstance(v, str)}
     try:
-        return pipeline(**arguments)
+        with warnings.catch_warnings():
+            # Classes are given as tensors, which the tape follows; DiT's pipeline makes a tensor of whatever it is given.
+            warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+            return pipeline(**arguments)
     except (TypeError, ValueError) as error:  # what pipelines and schedulers refuse their settings with
         raise ExportError(
             f"{type(pipeline).__name__} refuses {steps} steps with these settings: {error}",

@@ -14,18 +14,21 @@ _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = 7, 5, 9
 _STREAMED_BYTES = 1 << 10
 
 
-def save_model(model: ir.Model, path: Path, *, external: bool) -> None:
-    """Writes a model as one file, or with its weights in ``<path>.data``; the model is left as it is."""
+def save_model(model: ir.Model, path: Path, *, external: bool, references: bool = True) -> None:
+    """Writes a model as one file, or with its weights in ``<path>.data``; the model is left as it is.
+
+    Initializers that are in another file stay there if it is one file and ``references`` allows it.
+    """
     if external:
         ir.save(model, path, external_data=f"{path.name}.data")
     else:
-        _save_one_file(model, path)
+        _save_one_file(model, path, references=references)
 
 
-def _save_one_file(model: ir.Model, path: Path) -> None:
+def _save_one_file(model: ir.Model, path: Path, *, references: bool) -> None:
     """Writes what protobuf would, which holds the values of all initializers several times while it does."""
     initializers = dict(model.graph.initializers)
-    streamed = [_Streamed(value) for value in initializers.values() if _is_large(value)]
+    streamed = [_Streamed(value) for value in initializers.values() if _is_streamed(value, references)]
     try:
         for tensor in streamed:
             del model.graph.initializers[tensor.name]
@@ -42,9 +45,11 @@ def _save_one_file(model: ir.Model, path: Path) -> None:
             tensor.write(stream)
 
 
-def _is_large(value: ir.Value) -> bool:
+def _is_streamed(value: ir.Value, references: bool) -> bool:
     tensor = value.const_value
-    return tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.nbytes > _STREAMED_BYTES
+    if isinstance(tensor, ir.ExternalTensor):
+        return not references
+    return tensor is not None and tensor.nbytes > _STREAMED_BYTES
 
 
 class _Streamed:
@@ -63,6 +68,8 @@ class _Streamed:
     def write(self, stream: IO[bytes]) -> None:
         stream.write(self._header)
         stream.write(self._tensor.tobytes())
+        if isinstance(self._tensor, ir.ExternalTensor):
+            self._tensor.release()
 
 
 def _field(number: int, length: int) -> bytes:

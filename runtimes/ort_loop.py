@@ -46,7 +46,7 @@ def write_loop(bundle: Bundle, path: Path, *, runtime: str = "onnxruntime", step
     model = _Loop(manifest, schedule, models).model()
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, path, external=size > _ONE_FILE_BYTES)
+    save_model(model, path, external=size > _ONE_FILE_BYTES, references=False)
     return path
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fewstep
 from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError, ExportError, RuntimeMissingError
-from fewstep.metrics import sqnr_db
+from fewstep.metrics import psnr_db, sqnr_db
 from fewstep.optimize.palettes import kmeans, palettized, row_groups
 from fewstep.program import Program
 from fewstep.runtimes import coreml, get_runtime
@@ -458,21 +458,34 @@ class _Annotate:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activations", [False, True], ids=["w8", "w8a8"])
 @pytest.mark.filterwarnings("ignore")  # of torchao, about its own internals
-def test_a_quantized_graph_converts(program: Program, tmp_path: Path, activations: bool) -> None:
+def test_a_graph_with_quantized_weights_converts(program: Program, tmp_path: Path) -> None:
+    quantized = observed(program, activations=False)
+    path = tmp_path / lower(quantized, tmp_path, "fp16").path
+    kinds = [o.type for o in open_package(path.parent).functions["main"].block.operations]
+    assert any(kind.startswith("constexpr_") for kind in kinds)
+    # Scales are halves in a package that computes in fp16: 2^-12 of each weight, 60 dB and more.
+    assert quality(quantized, path) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torchao, about its own internals
+def test_activations_on_grids_that_halves_cannot_hold_are_refused(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"quantize_per_tensor has torch.int8 and the scale .* expected 8 bits and a half"
+    ):
+        lower(observed(program, activations=True), tmp_path, "fp16")
+    assert not any(tmp_path.iterdir())
+
+
+def observed(program: Program, *, activations: bool) -> Program:
+    """Returns a program quantized by torchao's own observers, with scales of any float."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     prepared = prepare_pt2e(program.exported.module(), _Annotate(activations))
     inputs = tuple(torch.from_numpy(v) for v in feed().values())
     prepared(*inputs)
-    quantized = replace(program, exported=torch.export.export(convert_pt2e(prepared), inputs))
-    path = tmp_path / lower(quantized, tmp_path, "fp16").path
-    kinds = [o.type for o in open_package(path.parent).functions["main"].block.operations]
-    assert kinds.count("quantize") == (3 if activations else 0)
-    assert any(kind.startswith("constexpr_") for kind in kinds)
-    # Scales are halves in a package that computes in fp16: 2^-12 of each weight, 60 dB and more.
-    assert quality(quantized, path) >= (40 if activations else 60)
+    return replace(program, exported=torch.export.export(convert_pt2e(prepared), inputs))
 
 
 # -------------------------------------------------------------------------------------------------------------- builds
@@ -507,3 +520,29 @@ def test_shapes_are_functions_of_one_package(tmp_path: Path) -> None:
     assert [(a.variant, a.function) for a in graphs] == [("", "main"), ("16x16", "main_16x16")]
     assert bundle.generate("cat", seed=1).output.shape == (16, 24, 3)
     assert bundle.shaped("16x16").generate("cat", seed=1).output.shape == (16, 16, 3)
+
+
+@pytest.mark.slow
+def test_batches_and_tiles_are_functions_of_one_package(tmp_path: Path) -> None:
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    source = str(tiny.turbo_folder(tmp_path / "source"))
+    bundle = fewstep.build(
+        source,
+        "fp32",
+        ("coreml",),
+        tmp_path / "bundle",
+        steps=[1],
+        shape="16x24",
+        decoder_tile=16,
+        batch=2,
+        options=options,
+    )
+    assert bundle.manifest.parity is not None and bundle.manifest.parity["passed"]
+    functions: dict[str, set[str]] = {name: set() for name in bundle.manifest.components}
+    for artifact in bundle.manifest.artifacts:
+        functions[artifact.component].add(artifact.function)
+    assert functions["denoiser"] == {"main", "main_2x16x24"}
+    # 8 x 12 elements make tiles of 8 and 6 across, and 2 more of the rows that come after the first stride.
+    assert functions["decoder"] == {f"tile_{height}x{width}" for height in (8, 2) for width in (8, 6)}
+    one, two = bundle.generate("cat", seed=1), bundle.generate_batch(["cat", "dog"], [1, 2])[0]
+    assert psnr_db(one.output, two.output) >= 100  # the same operations, for one picture and for two

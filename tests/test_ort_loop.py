@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
+import fewstep
 from fewstep import stages
 from fewstep.errors import ContractError, ParityError, RuntimeMissingError
 from fewstep.manifest import Manifest
@@ -16,7 +17,7 @@ from fewstep.progress import Silent
 from fewstep.runtimes.loops import loop_feeds
 from fewstep.runtimes.unroll import check_unrolls
 from fewstep.tiles import Tiles
-from tests.bundles import STEPS, built, plain
+from tests.bundles import STEPS, built, plain, plain_generator
 
 
 @pytest.mark.parametrize("kind", ["lcm", "turbo"])
@@ -39,6 +40,24 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
 def test_a_generator_without_a_prompt(tmp_path: Path) -> None:
     made = stages.loop(plain(), tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
     assert made.output_psnr_db >= 100
+
+
+def test_weights_beside_the_components_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.runtimes.ort_lower._ONE_FILE_BYTES", 0)
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
+    bundle = fewstep.build(plain_generator(), out=tmp_path / "bundle", options=options)
+    assert [*bundle.path.glob("onnxruntime/*/model.onnx.data")]
+    made = stages.loop(bundle, tmp_path / "one" / "x.onnx", steps=2, runtime=None, progress=Silent())
+    assert made.output_psnr_db >= 100
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["x.onnx"]
+
+
+def test_weights_of_a_large_loop_keep_their_place_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.runtimes.ort_loop._ONE_FILE_BYTES", 0)
+    made = stages.loop(plain(), tmp_path / "x.onnx", steps=2, runtime=None, progress=Silent())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.onnx", "x.onnx.data"]
+    assert made.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    onnx.checker.check_model(str(tmp_path / "x.onnx"))  # it looks for the weights where the graph says
 
 
 def test_a_file_that_draws_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.scale.networks import Component
-from benchmarks.static import latency, memory, networks, step_grids, stickers
+from benchmarks.static import latency, memory, networks, step_bits, step_grids, stickers
 from benchmarks.static.jobs import count
 from benchmarks.static.table import markdown
 from fewstep.quantization import STEP_GRIDS
@@ -83,6 +83,11 @@ def test_the_pages_tables_are_written_from_figures() -> None:
     psnr = {f"w8a8 {how}": [40.0, 41.0 + i] for i, how in enumerate(STEP_GRIDS)}
     page = step_grids.markdown({"steps": 4, "samples": 8, "psnr_db": psnr, "grids": dict.fromkeys(STEP_GRIDS, 3)})
     assert "| w8a8 | 40.50 | 41.00 | 41.50 | +1.00 ± 1.00 |" in page
+    places = ["", "0", "1", "0,1"]
+    psnr = {f"{a} {b} {at}": [40.0 + i, 41.0 + 2 * i] for a, b in step_bits.PAIRS for i, at in enumerate(places)}
+    page = step_bits.markdown({"steps": 2, "samples": 8, "psnr_db": psnr})
+    assert "| w4a8 | 40.50 | w8a8 | +1.50 ± 0.50 | +3.00 ± 1.00 | +4.50 ± 1.50 |" in page
+    assert {line.count("|") for line in page if line.startswith("|")} == {7}
     times = {name: [2.0, 4.0] for name in stickers.BUNDLES}
     where = {name: {"denoiser": [4, 1.0]} for name in ("table", "int8")}
     sizes = {name: {"denoiser": 1 << 20} for name in stickers.BUNDLES}

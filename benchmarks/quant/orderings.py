@@ -184,11 +184,12 @@ def main() -> None:
         "--bundle", type=Path, default=Path("build/stickers-step"), help="stickers in fp32 and step form"
     )
     parser.add_argument("--table-only", action="store_true", help="write the table of what has been measured")
+    parser.add_argument("--missing", action="store_true", help="keep what an earlier state of the code measured")
     options = parser.parse_args()
     if unknown := set(options.orderings) - known.keys():
         parser.error(f"unknown orderings: {', '.join(sorted(unknown))}")
     chosen = [known[name] for name in options.orderings or known]
-    measure_orderings(chosen, VARIANTS, options.bundle, table_only=options.table_only)
+    measure_orderings(chosen, VARIANTS, options.bundle, table_only=options.table_only, missing=options.missing)
 
 
 if __name__ == "__main__":

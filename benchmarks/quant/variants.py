@@ -30,14 +30,24 @@ STANDARD_ERRORS = 2.0
 
 
 def measure_orderings(
-    orderings: Sequence[Ordering], variants: Mapping[str, Variant], bundle: Path, *, table_only: bool
+    orderings: Sequence[Ordering], variants: Mapping[str, Variant], bundle: Path, *, table_only: bool, missing: bool
 ) -> None:
-    """Measures every variant that the claims name and writes ``results/orderings.md`` after each."""
+    """Measures every variant that the claims name and writes ``results/orderings.md`` after each.
+
+    Args:
+        orderings: what is asked.
+        variants: all variants, by name.
+        bundle: the fp32 bundle that they are compared with.
+        table_only: measure nothing.
+        missing: keep what other states of the code measured; the page then says which variants share a state.
+    """
     cells = Cells(RESULTS / "cells")
     names = dict.fromkeys(name for o in orderings for c in o.claims for name in (c.better, c.worse))
     if not table_only:
         opened = Bundle.open(bundle)
         for name in names:
+            if missing and _values(cells, name) is not None:
+                continue
             measure(variants[name], variants, opened, cells)
             _write(cells, variants)
     _write(cells, variants)
@@ -125,15 +135,37 @@ def markdown(cells: Cells, machine: Mapping[str, Any], variants: Mapping[str, Va
             lines.append(f"| {' | '.join(cells_)} |")
     lines += ["", "| variant | recipe | N | PSNR, dB | SSIM | step SQNR, dB | MB |", "|---|---|---|---|---|---|---|"]
     lines += [_row(variant, cells) for variant in variants.values()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_states(cells, variants)]) + "\n"
+
+
+def _values(cells: Cells, name: str) -> dict[str, Any] | None:
+    """Returns what was measured of a variant, None if nothing was or it could not be made."""
+    cell = cells.read(f"orderings/{name}")
+    return None if cell is None or "error" in cell["values"] else dict(cell["values"])
+
+
+def _states(cells: Cells, variants: Mapping[str, Variant]) -> list[str]:
+    """Returns the lines that tell which variants were measured by the same code, none if all of them were."""
+    states: dict[str, list[str]] = {}
+    for name in variants:
+        if _values(cells, name) is not None:
+            states.setdefault(cells.read(f"orderings/{name}")["determined_by"]["code"], []).append(name)  # type: ignore[index]
+    if len(states) < 2:
+        return []
+    return [
+        "",
+        f"Measured by {len(states)} states of the compiler's code: a margin between two of these groups may be one of "
+        "code.",
+        "",
+        *(f"- `{code[:12]}`: {', '.join(names)}" for code, names in states.items()),
+    ]
 
 
 def judge(claim: Claim, cells: Cells) -> tuple[str, str]:
     """Returns the margin of a claim and its verdict, as text."""
-    found = [cells.read(f"orderings/{name}") for name in (claim.better, claim.worse)]
-    if any(cell is None or "error" in cell["values"] for cell in found):
+    better, worse = (_values(cells, name) for name in (claim.better, claim.worse))
+    if better is None or worse is None:
         return "", "not measured"
-    better, worse = (cell["values"] for cell in found if cell is not None)
     if better["identity"] == worse["identity"]:
         return "", "none: both are the same bundle"
     margin, error = paired(better, worse)

@@ -1,8 +1,8 @@
 """Counts what leaves the loop of networks of full size, and measures the forms of the built-in generator.
 
-``python -m benchmarks.static [CASE ...] [--latency] [--stickers] [--memory] [--step-grids]`` goes on where it was
-interrupted: what is in ``figures.json`` is not measured again. Networks of full size are traced without values:
-counting takes no memory for their weights.
+``python -m benchmarks.static [CASE ...] [--latency] [--stickers] [--memory] [--step-grids] [--step-bits]`` goes on
+where it was interrupted: what is in ``figures.json`` is not measured again. Networks of full size are traced without
+values: counting takes no memory for their weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.table import describe_machine
-from benchmarks.static import latency, step_grids, stickers
+from benchmarks.static import latency, step_bits, step_grids, stickers
 from benchmarks.static.jobs import count
 from benchmarks.static.networks import STATIC
 from benchmarks.static.table import markdown
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--stickers", action="store_true", help="time the built-in generator too")
     parser.add_argument("--memory", action="store_true", help="hold its graphs in every way")
     parser.add_argument("--step-grids", action="store_true", help="draw with grids of activations by step")
+    parser.add_argument("--step-bits", action="store_true", help="draw with more bits in one step")
     parser.add_argument("--latency", action="store_true", help="time the cases (they take gigabytes and minutes)")
     options = parser.parse_args()
     unknown = set(options.cases) - set(STATIC)
@@ -57,6 +58,7 @@ def main() -> None:
     jobs = {
         "stickers": (options.stickers, lambda: stickers.time_pictures(WORK)),
         "step_grids": (options.step_grids, lambda: step_grids.measure(WORK)),
+        "step_bits": (options.step_bits, lambda: step_bits.measure(WORK)),
     }
     for name, (wanted, job) in jobs.items():
         if wanted and name not in figures:

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quant.prompts import CALIBRATION, CALIBRATION_SEED, HELD_OUT
-from fewstep.calibration import SampleRequest, collect
+from benchmarks.static.drawing import Drawing, psnrs
 from fewstep.calibration.ranges import StepRanges
-from fewstep.contract import BEFORE, DENOISER
-from fewstep.export import Programs, describe, load, programs_of, write_tokenizers
-from fewstep.feeds import Sample
-from fewstep.metrics import psnr_db
+from fewstep.contract import DENOISER
+from fewstep.export import Programs
 from fewstep.optimize.quantize import ComponentPlan, quantize
-from fewstep.optimize.quantize.planner import calls_of, plan_component
 from fewstep.optimize.quantize.step_grids import StepGrids
 from fewstep.profiles import get_profile
-from fewstep.program import Program
 from fewstep.quantization import STEP_GRIDS, Quantization
-from fewstep.recipe import load_recipe
 from fewstep.runtimes.pytorch_reference import open_program
-from fewstep.runtimes.sampler import Sampler, open_tokenizers
 
 # Bits of weights, with those of activations that they are tried with.
 BITS = {8: (8, 6, 4), 4: (8, 6, 4)}
@@ -38,60 +30,20 @@ BITS = {8: (8, 6, 4), 4: (8, 6, 4)}
 def measure(work: Path, *, steps: int = 4, prompts: int = 16, seeds: int = 1, samples: int = 32) -> dict[str, Any]:
     """Returns the PSNR of every picture against the float denoiser's, by bits and by how steps share grids.
 
-    Args:
-        work: folder for tokenizers and calibration samples.
-        steps: N.
-        prompts: held-out prompts to draw.
-        seeds: of each.
-        samples: calibration samples.
+    The arguments are those of `Drawing.prepare`.
     """
-    generator = load("stickers", eager=True)
-    described = describe(replace(generator, default_steps=steps), [steps])
-    programs = programs_of(generator, described, load_recipe("fp32"))
-    calls = collect(
-        generator,
-        described,
-        "own",
-        CALIBRATION[:samples],
-        size=samples * steps,
-        seed=CALIBRATION_SEED,
-        steps=steps,
-        guidance=generator.guidance,
-        folder=work / "calibration",
-    )
-    early = frozenset(name for name, spec in programs.components.items() if spec.phase == BEFORE)
-    floats = {name: programs.make(name) for name in programs.components}
-    requests = SampleRequest.grid(generator, HELD_OUT[:prompts], range(seeds), steps, generator.guidance)
-    write_tokenizers(generator, described.tokenizers, work / "tokenizers")
-    tokenizers = open_tokenizers(work / "tokenizers", described.tokenizers)
-
-    def draw(denoiser: Program) -> Iterable[Sample]:
-        opened = floats | {DENOISER: denoiser}
-        sampler = Sampler(
-            programs.contract, programs.components, tokenizers, lambda name: open_program(opened[name]), keep_open=True
-        )
-        schedule = described.schedules[steps]
-        return [sampler(r.prompt, r.seed, schedule, guidance=r.guidance, inputs=r.inputs) for r in requests]
-
-    references = draw(floats[DENOISER])
+    drawing = Drawing.prepare(work, steps=steps, prompts=prompts, seeds=seeds, samples=samples)
+    programs, calls = drawing.programs, drawing.calls
+    references = drawing.references()
     found: dict[str, Any] = {}
     for bits, tried in BITS.items():
         recipe = Quantization(weights=bits, activations=8)
-        plan, ranges = plan_component(
-            floats[DENOISER],
-            recipe,
-            get_profile(recipe.profile),
-            partial(calls_of, programs, calls, DENOISER),
-            early,
-            steps=steps,
-        )
-        assert ranges is not None
+        plan, ranges = drawing.plan(recipe)
         for of_activations in tried:
             for how in STEP_GRIDS:
                 grids = StepGrids.of(programs, replace(recipe, step_grids=how), calls, DENOISER)
-                denoiser = quantize(floats[DENOISER], _with_grids(plan, ranges, grids, recipe, of_activations))
-                values = [psnr_db(a.output, b.output) for a, b in zip(references, draw(denoiser), strict=True)]
-                found[f"w{bits}a{of_activations} {how}"] = [round(value, 3) for value in values]
+                denoiser = quantize(drawing.floats[DENOISER], _with_grids(plan, ranges, grids, recipe, of_activations))
+                found[f"w{bits}a{of_activations} {how}"] = psnrs(references, drawing.draw(open_program(denoiser)))
     return {"steps": steps, "samples": samples, "psnr_db": found, "grids": _shares(programs, ranges, calls)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.static import latency, memory, step_grids, stickers
+from benchmarks.static import latency, memory, step_bits, step_grids, stickers
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -12,7 +12,7 @@ def markdown(figures: dict[str, Any]) -> str:
     lines = [
         "# Static steps",
         "",
-        "Written by `python -m benchmarks.static --latency --stickers --memory --step-grids`.",
+        "Written by `python -m benchmarks.static --latency --stickers --memory --step-grids --step-bits`.",
         "",
         "## What leaves the loop",
         "",
@@ -30,6 +30,7 @@ def markdown(figures: dict[str, Any]) -> str:
         "stickers": ("The built-in generator", lambda f: stickers.markdown(f, figures["machine"])),
         "memory": ("A graph for each step", memory.markdown),
         "step_grids": ("A grid for each step", step_grids.markdown),
+        "step_bits": ("More bits in one step", step_bits.markdown),
     }
     for name, (title, tell) in parts.items():
         if name in figures:

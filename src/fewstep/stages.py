@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -255,21 +255,23 @@ def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, p
     count = manifest.default_steps if steps is None else steps
     if out.is_dir():
         raise _not_empty(out)
-    partial = out.with_name(f"partial-{out.name}")
-    with stage(progress, f"unroll {count} steps"):
-        write_loop(bundle, partial, runtime=runtime, steps=count)
-    with stage(progress, "compare"):
-        value = _agreement_db(bundle, open_loop(partial, runtime), count, runtime)
-    if not value >= Limits().picture_psnr_db:
-        _remove(partial)
-        raise ParityError(
-            f"one file of {count} steps draws a picture at {value:.1f} dB of the bundle's, expected "
-            f"{Limits().picture_psnr_db:.0f}",
-            hint="sample with the bundle's components",
-        )
-    partial.rename(out)
-    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
-    size, parts = sum(f.stat().st_size for f in files), sum(a.bytes for a in manifest.artifacts if a.runtime == runtime)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as folder:
+        partial = Path(folder) / out.name
+        with stage(progress, f"unroll {count} steps"):
+            write_loop(bundle, partial, runtime=runtime, steps=count)
+        with stage(progress, "compare"):
+            value = _agreement_db(bundle, open_loop(partial, runtime), count, runtime)
+        if not value >= Limits().picture_psnr_db:
+            raise ParityError(
+                f"one file of {count} steps draws a picture at {value:.1f} dB of the bundle's, expected "
+                f"{Limits().picture_psnr_db:.0f}",
+                hint="sample with the bundle's components",
+            )
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        for made in Path(folder).iterdir():  # beside it, the weights of a file that would be too large
+            made.rename(out.with_name(made.name))
+    parts = sum(artifact.bytes for artifact in manifest.artifacts if artifact.runtime == runtime)
     return Loop(out, count, value, size, size / parts)
 
 
@@ -287,13 +289,6 @@ def _agreement_db(bundle: Bundle, opened: OpenLoop, steps: int, runtime: str) ->
     finally:
         sampler.close()
     return psnr_db(ours, output[0].transpose(1, 2, 0) if manifest.contract.output.kind == "picture" else output[0])
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 @contextmanager
