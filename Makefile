@@ -86,7 +86,7 @@ families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/famil
 	mv docs/families.new docs/families.md
 
 .PHONY: coreml-operators
-coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (hours; goes on where it was interrupted)
+coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (minutes; goes on where it was interrupted)
 	$(BIN)/python -W ignore -m tests.mil.operators > docs/coreml-operators.new
 	mv docs/coreml-operators.new docs/coreml-operators.md
 

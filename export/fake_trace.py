@@ -15,7 +15,7 @@ from fewstep.export.generator import Part
 from fewstep.export.recorded import Call, name_inputs, name_outputs
 from fewstep.export.tape import Glue, Ref
 from fewstep.export.weights import meta_module, stored_weights
-from fewstep.export.wiring import WiredModule, Wiring
+from fewstep.export.wiring import WiredModule, Wiring, normalise
 from fewstep.program import Program
 
 
@@ -43,6 +43,7 @@ def stored_program(
     weights = stored_weights(module, folder)
     call = fake_call(module, component, part, arguments)
     exported = fake_trace(WiredModule(unglued(call, part), module, part.method).eval(), tuple(call.inputs.values()))
+    normalise(exported)
     spec = ComponentSpec(_specs(call.inputs), _specs(call.outputs), {})
     return Program(component, part.folder, exported, spec, weights.under("module"))
 

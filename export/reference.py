@@ -173,7 +173,7 @@ def _call_pipeline(
         arguments |= {n: [v] * generator.batch for n, v in arguments.items() if "prompt" in n and isinstance(v, str)}
     try:
         with warnings.catch_warnings():
-            # Classes are given as tensors, which the tape follows; DiT's pipeline makes a tensor of whatever it is given.
+            # Classes are given as tensors, which the tape follows; DiT's pipeline makes tensors of what it is given.
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")
             return pipeline(**arguments)
     except (TypeError, ValueError) as error:  # what pipelines and schedulers refuse their settings with

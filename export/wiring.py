@@ -312,7 +312,7 @@ def trace(generator: Generator, wiring: Wiring, spec: ComponentSpec) -> Program:
     if generator.stored is not None and module.module is not None:
         weights = generator.stored.weights(generator.parts[wiring.part].attribute, module.module)
         exported = in_real_numbers(module, lambda: fake_trace(module, example))
-        _normalise(exported)
+        normalise(exported)
         return Program(wiring.component, wiring.folder, exported, spec, weights.under("module"))
     try:
         with torch.no_grad(), warnings.catch_warnings(), _quiet_logs():
@@ -327,11 +327,11 @@ def trace(generator: Generator, wiring: Wiring, spec: ComponentSpec) -> Program:
             f"{type(error).__name__}: {first_line}",
             hint="does torch.export.export trace this module on its own? data-dependent branches are the usual cause",
         ) from error
-    _normalise(exported)
+    normalise(exported)
     return Program(wiring.component, wiring.folder, exported, spec)
 
 
-def _normalise(exported: torch.export.ExportedProgram) -> None:
+def normalise(exported: torch.export.ExportedProgram) -> None:
     """Removes from a traced program what backends take another way than PyTorch does, in place.
 
     Attention's traced kernel leaves its result in another order of memory than its decomposition, and views that were

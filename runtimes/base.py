@@ -78,6 +78,8 @@ class Runtime:
     """(function) -> the runtime whose artifacts are that function of theirs, where a file can have several."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
+    image_outputs: bool = False
+    """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
 
     def of(self, artifact: Artifact) -> Runtime:
         """Returns the runtime for an artifact: as it is, or at the function of a file with several.

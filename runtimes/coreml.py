@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.contract import ComponentSpec, TensorSpec
+from fewstep.contract import ComponentSpec, OutputSpec, TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
+from fewstep.runtimes.coreml_pictures import Unrounded, fits, from_levels, from_metadata, image_features
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
 from fewstep.runtimes.mil.program import Feature
 from fewstep.runtimes.narrow import narrow
@@ -77,18 +78,21 @@ def open_session(
 def open_exact(
     path: Path, spec: ComponentSpec, threads: int | None = None, *, function: str | None = None
 ) -> CheckedSession:
-    """Returns a session that evaluates a package with fp32 arithmetic: what is left is what conversion changed."""
+    """Returns a session that evaluates a package with fp32 arithmetic: what is left is what conversion changed.
+
+    Where the package gives an image, the session gives what it was before it was rounded to levels.
+    """
     return open_evaluator(path, spec, "fp32", function=function)
 
 
 def open_evaluator(
     path: Path, spec: ComponentSpec, precision: Precision, *, function: str | None = None
 ) -> CheckedSession:
-    """Returns a session on our evaluator."""
+    """Returns a session on our evaluator; with fp16 precision, images have the levels that the package gives."""
     package = path.parent
     program = open_package(package, function)
     _check_contract(package, program, spec)
-    return CheckedSession(package.stem, spec, _EvaluatorSession(Evaluator(program, precision=precision), spec))
+    return CheckedSession(package.stem, spec, _EvaluatorSession(program, precision, spec))
 
 
 def open_core_ml(
@@ -119,13 +123,14 @@ def open_core_ml(
     import coremltools
 
     package = path.parent
-    _check_contract(package, open_package(package, function), spec)
+    program = open_package(package, function)
+    _check_contract(package, program, spec)
     units = coremltools.ComputeUnit[compute_units]
     try:
         model = coremltools.models.MLModel(str(package), compute_units=units, function_name=function)
     except Exception as error:  # Core ML's errors arrive as RuntimeError and as plain Exception
         raise ContractError(f"{package}: Core ML cannot load it: {error}", hint="build the bundle again") from error
-    return CheckedSession(package.stem, spec, _CoreMLSession(model, spec))
+    return CheckedSession(package.stem, spec, _CoreMLSession(model, spec, _pictures(program)))
 
 
 def interface_name(name: str) -> str:
@@ -152,16 +157,26 @@ def to_interface(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return found
 
 
+def _pictures(program: MilProgram) -> dict[str, OutputSpec]:
+    """Returns how the levels of a package's images and its component's outputs belong together, by their names."""
+    return {feature.name: from_metadata(program, feature.name) for feature in image_features(program)}
+
+
 class _EvaluatorSession:
-    def __init__(self, evaluator: Evaluator, spec: ComponentSpec) -> None:
-        self._evaluator: Evaluator | None = evaluator
+    def __init__(self, program: MilProgram, precision: Precision, spec: ComponentSpec) -> None:
+        self._evaluator: Evaluator | None = Evaluator(program, precision=precision)
         self._outputs = {output.name: output.dtype for output in spec.outputs}
+        self._pictures = _pictures(program)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the outputs by name."""
         if self._evaluator is None:
             raise ContractError("the session is closed")
-        results = self._evaluator.run(to_interface(feeds))
+        unrounded = Unrounded(self._evaluator.program)
+        results = self._evaluator.run(to_interface(feeds), observe=unrounded if self._pictures else None)
+        for name, picture in self._pictures.items():
+            exact = self._evaluator.precision == "fp32"
+            results[name] = unrounded.values[name] if exact else from_levels(results[name], picture)
         return {name: results[interface_name(name)].astype(dtype) for name, dtype in self._outputs.items()}
 
     def close(self) -> None:
@@ -172,18 +187,25 @@ class _EvaluatorSession:
 class _CoreMLSession:
     """Works with whatever has ``predict``, so that it can be tested where Core ML is not."""
 
-    def __init__(self, model: Any, spec: ComponentSpec) -> None:
+    def __init__(self, model: Any, spec: ComponentSpec, pictures: Mapping[str, OutputSpec]) -> None:
         self._model = model
         self._outputs = spec.outputs
+        self._pictures = pictures
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the outputs by name."""
         if self._model is None:
             raise ContractError("the session is closed")
         results = self._model.predict(to_interface(feeds))
-        return {
-            o.name: np.asarray(results[interface_name(o.name)], dtype=o.dtype).reshape(o.shape) for o in self._outputs
-        }
+        return {o.name: self._output(results[interface_name(o.name)], o) for o in self._outputs}
+
+    def _output(self, result: Any, tensor: TensorSpec) -> Array:
+        values = np.asarray(result)
+        picture = self._pictures.get(interface_name(tensor.name))
+        if picture is not None:  # a PIL image [H, W, C], of four channels where Core ML adds one, or [H, W]
+            channels = tensor.shape[1]
+            values = from_levels(np.atleast_3d(values)[..., :channels].transpose(2, 0, 1), picture)
+        return values.astype(tensor.dtype).reshape(tensor.shape)
 
     def close(self) -> None:
         """Drops the model."""
@@ -205,12 +227,19 @@ def _check_contract(package: Path, program: MilProgram, spec: ComponentSpec) -> 
 
 
 def _check_tensor(package: Path, value: Feature, tensor: TensorSpec) -> None:
+    if value.image is not None and fits(value, tensor):
+        return
     if value.dtype is None:
         raise ContractError(
-            f"{package}: {value.name} is no array, expected {tensor.dtype} {list(tensor.shape)}", hint="build it again"
+            f"{package}: {value.name} is {_said(value)}, expected {tensor.dtype} {list(tensor.shape)}",
+            hint="build it again",
         )
     interface = TensorSpec(tensor.name, _INTERFACE.get(tensor.dtype, tensor.dtype), tensor.shape or (1,))
     interface.check(value.shape or interface.shape, value.dtype.numpy.name, str(package))
+
+
+def _said(value: Feature) -> str:
+    return "no array" if value.image is None else f"an image {value.image} {list(value.shape)}"
 
 
 def _compile(program: Program, folder: Path, weights: str) -> Artifact:
@@ -252,4 +281,5 @@ RUNTIME = Runtime(
     open_exact=open_exact,
     at_function=_at_function,
     executor=executor,
+    image_outputs=True,
 )

@@ -18,7 +18,8 @@ from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.coreml import interface_name, to_interface
-from fewstep.runtimes.coreml_lower import decomposed
+from fewstep.runtimes.coreml_decompose import decomposed
+from fewstep.runtimes.coreml_pictures import UNROUNDED, image_features
 from fewstep.runtimes.coreml_precision import FP16_SUFFIX
 from fewstep.runtimes.departure import Departure, traced_values
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
@@ -44,8 +45,12 @@ def bisect(
         BundleError: the package is damaged beyond reading.
     """
     exported = decomposed(program)
-    comparison = _Comparison(traced_values(exported, program.spec, feeds), _outputs(exported, program), limit_db)
-    evaluator = Evaluator(open_package(path.parent, function), precision="fp32")
+    package = open_package(path.parent, function)
+    outputs = _outputs(exported, program)
+    for image in image_features(package):  # the picture itself is no value of the program
+        outputs[image.name + UNROUNDED] = outputs.pop(image.name)
+    comparison = _Comparison(traced_values(exported, program.spec, feeds), outputs, limit_db)
+    evaluator = Evaluator(package, precision="fp32")
     try:
         evaluator.run(to_interface(feeds), observe=comparison)
     except ContractError as error:

@@ -41,10 +41,16 @@ def write_loop(bundle: Bundle, path: Path, *, steps: int | None = None) -> Path:
         steps: the schedule; None takes the bundle's default.
 
     Raises:
-        ContractError: see `check_unrolls`; or a component has control flow, or another operation set than the others.
+        ContractError: see `check_unrolls`; or the last component gives an image; or a component has control flow, or
+            another operation set than the others.
     """
     manifest = bundle.manifest
     check_unrolls(manifest)
+    if manifest.recipe.get("image_output", False):
+        raise ContractError(
+            f"{manifest.name}: the last component gives an image, expected the values that a loop scales itself",
+            hint="build without image_output for a loop",
+        )
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
     artifacts = {name: manifest.artifact(NAME, name) for name in manifest.components}
     with tempfile.TemporaryDirectory() as folder:

@@ -6,22 +6,23 @@ import contextlib
 import io
 import json
 import logging
-import math
 import shutil
 import uuid
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from fewstep.contract import TensorSpec
+from fewstep.contract import OutputSpec, TensorSpec
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.coreml import ENTRY, NAME, interface_name
+from fewstep.runtimes.coreml_decompose import decomposed
+from fewstep.runtimes.coreml_pictures import LAYOUTS, METADATA, to_metadata
 from fewstep.runtimes.coreml_precision import choose_fp32_operations
 from fewstep.runtimes.materialize import materialized
 
@@ -59,7 +60,7 @@ def lower(
     """Returns the artifact of a component, written as ``<folder>/<Name>.mlpackage``.
 
     Args:
-        program: the traced component, float or quantized (PT2E).
+        program: the traced component, float or quantized (PT2E). One with a picture gives an image.
         folder: the bundle's ``coreml`` folder.
         weights: ``fp32`` computes in fp32. All else computes in fp16, with those operations in fp32 that
             `choose_fp32_operations` names.
@@ -67,11 +68,13 @@ def lower(
         fp32_operations: what `fp32_operations_of` returned for the program; None asks it.
 
     Raises:
-        ExportError: the component has an op that cannot be lowered, or a value that fp16 cannot hold.
+        ExportError: the component has an op that cannot be lowered, a value that fp16 cannot hold, or an output that is
+            no picture where there should be one.
     """
     compute = "fp32" if weights == "fp32" else "fp16"
+    _check_picture(program)
     keep = fp32_operations_of(program, weights, target=target) if fp32_operations is None else fp32_operations
-    model = convert(program, compute, target=target, fp32_operations=keep)
+    model = convert(program, compute, target=target, fp32_operations=keep, picture=program.picture)
     path = folder / f"{package_name(program.folder)}.mlpackage"
     save(model, path)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -129,6 +132,23 @@ def _check_grids(program: Program) -> None:
             )
 
 
+def _check_picture(program: Program) -> None:
+    """Refuses a program whose output should be an image and cannot be one.
+
+    Raises:
+        ExportError: it is not one tensor of a picture in grey or in colour.
+    """
+    if program.picture is None:
+        return
+    outputs = program.spec.outputs
+    shapes = [list(output.shape) for output in outputs]
+    if len(outputs) != 1 or len(shapes[0]) != 4 or shapes[0][0] != 1 or shapes[0][1] not in LAYOUTS:
+        raise ExportError(
+            f"{program.component} gives {shapes}, expected one picture [1, 1 or 3, height, width]",
+            hint="build without image_output",
+        )
+
+
 def package_name(folder: str) -> str:
     """Returns the name of a component's package: Apple's where there is one, else the folder's in camel case."""
     return PACKAGE_NAMES.get(folder) or "".join(part.capitalize() for part in folder.split("_"))
@@ -140,6 +160,7 @@ def convert(
     *,
     target: str = DEFAULT_TARGET,
     fp32_operations: Collection[str] = (),
+    picture: OutputSpec | None = None,
 ) -> MLModel:
     """Returns the converted model of a component, not loaded.
 
@@ -148,6 +169,7 @@ def convert(
         compute: ``fp32`` or ``fp16``.
         target: one of `TARGETS`.
         fp32_operations: operations that stay in fp32, by the name of their first output.
+        picture: how the output becomes an image; None leaves it an array.
 
     Raises:
         ExportError: the component has an op that coremltools cannot convert, or what Core ML cannot hold.
@@ -162,17 +184,14 @@ def convert(
         if compute == "fp16":
             precision = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.outputs[0].name not in names)
         try:
-            return ct.convert(
+            model = ct.convert(
                 decomposed(program),
                 source="pytorch",
                 inputs=[_tensor_type(ct, spec) for spec in program.spec.inputs],
-                outputs=[
-                    ct.TensorType(name=interface_name(spec.name), dtype=_interface(spec))
-                    for spec in program.spec.outputs
-                ],
+                outputs=[_output_type(ct, spec, picture) for spec in program.spec.outputs],
                 minimum_deployment_target=getattr(ct.target, target),
                 compute_precision=precision,
-                pass_pipeline=_pipeline(ct, target),
+                pass_pipeline=_pipeline(ct, target, picture),
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises whatever its translation of an op happens to raise
@@ -181,6 +200,9 @@ def convert(
                 f"{program.component} cannot be lowered to Core ML ({target}): {type(error).__name__}: {first}",
                 hint="the op that stops it is named above; rewrite it in the module, or report it",
             ) from error
+    if picture is not None:
+        model.user_defined_metadata[METADATA] = to_metadata(picture)
+    return model
 
 
 def save(model: MLModel, path: Path) -> None:
@@ -226,13 +248,16 @@ def quiet_coremltools() -> Iterator[Any]:
         logging.root.setLevel(root)
 
 
-def _pipeline(ct: Any, target: str) -> Any:
-    """Returns coremltools' own passes, then ours: exact norms, and weights in their smallest form (iOS 18)."""
+def _pipeline(ct: Any, target: str, picture: OutputSpec | None) -> Any:
+    """Returns coremltools' own passes, then ours: exact norms, the picture, and the smallest weights (iOS 18)."""
     # They register the passes, and import coremltools, which talks.
-    from fewstep.runtimes import coreml_norms, coreml_pack, coreml_pack_integers
+    from fewstep.runtimes import coreml_norms, coreml_pack, coreml_pack_integers, coreml_picture_pass
 
     pipeline = ct.PassPipeline()
     pipeline.append_pass(coreml_norms.PASS)
+    if picture is not None:
+        pipeline.append_pass(coreml_picture_pass.PASS)
+        pipeline.set_options(coreml_picture_pass.PASS, {"scale": repr(picture.scale), "shift": repr(picture.shift)})
     if target != "iOS17":
         pipeline.append_pass(coreml_pack_integers.PASS)
         pipeline.append_pass(coreml_pack.PASS)
@@ -248,40 +273,8 @@ def _tensor_type(ct: Any, spec: TensorSpec) -> Any:
     return ct.TensorType(name=interface_name(spec.name), shape=spec.shape or (1,), dtype=_interface(spec))
 
 
-def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
-    """Returns the approximation by tanh in elementary operations: coremltools 9 does not see which one is asked for."""
-    if approximate != "tanh":
-        return NotImplemented
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _new_ones(x: torch.Tensor, size: list[int], *, dtype: torch.dtype | None = None, **_: object) -> torch.Tensor:
-    """Returns ones; layout and device say nothing of their values. coremltools takes a scalar from this op alone."""
-    return x.new_full(size, 1, dtype=dtype or x.dtype)
-
-
-def _either(logical: Any, bitwise: Any) -> Any:
-    """Returns what computes an operator of Python, by the type of its operands."""
-    return lambda x, y: logical(x, y) if x.dtype == torch.bool else bitwise(x, y)
-
-
-# What coremltools has no translation for, or a wrong one.
-_DECOMPOSED: Mapping[Any, Any] = {
-    torch.ops.aten.gelu.default: _gelu,
-    torch.ops.aten.new_ones.default: _new_ones,
-    torch.ops.aten.__and__.Tensor: _either(torch.logical_and, torch.bitwise_and),
-    torch.ops.aten.__or__.Tensor: _either(torch.logical_or, torch.bitwise_or),
-    torch.ops.aten.where.ScalarOther: lambda c, x, y: torch.where(c, x, x.new_full((), y)),
-    torch.ops.aten.where.ScalarSelf: lambda c, x, y: torch.where(c, y.new_full((), x), y),
-}
-
-
-def decomposed(program: Program) -> torch.export.ExportedProgram:
-    """Returns the program in core ATen, without what coremltools has no translation for or a wrong one."""
-    result: torch.export.ExportedProgram = program.exported.run_decompositions(dict(_DECOMPOSED))
-    for node in list(result.graph.nodes):
-        if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
-            node.replace_all_uses_with(node.args[0])
-            result.graph.erase_node(node)
-    result.graph_module.recompile()
-    return result
+def _output_type(ct: Any, spec: TensorSpec, picture: OutputSpec | None) -> Any:
+    if picture is None:
+        return ct.TensorType(name=interface_name(spec.name), dtype=_interface(spec))
+    layout = getattr(ct.colorlayout, LAYOUTS[spec.shape[1]])
+    return ct.ImageType(name=interface_name(spec.name), color_layout=layout)

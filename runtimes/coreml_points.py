@@ -16,6 +16,7 @@ from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
 from fewstep.runtimes.coreml import interface_name, to_interface
+from fewstep.runtimes.coreml_pictures import Unrounded
 from fewstep.runtimes.integer_reference import integer_reference, judged
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
 
@@ -54,13 +55,16 @@ def compare_integers(
             hint="was the package compiled from this program?",
         )
     computed: dict[str, Any] = {}
+    unrounded = Unrounded(package)
 
     def keep(operation: Operation, arguments: Mapping[str, Any], results: tuple[Any, ...]) -> None:
         if operation.type == "quantize":
             computed[operation.outputs[0][0]] = results[0]
+        unrounded(operation, arguments, results)
 
     outputs = Evaluator(package, precision="fp32").run(
         to_interface(feeds), observe=keep, given={name: reference.values[node] for name, node in given.items()}
     )
+    outputs |= unrounded.values
     named = {name: outputs[interface_name(name)] for name in reference.outputs}
     return judged(reference, {given[name]: value for name, value in computed.items()}, named)

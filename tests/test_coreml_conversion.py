@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from fewstep.contract import ComponentSpec, TensorSpec
@@ -16,10 +18,13 @@ from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes import coreml
 from fewstep.runtimes.coreml_bisect import bisect
+from fewstep.runtimes.coreml_decompose import _halves
 from fewstep.runtimes.coreml_lower import lower
 from fewstep.runtimes.mil import open_package
 
 X = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+WEIGHT, BIAS, ROW = torch.linspace(-1, 1, 64).reshape(8, 8), torch.ones(8), torch.linspace(0, 1, 8).reshape(1, 1, 8)
+SMALL = torch.tensor([1.0, 0.01, 0.0]).reshape(3, 1)  # the last row is nothing but zeros
 SCALE, SHIFT = (torch.linspace(low, 2, 3).reshape(1, 3, 1, 1) for low in (0.5, -1))
 
 
@@ -67,6 +72,22 @@ def quality(program: Program, folder: Path) -> float:
         pytest.param(lambda a, b: torch.where((a > b) & (a > 0) | (b > 1), a, b), id="operators of truth values"),
         pytest.param(lambda a, b: a.new_ones((3, 1)) * 0.5 + a * b, id="ones like another tensor"),
         pytest.param(lambda a, b: torch.where((a > b) & a.new_ones((), dtype=torch.bool), a, b), id="a single one"),
+        # Without help the epsilon counts for more, or for less.
+        pytest.param(lambda a, b: functional.rms_norm(a * SMALL, (8,), BIAS, 1e-3) + b, id="rms norm of small values"),
+        pytest.param(lambda a, b: functional.rms_norm(300 * a, (3, 8)) + b, id="rms norm of large values"),
+        pytest.param(lambda a, b: functional.group_norm((a * b).reshape(1, 6, 2, 2, 2), 3), id="group norm of a video"),
+        pytest.param(
+            lambda a, b: functional.interpolate((a * b).reshape(1, 2, 3, 2, 4), scale_factor=(2.0, 2.0, 3.0)),
+            id="enlargement of a video",
+        ),
+        pytest.param(lambda a, b: 1 / (a * a + 0.1) + b, id="reciprocal"),
+        pytest.param(lambda a, b: torch.ops.aten._euclidean_dist(a[0], b[1] + 3), id="distances"),
+        pytest.param(lambda a, b: torch.concatenate([a, b], dim=-1) * 2, id="concatenate"),
+        pytest.param(
+            lambda a, b: functional.interpolate(a[None], scale_factor=2.0, mode="nearest-exact") + b.mean(),
+            id="exact nearest enlargement",
+        ),
+        pytest.param(lambda a, b: functional.linear(a[0], WEIGHT, BIAS) + ROW + b[:1], id="a table of one row"),
     ],
 )
 def test_operation(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
@@ -80,6 +101,25 @@ def test_batch_norms_of_products_and_sums_are_exact(tmp_path: Path) -> None:
     assert quality(program, tmp_path) >= 130
     package = open_package(tmp_path / "Unet.mlpackage")
     assert "batch_norm" in {operation.type for operation in package.functions["main"].block.operations}
+
+
+def test_rms_norms_compute_in_fp16(tmp_path: Path) -> None:
+    program = program_of(lambda a, b: functional.rms_norm(300 * a, (8,), eps=1e-6) + b)
+    package = open_package((tmp_path / lower(program, tmp_path, "fp16").path).parent)
+    types = {
+        o.outputs[0][1].dtype.name
+        for o in package.functions["main"].block.operations
+        if o.type not in ("cast", "const")
+    }  # type: ignore[union-attr]
+    assert types <= {"fp16", "int32", "bool", "string"}
+
+
+@given(st.floats(1e-8, 1e-2))
+def test_an_epsilon_is_a_product_of_halves(value: float) -> None:
+    first, second = _halves(value)
+    assert np.float16(first) == first
+    assert np.float16(second) == second
+    assert abs(first * second - value) <= 2.0**-17 * value
 
 
 def test_gelu_stays_one_operation(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep
+from fewstep.contract import OutputSpec
 from fewstep.errors import ExportError, RecipeError
 from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS
@@ -43,11 +44,11 @@ W4 = Quantization(weights=4, rounding="nearest", granularity="group")
 class Network(torch.nn.Module):
     """Convolutions of two kernel sizes and a linear layer, whose parameters are halves."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 4) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 3, padding=1)
-        self.mix, self.last = torch.nn.Linear(32, 64), torch.nn.Conv2d(64, 4, 1)
+        self.mix, self.last = torch.nn.Linear(32, 64), torch.nn.Conv2d(64, channels, 1)
         for parameter in self.parameters():
             parameter.data.copy_(parameter.data.half().float())
 
@@ -91,10 +92,10 @@ class Lowered:
         ]
 
 
-def lowered(quantization: Quantization, folder: Path) -> Lowered:
-    program = program_of(Network(), X)
+def lowered(quantization: Quantization, folder: Path, picture: OutputSpec | None = None) -> Lowered:
+    program = program_of(Network() if picture is None else Network(3), X)
     plan = plan_of(program, quantization, calls_of(X), "ane")
-    program = quantize(program, plan)
+    program = replace(quantize(program, plan), picture=picture)
     return Lowered(program, plan, folder / lower(program, folder, "fp16").path)
 
 
@@ -146,6 +147,13 @@ def test_one_plan_cannot_serve_two_kinds_of_targets() -> None:
         for_targets(W8A8, ["coreml", "onnxruntime"])
     with pytest.raises(RecipeError, match="profile is 'arm', and coreml runs graphs of 'ane' only"):
         for_targets(Quantization(profile="arm"), ["coreml"])
+
+
+def test_a_quantized_decoder_is_compared_before_it_becomes_an_image(tmp_path: Path) -> None:
+    image = lowered(W8A8, tmp_path, OutputSpec())
+    assert [feature.image for feature in open_package(image.path.parent).outputs["main"]] == ["RGB"]
+    assert image.checks()
+    assert image.quality() >= 80  # of the output before it is rounded: 8 bits alone would leave 50
 
 
 def test_another_profiles_graph_is_refused(tmp_path: Path) -> None:

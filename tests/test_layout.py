@@ -21,6 +21,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.coreml_bisect",
     "fewstep.runtimes.coreml_functions",
     "fewstep.runtimes.coreml_loop",
+    "fewstep.runtimes.coreml_decompose",
     "fewstep.runtimes.coreml_lower",
     "fewstep.runtimes.coreml_norms",
     "fewstep.runtimes.coreml_pack",

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-CASE, COMPONENT, SIZE = "sd15", "denoiser", 16
+CASE, COMPONENT = "sd15", "denoiser"
 
 
-def convert(folder: str, out: str) -> dict[str, Any]:
-    """Returns the bytes of the weights of the UNet converted to fp16, without choosing fp32 operations."""
+def convert(folder: str, out: str, latent: int) -> dict[str, Any]:
+    """Returns the bytes of the weights of the UNet converted to fp16, without choosing fp32 operations.
+
+    ``latent`` is the height and width of the latent: 64 for pictures of 512.
+    """
     from benchmarks.scale.networks import CASES, tensors
     from fewstep.export.fake_trace import stored_program
     from fewstep.runtimes import coreml_lower
 
     described = CASES[CASE][COMPONENT]
-    arguments = {**described.arguments, "sample": (described.arguments["sample"][0], (1, 4, SIZE, SIZE))}
+    arguments = {**described.arguments, "sample": (described.arguments["sample"][0], (1, 4, latent, latent))}
     program = stored_program(Path(folder, described.part.folder), COMPONENT, described.part, tensors(arguments))
     path = Path(out) / "Unet.mlpackage"
     coreml_lower.save(coreml_lower.convert(program, "fp16"), path)

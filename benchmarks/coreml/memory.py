@@ -1,7 +1,8 @@
-"""How much memory the evaluator takes for a network of full size: SD 1.5's UNet, one call at a small latent.
+"""How much memory the evaluator takes for a network of full size: one call of SD 1.5's UNet.
 
 ``python -m benchmarks.coreml.memory FOLDER``, with a folder of random weights as ``benchmarks.scale`` makes it
-(``build/scale/sd15/folder``), writes ``results/memory.json``.
+(``build/scale/sd15/folder``), writes ``results/memory-64.json``; ``--latent 16`` is the same
+weights with a smaller picture.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.coreml.large import SIZE, convert, evaluate
+from benchmarks.coreml.large import convert, evaluate
 from fewstep.isolated import run_isolated
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,15 +23,17 @@ def main() -> None:
     """Converts, evaluates and writes the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coreml.memory", description=__doc__)
     parser.add_argument("folder")
-    folder = parser.parse_args().folder
+    parser.add_argument("--latent", type=int, default=64, help="its height and width (default: %(default)s)")
+    arguments = parser.parse_args()
+    folder, latent = arguments.folder, arguments.latent
     with tempfile.TemporaryDirectory(prefix="fewstep-coreml-") as out:
         sys.stderr.write("convert\n")
-        converted = run_isolated(convert, {"folder": folder, "out": out})
+        converted = run_isolated(convert, {"folder": folder, "out": out, "latent": latent})
         sys.stderr.write("evaluate\n")
         evaluated = run_isolated(evaluate, {"package": str(Path(out) / "Unet.mlpackage")})
     weights = converted.result["weight_bytes"]
     figures = {
-        "latent": SIZE,
+        "latent": latent,
         "weight_bytes": weights,
         "convert": {"peak_bytes": converted.peak_bytes, "seconds": round(converted.seconds, 1)},
         "evaluate": {
@@ -41,7 +44,7 @@ def main() -> None:
         },
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "memory.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"memory-{latent}.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

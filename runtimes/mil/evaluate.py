@@ -40,6 +40,8 @@ Precision = Literal["fp32", "fp16"]
 Observer = Callable[[Operation, Mapping[str, Any], tuple[Any, ...]], None]
 """Told of every operation, its arguments (fp16 widened to fp32) and its results, in the order of computation."""
 
+# Operations whose constants may have another type than the tensors that they compute with (iOS 17).
+_MIXED = frozenset({"matmul", "linear"})
 CONTROL = ("cond", "while_loop", "read_state", "write_state", "const")
 
 
@@ -238,7 +240,7 @@ class _Run:
     def _arguments(self, operation: Operation, scope: _Scope) -> dict[str, Any]:
         arguments = {name: self._argument(operation, name, scope) for name in operation.inputs}
         arguments.update({name: _widened(constant.read()) for name, constant in operation.attributes.items()})
-        return arguments
+        return _in_kind_of_result(operation, arguments) if operation.type in _MIXED else arguments
 
     def _call(self, operation: Operation, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         function = OPS[operation.type]
@@ -314,6 +316,26 @@ def _refuse_nonfinite(operation: Operation, arguments: Mapping[str, Any], result
 def _widened(value: Any) -> Any:
     """Returns fp16 arrays as fp32, all else as it is."""
     return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float16 else value
+
+
+def _in_kind_of_result(operation: Operation, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the operands of a product of whole numbers as whole numbers: the result has the type of what varies.
+
+    Raises:
+        ContractError: a constant is no whole number.
+    """
+    (_, type_), *_ = operation.outputs
+    if not isinstance(type_, TensorType) or type_.dtype.floating:
+        return arguments
+    found = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            found[name] = value.astype(type_.dtype.numpy)
+            if not np.array_equal(found[name], value):
+                raise ContractError(
+                    f"{operation.where}: {name!r} has fractions, and the result is {type_}", hint="convert it again"
+                )
+    return found
 
 
 @functools.cache

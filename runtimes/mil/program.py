@@ -116,3 +116,5 @@ class MilProgram:
     default: str
     inputs: Mapping[str, tuple[Feature, ...]] = field(default_factory=dict)
     outputs: Mapping[str, tuple[Feature, ...]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the model's author wrote beside it, by key."""

@@ -64,7 +64,8 @@ def parse_model(data: bytes, where: str, read_blob: ReadBlob) -> MilProgram:
     default = wire.text(description, 21) or "main"
     if default not in functions:
         raise ContractError(f"{where}: no function {default!r}, it has {', '.join(functions)}", hint="convert it again")
-    return MilProgram(version, functions, default, inputs, outputs)
+    metadata = dict(wire.pairs(wire.sub_message(description, 100) or {}, 100))
+    return MilProgram(version, functions, default, inputs, outputs, metadata)
 
 
 def _features(parent: Message, number: int, where: str) -> tuple[Feature, ...]:

@@ -64,6 +64,12 @@ def entries(parent: Message, number: int) -> Iterator[tuple[str, Message]]:
         yield text(entry, 1), sub_message(entry, 2) or {}
 
 
+def pairs(parent: Message, number: int) -> Iterator[tuple[str, str]]:
+    """Yields the keys and values of a map from text to text."""
+    for entry in messages(parent, number):
+        yield text(entry, 1), text(entry, 2)
+
+
 def text(parent: Message, number: int) -> str:
     """Returns a text, '' if it is absent."""
     values = parent.get(number)

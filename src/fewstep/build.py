@@ -12,6 +12,7 @@ from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.compiling import (
     check_comparable,
+    check_images,
     check_shapes,
     check_size,
     check_targets,
@@ -69,6 +70,7 @@ def build(
     decoder_tile: int | None = None,
     batch: int | None = None,
     form: str | None = None,
+    image_output: bool | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -90,6 +92,8 @@ def build(
         batch: how many pictures the bundle can draw at once, beside one; None takes the recipe's.
         form: ``step``, ``table`` or ``specialized``, see `fewstep.export.programs`; None takes the recipe's, then what
             suits the steps.
+        image_output: whether the decoder gives an image of 8 bits, on runtimes that have such outputs; None takes the
+            recipe's.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -120,6 +124,9 @@ def build(
         recipe = replace(recipe, batch=check_batch(batch, "batch"))
     if form is not None:
         recipe = replace(recipe, form=check_form(form, "form"))
+    if image_output is not None:
+        recipe = replace(recipe, image_output=image_output)
+    check_images(targets, recipe)
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)

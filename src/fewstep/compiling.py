@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fewstep.cache import StageCache
 from fewstep.errors import QuantizationError, RuntimeMissingError
 from fewstep.feeds import Sample, load_samples, save_samples
-from fewstep.graphs import Graph, compile_graphs, graphs_of
+from fewstep.graphs import Graph, compile_graphs, gives_result, graphs_of, picture_output
 from fewstep.manifest import Artifact
 from fewstep.progress import Progress
 from fewstep.recipe import Recipe
@@ -89,6 +89,9 @@ def compile_targets(
     for target in targets:
         for component in programs.components:
             graphs = graphs_of(component, programs, others or {})
+            if recipe.image_output and get_runtime(target).image_outputs and gives_result(component, programs):
+                picture = picture_output(programs)
+                graphs = [replace(graph, picture=picture) for graph in graphs]
             key = {
                 "source": programs.generator.source.sha256,
                 "graphs": [graph.key() for graph in graphs],
@@ -132,6 +135,18 @@ def check_shapes(targets: Sequence[str], shapes: Sequence[tuple[int, int]]) -> N
                 f"runtime {target} takes one shape, and the recipe has {len(shapes)}",
                 hint="build a bundle for each shape",
             )
+
+
+def check_images(targets: Sequence[str], recipe: Recipe) -> None:
+    """Raises RuntimeMissingError unless a recipe with an image as output has a target that gives images."""
+    from fewstep.runtimes import RUNTIMES, get_runtime
+
+    if recipe.image_output and not any(get_runtime(target).image_outputs for target in targets):
+        able = ", ".join(name for name, runtime in RUNTIMES.items() if runtime.image_outputs)
+        raise RuntimeMissingError(
+            f"no target of {', '.join(targets)} gives an image, which the recipe asks for",
+            hint=f"add --target {able}, or leave image_output out",
+        )
 
 
 def check_comparable(targets: Sequence[str], quantized: QuantizedPrograms | None) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.contract import ComponentSpec
+from fewstep.contract import ComponentSpec, OutputSpec
 from fewstep.errors import ExportError, RuntimeMissingError
 from fewstep.feeds import Sample
 from fewstep.manifest import Artifact
@@ -34,6 +34,8 @@ class Graph:
     programs: Programs | QuantizedPrograms
     tile: tuple[int, int] | None = None
     row: int | None = None
+    picture: OutputSpec | None = None
+    """How the output becomes an image, where it is to be one."""
 
     def program(self, samples: Iterable[Sample] = ()) -> Program:
         """Returns the traced program, with the calls of these samples that have its shapes, or its first tile's."""
@@ -52,11 +54,32 @@ class Graph:
             program = at_row(program, self.row)
             of_rows = (row_call(spec, call) for call in calls)
             calls = [call for row, call in of_rows if row == self.row]
-        return replace(program, variant=self.variant, feeds=tuple(calls))
+        return replace(program, variant=self.variant, feeds=tuple(calls), picture=self.picture)
 
     def key(self) -> dict[str, Any]:
         """Returns what determines the program beside the source and the versions of packages, JSON-ready."""
-        return {"variant": self.variant, **self.programs.key(self.component)}
+        picture = None if self.picture is None else asdict(self.picture)
+        return {"variant": self.variant, "picture": picture, **self.programs.key(self.component)}
+
+
+def gives_result(component: str, programs: Programs | QuantizedPrograms) -> bool:
+    """Returns whether a component is the last one, whose output becomes the result."""
+    return component == list(programs.components)[-1]
+
+
+def picture_output(programs: Programs | QuantizedPrograms) -> OutputSpec:
+    """Returns how the last output becomes a picture.
+
+    Raises:
+        ExportError: it becomes something else.
+    """
+    output = programs.contract.output
+    if output.kind != "picture" or output.clip != (0.0, 1.0):
+        raise ExportError(
+            f"the generator's output is {output.kind}, clipped to {output.clip}; an image is a picture in [0, 1]",
+            hint="build without image_output",
+        )
+    return output
 
 
 def graphs_of(component: str, programs: Programs | QuantizedPrograms, others: Mapping[str, Programs]) -> list[Graph]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from fewstep.contract import ComponentSpec
+from fewstep.contract import ComponentSpec, OutputSpec
 
 if TYPE_CHECKING:
     import torch
@@ -29,3 +29,5 @@ class Program:
     """Which of the component's graphs this is, see `fewstep.manifest.Artifact`."""
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]] = ()
     """Recorded inputs, for backends that choose a precision by what they see; may be empty."""
+    picture: OutputSpec | None = None
+    """How the output becomes a picture, for backends that are to give an image of 8 bits instead of an array."""

@@ -20,6 +20,7 @@ of TOML::
     shape = "512x512,512x768"   # heights and widths of the pictures, in pixels; the first is the default
     decoder_tile = 256          # decode in overlapping tiles of so many pixels to a side
     batch = 4                   # draw so many pictures at once too, on the same weights
+    image_output = true         # Core ML: the decoder gives an image of 8 bits instead of an array
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -93,13 +94,15 @@ class Recipe:
     """What the networks of the loop are compiled for: see `fewstep.export.programs`."""
     row_graphs: str = "mapped"
     """How runtimes hold the graphs of the specialized form, one of `ROW_GRAPHS`."""
+    image_output: bool = False
+    """Whether the decoder gives an image of 8 bits, for runtimes that have such outputs."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         """Refuses what is not compiled together.
 
         Quantized operations cannot be compared with PyTorch in tiles, shapes or batches yet; a graph for each step of
-        each shape or batch would be too many.
+        each shape or batch would be too many. An image is one whole picture, and 8 bits are no match for fp32's limits.
         """
         further = {
             "decoder_tile": self.decoder_tile is not None,
@@ -119,6 +122,17 @@ class Recipe:
                     hint="build without quantization, or without the other",
                 )
 
+        for what in ("decoder_tile", "batch"):
+            if self.image_output and further[what]:
+                raise RecipeError(
+                    f"{self.name}: {what} and image_output are both given, expected one of them",
+                    hint="build without image_output",
+                )
+        if self.image_output and self.weights == "fp32":
+            raise RecipeError(
+                f"{self.name}: image_output with fp32 weights, whose pictures must agree closer than 8 bits can",
+                hint="take a recipe that computes in fp16, such as fp16 or palette6",
+            )
         if self.palette_mean_bits is not None and self.sparsity is not None:
             raise RecipeError(
                 f"{self.name}: palette_mean_bits and sparsity are both given, expected one of them",
@@ -248,6 +262,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         ),
         sparsity=_within(values.get("sparsity", base.sparsity), f"{where}: sparsity", 0.01, 0.99),
         form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
+        image_output=_flag(values.get("image_output", base.image_output), f"{where}: image_output"),
         row_graphs=_one_of(ROW_GRAPHS, values.get("row_graphs", "mapped"), f"{where}: row_graphs"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
@@ -316,6 +331,12 @@ def _palette_choices(value: object, where: str) -> dict[str, int]:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where} is {value!r}, expected a table", hint='"component/parameter" = bits')
     return {str(name): _palette(bits, f"{where}: {name}") or 0 for name, bits in value.items()}
+
+
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
+    return value
 
 
 def _within(value: object, where: str, least: float, most: float) -> float | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fewstep.build import quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
-from fewstep.compiling import check_targets, compile_targets
+from fewstep.compiling import check_images, check_targets, compile_targets
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
 from fewstep.further import further_programs
@@ -199,6 +199,7 @@ def compile(
 
     check_targets(targets)
     chosen = load_recipe(recipe)
+    check_images(targets, chosen)
     chosen = replace(chosen, quantization=for_targets(chosen.quantization, targets))
     with _new_folder(out) as folder:
         spec = SourceSpec.of(source).otherwise(chosen.adapters)

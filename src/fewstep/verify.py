@@ -23,6 +23,7 @@ from fewstep.references import (
     usable_source,
 )
 from fewstep.runtimes import get_runtime
+from fewstep.runtimes.levels import compare_levels
 from fewstep.runtimes.parity import (
     COMPRESSION,
     FP16_LIMITS,
@@ -330,19 +331,26 @@ def _compare_shipped(
     """Returns the checks of what the device makes of a bundle in its own arithmetic, and the samples.
 
     Components that compute with whole numbers have no limit: fp16 lets many more roundings fall the other way than the
-    noise floor's kernels do. Theirs is the mean distance from the original.
+    noise floor's kernels do. Theirs is the mean distance from the original. Images are compared level by level.
     """
+    manifest = bundle.manifest
+    image_outputs = get_runtime(runtime).image_outputs and manifest.recipe.get("image_output", False)
+    images = [*manifest.components][-1:] if image_outputs else []
     sampler = open_sampler(bundle, runtime=runtime)
     try:
         with stage(progress, "compare components in fp16"):
             checks = compare_components(
                 references,
                 sampler.session,
-                lambda c: None if c in integers else FP16_LIMITS.component_sqnr_db,
+                lambda c: None if c in integers or c in images else FP16_LIMITS.component_sqnr_db,
                 error=LOWERING_FP16,
             )
+            for component in images:
+                limited = component not in integers
+                output = manifest.contract.output
+                checks += compare_levels(references, sampler.session, component, output, limited=limited)
         advance = progress.task("compare samples in fp16", len(references))
-        results = _drawn(sampler, bundle.manifest, references, advance)
+        results = _drawn(sampler, manifest, references, advance)
     finally:
         sampler.close()
     limit = None if integers else FP16_LIMITS.picture_psnr_db

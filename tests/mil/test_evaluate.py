@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from fewstep.errors import BundleError, ContractError
 from fewstep.runtimes.coreml_lower import quiet_coremltools
 from fewstep.runtimes.mil import Evaluator, known_operations, open_package
-from fewstep.runtimes.mil.dtypes import unpack
+from fewstep.runtimes.mil.dtypes import DTYPES, unpack
 from fewstep.runtimes.mil.ops.elementwise import erf
+from fewstep.runtimes.mil.program import Block, Constant, Function, MilProgram, Operation, TensorType
 from tests.mil.build import ct, mb, save_program
 
 SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
@@ -220,3 +221,25 @@ def test_the_vocabulary_of_diffusion_networks_is_known() -> None:
         constexpr_affine_dequantize constexpr_blockwise_shift_scale constexpr_lut_to_dense constexpr_lut_to_sparse
         constexpr_sparse_to_dense constexpr_sparse_blockwise_shift_scale constexpr_cast"""
     assert set(wanted.split()) <= known_operations()
+
+
+@pytest.mark.parametrize(("constant", "error"), [(2.0, None), (0.5, "'y' has fractions, and the result is int32")])
+def test_a_product_of_whole_numbers_takes_whole_constants_of_another_type(constant: float, error: str | None) -> None:
+    whole, half = (TensorType(DTYPES[name], (2, 2)) for name in ("int32", "fp16"))
+    y = Constant(half, lambda: np.full((2, 2), constant, np.float16))
+    product = Operation("matmul", "product", {"x": ("x",), "y": (y,)}, (("z", whole),), {})
+    block = Block((), ("z",), (product,))
+    program = MilProgram(8, {"main": Function("main", (("x", whole),), block, "CoreML7")}, "main")
+    feeds = {"x": np.array([[1, 2], [3, 4]], np.int32)}
+    if error is None:
+        assert Evaluator(program).run(feeds)["z"].tolist() == [[6, 6], [14, 14]]
+    else:
+        with pytest.raises(ContractError, match=error):
+            Evaluator(program).run(feeds)
+
+
+def test_what_an_author_wrote_beside_a_model_is_read(package: Path, tmp_path: Path) -> None:
+    def write(model: Any) -> None:
+        model.description.metadata.userDefined["a.key"] = "value"
+
+    assert open_package(altered(package, tmp_path, respecified(write))).metadata["a.key"] == "value"

@@ -17,13 +17,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "coreml-operators.md"
 
 def record(**values: Any) -> dict[str, Any]:
     plain = {"test": "iOS14/test_x.py::test[a]", "outcome": "passed", "operations": ["add"], "predictions": 1}
-    return {**plain, "unknown": None, "reason": "", "rule": 3, "evaluator": "now", **values}
+    return {**plain, "unknown": None, "reason": "", "rule": 4, "evaluator": "now", "wide": False, **values}
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ({}, "passed"),
+        ({"wide": True}, "passed to fp16"),
         ({"predictions": 0}, "not compared"),
         ({"outcome": "failed"}, "failed"),
         ({"outcome": "failed", "predictions": 0}, "failed"),

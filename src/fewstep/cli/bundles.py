@@ -46,6 +46,7 @@ from fewstep.source import SourceSpec
 @click.option("--bits", type=float, help="Bits of a weight in the mean, scales included; for mixed recipes.")
 @click.option("--max-size", metavar="SIZE", help="Size of all components together, such as 12MB; for mixed recipes.")
 @click.option("--form", type=click.Choice(FORMS), help="What the loop is compiled for; the steps decide unless given.")
+@click.option("--image-output", is_flag=True, default=None, help="Core ML: the decoder gives an image of 8 bits.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--prompts", default=8, show_default=True, help="Prompts to verify with.")
 @click.option("--seeds", default=2, show_default=True, help="Seeds for each prompt.")
@@ -65,6 +66,7 @@ def build(
     bits: float | None,
     max_size: str | None,
     form: str | None,
+    image_output: bool | None,
     out: Path,
     prompts: int,
     seeds: int,
@@ -88,6 +90,7 @@ def build(
             decoder_tile=decoder_tile,
             batch=batch,
             form=form,
+            image_output=image_output,
             options=options,
             progress=progress,
         )
