@@ -20,7 +20,7 @@ from fewstep.export.fake_trace import fake_call, unglued
 from fewstep.export.fakes import fake_trace
 from fewstep.export.static import specialize
 from fewstep.export.weights import meta_module
-from fewstep.export.wiring import WiredModule
+from fewstep.export.wiring import WiredModule, normalise
 from fewstep.program import Program
 
 
@@ -46,6 +46,7 @@ def program_of(case: Case) -> Program:
     call = fake_call(module, "denoiser", network.part, arguments)
     wired = WiredModule(unglued(call, network.part), module, network.part.method).eval()
     exported = fake_trace(wired, tuple(call.inputs.values()))
+    normalise(exported)
     inputs, outputs = (
         tuple(TensorSpec(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in found.items())
         for found in (call.inputs, call.outputs)
