@@ -59,6 +59,7 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
     guard_weights(module, stored, len(points))
     spread_group_norms(module, channels_last=True)
     _multiply_squares(module)
+    _join_repeated_heads(module)
     return module, stored, points
 
 
@@ -69,6 +70,28 @@ def _multiply_squares(module: GraphModule) -> None:
             square = module.graph.call_function(_aten.mul.Tensor, (node.args[0], node.args[0]))
         square.meta = dict(node.meta)
         node.replace_all_uses_with(square)
+        module.graph.erase_node(node)
+    module.recompile()
+
+
+def _join_repeated_heads(module: GraphModule) -> None:
+    """Makes tensors that are repeated along one axis and reshaped joins of copies, in place.
+
+    The converter moves a transposition through the broadcast of five axes that repeats the heads of grouped-query
+    attention, and the result is of other elements, without an error.
+    """
+    for node in [n for n in module.graph.nodes if n.target is _aten.expand.default]:
+        x = node.args[0]
+        before, after = x.meta["val"].shape, node.meta["val"].shape
+        grown = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
+        merged = any(user.target in (_aten.reshape.default, _aten.view.default) for user in node.users)
+        if not merged or len(before) != len(after) or len(grown) != 1:
+            continue
+        with module.graph.inserting_before(node):
+            (axis,) = grown
+            copies = module.graph.call_function(_aten.cat.default, ([x] * after[axis], axis))
+        copies.meta = dict(node.meta)
+        node.replace_all_uses_with(copies)
         module.graph.erase_node(node)
     module.recompile()
 

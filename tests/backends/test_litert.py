@@ -178,6 +178,21 @@ def test_squares_of_five_axes_are_lowered(tmp_path: Path) -> None:
     assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
 
 
+class _GroupedQueries(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, width = x.shape
+        repeated = x[:, :, None].expand(batch, heads, 2, length, width).reshape(batch, 2 * heads, length, width)
+        return repeated.transpose(2, 3)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_repeated_heads_keep_their_places(heads: int, tmp_path: Path) -> None:
+    x = random(1, heads, 16, 8)
+    program = program_of(_GroupedQueries(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        np.testing.assert_array_equal(session.run(feeds(program, x))["y"], run(program, x).numpy())
+
+
 class _Unsupported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
