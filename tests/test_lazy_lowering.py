@@ -16,7 +16,7 @@ import torch
 
 from fewstep.errors import ExportError
 from fewstep.export.fake_trace import fake_call, fake_trace, stored_program, unglued
-from fewstep.export.wiring import WiredModule
+from fewstep.export.wiring import WiredModule, normalise
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes import ort_lower
@@ -48,6 +48,7 @@ def with_values(made: Network, program: Program, *, halves: bool) -> Program:
     traced = WiredModule(unglued(call, made.part), made.module, made.part.method).eval()
     with torch.no_grad():
         exported = torch.export.export(traced, tuple(call.inputs.values()))
+    normalise(exported)
     return replace(program, exported=exported, weights=None)
 
 
