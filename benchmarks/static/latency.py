@@ -70,8 +70,8 @@ def _program(case: str, steps: int, part: str) -> Program | None:
 def markdown(figures: Mapping[str, Any], steps: int) -> list[str]:
     """Returns the lines of a table."""
     lines = [
-        f"CPU time of one thread, fp32 arithmetic, zeros for weights; least of 2 calls. A picture is {steps} steps, in table form "
-        "with what runs once. Memory is the peak of a process.",
+        f"CPU time of one thread, fp32 arithmetic, zeros for weights; least of 2 calls. A picture is {steps} steps, "
+        "in table form with what runs once. Memory is the peak of a process.",
         "",
         "| network | step form, s | table form, s | once, s | picture, table / step | step form, GiB | table form, GiB "
         "| ratio |",
