@@ -20,7 +20,7 @@ PARTS = ("step", "table", "once")
 
 
 def measure(case: str, steps: int, work: Path, *, runs: int = 2) -> dict[str, Any]:
-    """Returns the least seconds of a call and the peak of memory of each part, each in a process of its own.
+    """Returns the least CPU seconds of a call and the peak of memory of each part, each in a process of its own.
 
     Weights are zeros, which dense kernels multiply as fast as any. One model lies on disk at a time, stored in halves.
     """
@@ -44,14 +44,14 @@ def compile_part(case: str, steps: int, part: str, folder: str) -> str | None:
 
 
 def time_part(path: str, runs: int) -> float:
-    """Returns the least seconds of a call of a model, after one that warms up."""
+    """Returns the least CPU seconds of a call of a model, after one that warms up: the machine may be shared."""
     session = onnxruntime.InferenceSession(path, session_options(threads=1), providers=["CPUExecutionProvider"])
     feeds = random_feeds(session)
     times = []
     for _ in range(runs + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         session.run(None, feeds)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return round(min(times[1:]), 3)
 
 
@@ -70,8 +70,8 @@ def _program(case: str, steps: int, part: str) -> Program | None:
 def markdown(figures: Mapping[str, Any], steps: int) -> list[str]:
     """Returns the lines of a table."""
     lines = [
-        f"One thread, fp32 arithmetic, zeros for weights; least of 2 calls. A picture is {steps} steps, in table form "
-        "with what runs once. Memory is the peak of a process.",
+        f"CPU time of one thread, fp32 arithmetic, zeros for weights; least of 2 calls. A picture is {steps} steps, "
+        "in table form with what runs once. Memory is the peak of a process.",
         "",
         "| network | step form, s | table form, s | once, s | picture, table / step | step form, GiB | table form, GiB "
         "| ratio |",
