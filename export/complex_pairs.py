@@ -187,8 +187,13 @@ def _multilinear(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 def _add(a: Any, b: Any, *, alpha: float = 1) -> Pair:
     (a_real, a_imag), (b_real, b_imag) = _parts(a), _parts(b)
     real = a_real + alpha * b_real
-    terms = [part for part in (a_imag, None if b_imag is None else alpha * b_imag) if part is not None]
-    return Pair(real, sum(terms[1:], start=torch.zeros_like(real) + terms[0]))
+    if a_imag is None:
+        imag = alpha * b_imag
+    else:
+        imag = a_imag if b_imag is None else a_imag + alpha * b_imag
+    if not isinstance(imag, Tensor) or imag.shape != real.shape:  # that of a term which broadcasts
+        imag = torch.zeros_like(real) + imag
+    return Pair(real, imag)
 
 
 def _divide(a: Any, b: Any) -> Pair:

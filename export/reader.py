@@ -102,6 +102,8 @@ class Reader:
     def _check_alike(self) -> None:
         """Raises if the networks that take turns are not told of a step by the same arguments."""
         names = self._denoisers
+        if len(names) == 1:
+            return
         first, *others = [(self._scaled_argument(self._run.of(name)), *self._time_arguments(name)) for name in names]
         for name, told in zip(names[1:], others, strict=True):
             if told != first:

@@ -495,7 +495,7 @@ def test_a_bundle_in_table_form_decodes_in_tiles_and_is_verified(tmp_path: Path)
     options = fewstep.Options(prompts=1, seeds=1, cache_root=tmp_path / "cache", profile=False)
     source = str(tiny.turbo_folder(tmp_path / "source"))
     out = tmp_path / "bundle"
-    # Latents of 8 x 8 fit in one tile: several graphs of a component are refused for this target.
+    # Latents of 8 x 8 fit in one tile.
     bundle = fewstep.build(
         source, "fp16", ("coreml",), out, steps=[1, 2], shape="16x16", decoder_tile=16, options=options
     )

@@ -193,8 +193,8 @@ def compile(
     guidance: float | None,
     progress: Progress,
 ) -> list[Path]:
-    """Writes the artifacts of every target without verifying them, and returns the paths."""
-    from fewstep.export import describe, load, programs_of
+    """Writes tokenizers and the artifacts of every target without verifying them, and returns the artifacts' paths."""
+    from fewstep.export import describe, load, programs_of, write_tokenizers
     from fewstep.optimize import optimize as apply
 
     check_targets(targets)
@@ -209,7 +209,9 @@ def compile(
             generator, _ = apply(original, chosen)
             counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
             default = generator.default_steps if generator.default_steps in counts else counts[-1]
-            described = describe(replace(generator, default_steps=default), counts)
+            generator = replace(generator, default_steps=default)
+            described = describe(generator, counts)
+            write_tokenizers(generator, described.tokenizers, folder)
         cache = StageCache()
         programs = programs_of(generator, described, chosen)
         quantized = quantize_programs(programs, chosen, folder, cache, progress)
