@@ -358,6 +358,11 @@ def test_single_stages(run: Run, source: Path, tmp_path: Path) -> None:
     assert status == 0, stderr
     assert "not verified" in stderr
     assert len(stdout.splitlines()) == 4
+    # Steps that are not the generator's default, which the calibration has to follow.
+    status, stdout, stderr = run("compile", source, "--steps", "1", "--recipe", "w8a8", "-o", tmp_path / "integers")
+    assert status == 0, stderr
+    assert len(stdout.splitlines()) == 4
+    assert (tmp_path / "integers" / "quantization" / "plan.json").is_file()
 
 
 @pytest.mark.parametrize("command", ["export", "calibrate", "optimize", "compile"])
