@@ -17,7 +17,15 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
-from fewstep.runtimes.integers import Point, StoredWeight, guard_weights, mark_points, sign_grids, unfold_weights
+from fewstep.runtimes.integers import (
+    Point,
+    StoredWeight,
+    float_rows,
+    guard_weights,
+    mark_points,
+    sign_grids,
+    unfold_weights,
+)
 from fewstep.runtimes.litert import NAME, SIGNATURE
 from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.litert_pack import pack
@@ -55,6 +63,7 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
     assert isinstance(module, GraphModule)
     sign_grids(module)
     stored = unfold_weights(module)
+    float_rows(module)
     points = mark_points(module)
     guard_weights(module, stored, len(points))
     spread_group_norms(module, channels_last=True)

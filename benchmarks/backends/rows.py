@@ -24,7 +24,7 @@ from fewstep.runtimes.sampler import open_sampler
 
 Array = npt.NDArray[Any]
 
-RECIPES = ("fp32", "fp16", "w8", "w8a8", "w4")
+RECIPES = ("fp32", "fp16", "w8", "w8a8", "w8a8-dynamic", "w4")
 SOURCE = "stickers"
 # Of the reference in PyTorch that all recipes start from: the golden pack of this bundle.
 ORIGINAL = ("onnxruntime", "fp32")
