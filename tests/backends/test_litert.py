@@ -242,6 +242,51 @@ def test_repeated_heads_keep_their_places(heads: int, tmp_path: Path) -> None:
         np.testing.assert_array_equal(session.run(feeds(program, x))["y"], run(program, x).numpy())
 
 
+class _TurnedWeights(torch.nn.Module):
+    """Weights of one shape that are transposed views: the converter takes them for one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(random(16, 16, seed=i).t() for i in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            x = torch.mm(x, weight) / 4
+        return x
+
+
+def test_transposed_weights_keep_their_values(tmp_path: Path) -> None:
+    x = random(24, 16)
+    program = program_of(_TurnedWeights(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+
+
+class _Written(torch.nn.Module):
+    """As in-place writes are traced: a value wherever a mask is set, and columns of what has no values yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = (x + self.mask).softmax(-1)
+        scores = torch.index_put(scores, (scores < 0.1,), torch.tensor(0.25))
+        turned = torch.slice_scatter(torch.empty_like(scores), scores[..., 1::2], -1, 0, step=2)
+        return torch.slice_scatter(turned, -scores[..., 0::2], -1, 1, step=2)
+
+
+def test_what_is_written_in_place_is_chosen(tmp_path: Path) -> None:
+    x = random(1, 8, 8)
+    program = program_of(_Written(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+    (mask,) = program.exported.buffers()
+    assert mask.isinf().any(), "the network's own constants are as before"
+
+
 class _Unsupported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(x)
