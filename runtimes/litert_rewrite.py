@@ -91,7 +91,8 @@ def _masked(node: Node) -> Node | None:
 def _count_from_start(node: Node) -> None:
     """Writes out which part of a tensor is written over, in place: the converter takes no axis from the end."""
     shape = node.meta["val"].shape
-    dim, start, end, step = (*node.args[2:], *(0, None, None, 1)[len(node.args) - 2 :])
+    defaults: tuple[object, ...] = (0, None, None, 1)
+    dim, start, end, step = (*node.args[2:], *defaults[len(node.args) - 2 :])
     assert isinstance(dim, int) and isinstance(step, int)
     axis = dim % len(shape)
     node.args = (*node.args[:2], axis, *slice(start, end, step).indices(shape[axis]))
