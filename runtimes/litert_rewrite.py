@@ -91,11 +91,11 @@ def _masked(node: Node) -> Node | None:
 def _count_from_start(node: Node) -> None:
     """Writes out which part of a tensor is written over, in place: the converter takes no axis from the end."""
     shape = node.meta["val"].shape
-    defaults: tuple[object, ...] = (0, None, None, 1)
-    dim, start, end, step = (*node.args[2:], *defaults[len(node.args) - 2 :])
+    dim, start, end, step = [*node.args[2:], *[0, None, None, 1][len(node.args) - 2 :]]
     assert isinstance(dim, int) and isinstance(step, int)
     axis = dim % len(shape)
-    node.args = (*node.args[:2], axis, *slice(start, end, step).indices(shape[axis]))
+    first, last, _ = slice(start, end, step).indices(shape[axis])
+    node.args = (*node.args[:2], axis, first, last, step)
 
 
 def _zeros(node: Node) -> Node:
