@@ -91,7 +91,8 @@ def _masked(node: Node) -> Node | None:
 def _count_from_start(node: Node) -> None:
     """Writes out which part of a tensor is written over, in place: the converter takes no axis from the end."""
     shape = node.meta["val"].shape
-    dim, start, end, step = [*node.args[2:], *[0, None, None, 1][len(node.args) - 2 :]]
+    given = [*node.args[2:], *[0, None, None, 1][len(node.args) - 2 :]]
+    dim, start, end, step = given
     assert isinstance(dim, int) and isinstance(step, int)
     axis = dim % len(shape)
     first, last, _ = slice(start, end, step).indices(shape[axis])
