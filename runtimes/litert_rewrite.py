@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from fewstep.runtimes.constants import own_constants
+
 _aten = torch.ops.aten
 _UNSET = (_aten.empty_like.default, _aten.empty.memory_format, _aten.empty_permuted.default, _aten.new_empty.default)
 
 
 def rewrite(module: GraphModule) -> None:
     """Rewrites a graph in float, in place."""
-    _own_constants(module)
+    own_constants(module)
     for node in list(module.graph.nodes):
         replacement = None
         if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 2:
@@ -29,25 +31,6 @@ def rewrite(module: GraphModule) -> None:
             node.replace_all_uses_with(replacement)
             module.graph.erase_node(node)
     module.recompile()
-
-
-def _own_constants(module: GraphModule) -> None:
-    """Gives every constant memory of its own, in order, in place.
-
-    The converter copies a constant that is a transposed view and tells copies apart by their address, which the next
-    copy has again when the first is gone: two weights of one shape become the same. What is infinite it makes finite,
-    in the network's own memory.
-    """
-    for target in {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}:
-        *path, name = target.split(".")
-        owner: torch.nn.Module = module.get_submodule(".".join(path))
-        value = getattr(owner, name)
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.is_contiguous() and not (value.is_floating_point() and value.isinf().any()):
-            continue
-        own = value.detach().clone(memory_format=torch.contiguous_format)
-        setattr(owner, name, torch.nn.Parameter(own, False) if isinstance(value, torch.nn.Parameter) else own)
 
 
 def _squared(node: Node) -> Node:
