@@ -116,6 +116,42 @@ def test_both_gelus_are_what_was_asked_for(approximate: str, tmp_path: Path) -> 
     assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
 
 
+class _Video(torch.nn.Module):
+    """A video's decoder in small: a convolution of three axes, patches put together, an enlargement, a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Conv3d(4, 16, 3, padding=1)
+        self.register_buffer("mix", random(16, 16).t())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.first(x).reshape(1, 2, 2, 2, 2, 3, 8, 8).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        video = patches.reshape(1, 2, 6, 16, 16)
+        frames = torch.ops.aten.upsample_nearest2d.default(video[0].transpose(0, 1), [32, 32])
+        mixed = torch.mm(frames.reshape(-1, 16), self.mix).clone()
+        return mixed.reshape(6, 2, 32, 32).clone()
+
+
+def test_videos_are_lowered(tmp_path: Path) -> None:
+    x = random(1, 4, 3, 8, 8)
+    program = program_of(_Video(), x, origins=["latent"])
+    with EXECUTORCH.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+
+
+def test_what_stops_a_run_is_told(tmp_path: Path) -> None:
+    x = random(1, 4, 3, 8, 8)
+    program = program_of(torch.nn.Conv3d(4, 4, 3, groups=2), x, origins=["latent"])
+    with (
+        EXECUTORCH.open(compiled(program, tmp_path), program.spec, 1) as session,
+        pytest.raises(ContractError, match="ExecuTorch cannot run it") as caught,
+    ):
+        session.run(feeds(program, x))
+    assert caught.value.hint == "what it wrote to stderr names the operation"
+
+
 class _Unsupported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.lu_factor(x @ x.transpose(-1, -2))[0]
