@@ -20,6 +20,7 @@ from fewstep.program import Program
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.departure import Departure, traced_values
 from fewstep.runtimes.ort_lower import translate
+from fewstep.runtimes.ort_names import restore
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
@@ -32,6 +33,7 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
     """
     reference = _torch_values(program, feeds)
     model = ir.load(path)
+    restore(model)
     producers = {str(value.name): node for node in model.graph for value in node.outputs}
     shared = [name for name in producers if name in reference]
     if not shared:
