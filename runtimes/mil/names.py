@@ -6,11 +6,12 @@ network is in the package's metadata, once for all of them: by it they are compa
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
 
-from fewstep.runtimes.mil.program import Block, MilProgram, Operation
+from fewstep.runtimes.mil.program import Block, Constant, Function, MilProgram, Operation
 from fewstep.runtimes.short_names import lengthener
 
 METADATA = "fewstep.names"
@@ -21,32 +22,34 @@ def restored(program: MilProgram) -> MilProgram:
     if METADATA not in program.metadata:
         return program
     told = json.loads(program.metadata[METADATA])
-    lengthen = lengthener(told["stems"])
+    lengthen = functools.cache(lengthener(told["stems"]))
     functions = {
-        name: replace(function, block=_block(function.block, {n for n, _ in function.inputs}, lengthen))
-        if name in told["functions"]
-        else function
+        name: replace(function, block=_block(function, lengthen)) if name in told["functions"] else function
         for name, function in program.functions.items()
     }
     return replace(program, functions=functions)
 
 
-def _block(block: Block, inputs: set[str], lengthen: Callable[[str], str]) -> Block:
-    """Returns a block without blocks in it, with other names for all but its inputs and outputs."""
-    kept = inputs | {*block.outputs}
+def _block(function: Function, lengthen: Callable[[str], str]) -> Block:
+    """Returns a function's block, which has none in it, with other names for all but its inputs and outputs."""
+    block = function.block
+    kept = {*(name for name, _ in function.inputs), *block.outputs}
 
     def name(short: str) -> str:
         return short if short in kept else lengthen(short)
 
-    def operation(one: Operation) -> Operation:
-        return replace(
-            one,
-            name=name(one.name),
-            inputs={
-                key: tuple(name(value) if isinstance(value, str) else value for value in values)
-                for key, values in one.inputs.items()
-            },
-            outputs=tuple((name(value), type_) for value, type_ in one.outputs),
-        )
+    def value(bound: str | Constant) -> str | Constant:
+        return name(bound) if isinstance(bound, str) else bound
 
-    return replace(block, operations=tuple(operation(one) for one in block.operations))
+    operations = tuple(
+        Operation(
+            one.type,
+            name(one.name),
+            {key: tuple(map(value, bound)) for key, bound in one.inputs.items()},
+            tuple((name(short), type_) for short, type_ in one.outputs),
+            one.attributes,
+            one.blocks,
+        )
+        for one in block.operations
+    )
+    return Block(block.inputs, block.outputs, operations)
