@@ -67,6 +67,8 @@ def lower_variants(
 class FunctionsWriter:
     """Collects packages as functions of one. A context manager: leaving it frees what was collected.
 
+    The first function keeps its names, by which profilers list operations; the others have short ones.
+
     Packages can be deleted once they have been added, so that disk holds two sets of weights at most.
     """
 

@@ -134,8 +134,8 @@ def test_values_of_a_graph_have_their_names_where_they_are_looked_for(tmp_path: 
     write_manifest(tmp_path / "copy", bundle.manifest)
     result = fewstep.verify(fewstep.Bundle.open(tmp_path / "copy"), prompts=1, seeds=1, bisect=True)
     departure = result.departures[DENOISER]
-    assert departure is not None and departure.compared == 1
-    assert (departure.name, departure.op_type) == ("conv2d", "Conv")
+    assert departure is not None
+    assert (departure.tensor, departure.module_path, departure.op_type) == ("conv2d", "conv_in", "Conv")
 
 
 def held(model: ir.Model) -> list[ir.TensorProtocol]:
