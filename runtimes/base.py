@@ -126,7 +126,8 @@ class Executor:
 class PointResult:
     """How a quantized tensor differs from the reference's: how many of its values, and the most by how much.
 
-    Of an output in float, ``sqnr_db`` says it, and nothing is counted.
+    Of a tensor in float, ``sqnr_db`` says it, and nothing is counted. ``noise_db`` is the SQNR that grids inside of the
+    operation which computes it leave of it, None where there are none.
     """
 
     tensor: str
@@ -135,6 +136,7 @@ class PointResult:
     differing: int
     largest: int
     sqnr_db: float | None = None
+    noise_db: float | None = None
 
     @property
     def equal(self) -> float:

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 
 from fewstep.program import Program
+from fewstep.runtimes.few_axes import limit_axes
+
+# Of a tensor, at most.
+_AXES = 5
 
 
 def _gelu(x: torch.Tensor, *, approximate: str = "none") -> Any:
@@ -121,6 +125,7 @@ def decomposed(program: Program) -> torch.export.ExportedProgram:
         if node.target in (torch.ops.aten.alias.default, torch.ops.aten.alias_copy.default):
             node.replace_all_uses_with(node.args[0])
             result.graph.erase_node(node)
+    limit_axes(result.graph, _AXES)
     _write_out_ranks(result.graph)
     result.graph_module.recompile()
     return result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,21 +16,47 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
+from fewstep.runtimes.integers import float_source, weight_name
 
 _ops = torch.ops.quantized_decomposed
 _QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_tensor.tensor)
+_RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product whose data each call puts onto grids, which kernels do inside of themselves.
+
+    Attributes:
+        weight: the name that its weight is stored by, see `fewstep.runtimes.integers`.
+        image: whether data and result have their channels on the second of four axes.
+        data: in float, before the grids.
+        result: of the product, after a ReLU that alone reads it.
+        noise_db: SQNR that the grids leave of the result.
+    """
+
+    weight: str
+    image: bool
+    data: Array
+    result: Array
+    noise_db: float
 
 
 @dataclass(frozen=True)
 class IntegerReference:
-    """The whole numbers of each quantized tensor by fx node, in the order of computation; their module paths; outputs.
+    """What a quantized program computes of one call.
 
-    ``outputs`` are those in float, by name.
+    Attributes:
+        values: the whole numbers of each quantized tensor by fx node, in the order of computation.
+        paths: their module paths, and those of products.
+        outputs: those in float, by name, without those that a product puts out.
+        products: by fx node, in the order of computation.
     """
 
     values: Mapping[str, Array]
     paths: Mapping[str, str]
     outputs: Mapping[str, Array]
+    products: Mapping[str, Product] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -41,12 +67,14 @@ def integer_reference(program: Program, feeds: Mapping[str, Array]) -> IntegerRe
     recorder = _Recorder(module)
     results = recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
     nodes = {node.name: node for node in module.graph.nodes}
+    (given,) = (node.args[0] for node in nodes.values() if node.op == "output")
     outputs = {
         spec.name: result.numpy()
-        for spec, result in zip(program.spec.outputs, results, strict=True)
-        if result.is_floating_point()
+        for spec, node, result in zip(program.spec.outputs, given, results, strict=True)
+        if result.is_floating_point() and node not in recorder.results
     }
-    return IntegerReference(recorder.values, {name: _path(nodes[name]) for name in recorder.values}, outputs)
+    paths = {name: _path(nodes[name]) for name in (*recorder.values, *recorder.products)}
+    return IntegerReference(recorder.values, paths, outputs, recorder.products)
 
 
 def signed_reference(program: Program, feeds: Mapping[str, Array]) -> IntegerReference:
@@ -63,37 +91,68 @@ def _signed(values: Array) -> Array:
 
 
 class _Recorder(torch.fx.Interpreter):
-    """Keeps the whole numbers of every quantized activation, and frees the rest."""
+    """Keeps the whole numbers of every quantized activation and products with grids of each call; frees the rest."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         super().__init__(module)
         self.values: dict[str, Array] = {}
+        self.products: dict[str, Product] = {}
+        self.results: set[torch.fx.Node] = set()
+        sources = {node: float_source(node) for node in module.graph.nodes if node.op == "call_function"}
+        self._sources = {node: source for node, source in sources.items() if source is not None}
+        self._kept = set(self._sources.values())
+        self._data: dict[torch.fx.Node, torch.Tensor] = {}
 
     def run_node(self, n: torch.fx.Node) -> object:
         """Runs a node."""
         result = super().run_node(n)
         if n.target in _QUANTIZE:
             self.values[n.name] = np.array(result.numpy(), order="C")  # runtimes take no other order
+        if n in self._kept:
+            assert isinstance(result, torch.Tensor)
+            self._data[n] = result
+        if n in self._sources:
+            assert isinstance(result, torch.Tensor)
+            self.products[n.name] = self._product(n, result, self._data[self._sources[n]])
         return result
+
+    def _product(self, n: torch.fx.Node, result: torch.Tensor, data: torch.Tensor) -> Product:
+        (_, *others), _ = self.fetch_args_kwargs_from_env(n)
+        assert callable(n.target)
+        without = n.target(data, *others)
+        (*_, last) = (n, *(user for user in n.users if len(n.users) == 1 and user.target in _RELU))
+        self.results.add(last)
+        if last is not n:
+            result, without = result.relu(), without.relu()
+        noise_db = sqnr_db(without.numpy(), result.numpy())
+        image = n.target is torch.ops.aten.conv2d.default
+        return Product(weight_name(n), image, data.numpy(), np.array(result.numpy()), noise_db)
 
 
 def _path(node: torch.fx.Node) -> str:
-    """Returns the module path in whose result a quantized tensor has its origin."""
-    source = node.all_input_nodes[0]
+    """Returns the module path in whose result a quantized tensor has its origin, or that of a product."""
+    source = node.all_input_nodes[0] if node.target in _QUANTIZE else node
     stack = list(source.meta.get("nn_module_stack", {}).values())
     path = str(stack[-1][0]) if stack else source.name
     return re.sub(r"^(L\['self'\]\.)?(module\.?)?", "", path) or source.name
 
 
 def judged(
-    expected: IntegerReference, integers: Mapping[str, Array], outputs: Mapping[str, Array]
+    expected: IntegerReference,
+    integers: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+    products: Mapping[str, Array] | None = None,
 ) -> list[PointResult]:
-    """Returns how a runtime's integers and outputs differ from the reference's."""
+    """Returns how a runtime's integers, outputs and results of products differ from the reference's."""
     found = []
     for name, values in integers.items():
         difference = np.abs(values.astype(np.int32) - expected.values[name].astype(np.int32))
         differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
         found.append(PointResult(name, expected.paths[name], difference.size, differing, largest))
+    for name, product in expected.products.items():
+        quality_db = sqnr_db(product.result, (products or {})[name])
+        size = product.result.size
+        found.append(PointResult(name, expected.paths[name], size, 0, 0, quality_db, product.noise_db))
     for name, value in expected.outputs.items():
         found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, outputs[name])))
     return found

@@ -22,6 +22,10 @@ QUANTIZE = _ops.quantize_per_tensor.default
 # Beyond what a network computes; below it, each marker has a number of its own that float32 keeps apart.
 _TAG, _TAGS = -(2.0**100), 1 << 20
 DEQUANTIZE = _ops.dequantize_per_tensor.default
+_DEQUANTIZE_ROWS = _ops.dequantize_per_token.default
+# What a weight goes through before it is multiplied, and what stands around grids of each call.
+_TURNS = (_aten.t.default, _aten.reshape.default)
+_AROUND = (_aten.permute.default, _aten.reshape.default)
 _CONSTANT = (DEQUANTIZE, _ops.dequantize_per_channel.default)
 
 
@@ -36,6 +40,7 @@ class StoredWeight:
         scale: float32; one number, one for each channel, or [channels, groups].
         axis: of the channels; None for one scale.
         bits: of the integers.
+        dynamic: whether what multiplies it finds the grids of its data in each call.
     """
 
     name: str
@@ -44,6 +49,7 @@ class StoredWeight:
     scale: Array
     axis: int | None
     bits: int
+    dynamic: bool = False
 
     @property
     def grouped(self) -> bool:
@@ -63,14 +69,14 @@ def unfold_weights(module: GraphModule, *, biases_only: bool = False) -> list[St
         users = list(node.users)
         last = users[0] if len(users) == 1 and users[0].target is _aten.reshape.default else node
         integers, values = attribute(module, node.args[0]), _value(module, last)
-        name = f"{node.name}_values"
+        name = _name_of(node)
         module.register_parameter(name, torch.nn.Parameter(values, requires_grad=False))
         with module.graph.inserting_before(node):
             parameter = module.graph.get_attr(name)
         parameter.meta = dict(last.meta)
-        last.replace_all_uses_with(parameter)
         if integers.dtype == torch.int8:
             found.append(_stored(module, node, name, values, integers, grouped=last is not node))
+        last.replace_all_uses_with(parameter)
     module.graph.eliminate_dead_code()
     module.recompile()
     return found
@@ -102,7 +108,56 @@ def _stored(
         scale.float().numpy(),
         axis,
         (high - low).bit_length(),
+        any(float_source(product) is not None for product in _readers(node)),
     )
+
+
+def _readers(weight: Node) -> list[Node]:
+    """Returns the operations that multiply a weight, which may be transposed on its way."""
+    return [reader for user in weight.users for reader in (_readers(user) if user.target in _TURNS else (user,))]
+
+
+def float_source(product: Node) -> Node | None:
+    """Returns the node of an operation's data in float where each call finds its grids, None of other operations."""
+    if product.target in _AROUND or not product.args:
+        return None
+    data = product.args[0]
+    around = isinstance(data, Node) and data.target in _AROUND
+    dequantize = _first(data) if around else data
+    if not isinstance(dequantize, Node) or dequantize.target is not _DEQUANTIZE_ROWS:
+        return None
+    rows = _first(_first(dequantize))
+    return _first(rows) if around else rows
+
+
+def _first(node: object) -> Node:
+    assert isinstance(node, Node)
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def weight_name(product: Node) -> str:
+    """Returns the name that the weight of an operation is stored by."""
+    weight = product.args[1]
+    while isinstance(weight, Node) and weight.target in _TURNS:
+        weight = weight.args[0]
+    assert isinstance(weight, Node)
+    return _name_of(weight)
+
+
+def _name_of(weight: Node) -> str:
+    return f"{weight.name}_values"
+
+
+def float_rows(module: GraphModule) -> None:
+    """Gives operations on grids of each call their data in float, in place: their kernels find the grids themselves."""
+    for node in list(module.graph.nodes):
+        source = float_source(node)
+        if source is not None:
+            node.replace_input_with(node.args[0], source)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _value(module: GraphModule, node: Node) -> torch.Tensor:

@@ -17,14 +17,22 @@ from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
 from fewstep.runtimes.group_norms import spread_group_norms
-from fewstep.runtimes.integers import Point, StoredWeight, guard_weights, mark_points, sign_grids, unfold_weights
+from fewstep.runtimes.integers import (
+    Point,
+    StoredWeight,
+    float_rows,
+    guard_weights,
+    mark_points,
+    sign_grids,
+    unfold_weights,
+)
 from fewstep.runtimes.litert import NAME, SIGNATURE
 from fewstep.runtimes.litert_model import LiteRTModel
 from fewstep.runtimes.litert_pack import pack
+from fewstep.runtimes.litert_rewrite import rewrite
 from fewstep.runtimes.materialize import materialized
 
 MODEL = "model.tflite"
-_aten = torch.ops.aten
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
@@ -55,45 +63,12 @@ def prepared(program: Program) -> tuple[GraphModule, list[StoredWeight], list[Po
     assert isinstance(module, GraphModule)
     sign_grids(module)
     stored = unfold_weights(module)
+    float_rows(module)
     points = mark_points(module)
     guard_weights(module, stored, len(points))
     spread_group_norms(module, channels_last=True)
-    _multiply_squares(module)
-    _join_repeated_heads(module)
+    rewrite(module)
     return module, stored, points
-
-
-def _multiply_squares(module: GraphModule) -> None:
-    """Makes squares products, in place: LiteRT's power takes tensors of four axes at most."""
-    for node in [n for n in module.graph.nodes if n.target is _aten.pow.Tensor_Scalar and n.args[1] == 2]:
-        with module.graph.inserting_before(node):
-            square = module.graph.call_function(_aten.mul.Tensor, (node.args[0], node.args[0]))
-        square.meta = dict(node.meta)
-        node.replace_all_uses_with(square)
-        module.graph.erase_node(node)
-    module.recompile()
-
-
-def _join_repeated_heads(module: GraphModule) -> None:
-    """Makes tensors that are repeated along one axis and reshaped joins of copies, in place.
-
-    The converter moves a transposition through the broadcast of five axes that repeats the heads of grouped-query
-    attention, and the result is of other elements, without an error.
-    """
-    for node in [n for n in module.graph.nodes if n.target is _aten.expand.default]:
-        x = node.args[0]
-        before, after = x.meta["val"].shape, node.meta["val"].shape
-        grown = [i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-        merged = any(user.target in (_aten.reshape.default, _aten.view.default) for user in node.users)
-        if not merged or len(before) != len(after) or len(grown) != 1:
-            continue
-        with module.graph.inserting_before(node):
-            (axis,) = grown
-            copies = module.graph.call_function(_aten.cat.default, ([x] * after[axis], axis))
-        copies.meta = dict(node.meta)
-        node.replace_all_uses_with(copies)
-        module.graph.erase_node(node)
-    module.recompile()
 
 
 def convert(program: Program, module: GraphModule) -> bytes:

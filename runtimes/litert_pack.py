@@ -3,7 +3,7 @@
 1. A weight whose values the file holds in some layout is stored as the plan's integers, with a DEQUANTIZE before
    whatever multiplies it in float.
 2. DEQUANTIZE, convolution or fully connected layer, QUANTIZE: one operation on integers, its bias in 32 bits on the
-   grid of the products.
+   grid of the products. Where each call finds the grids of the data, the same operation on floats and integers.
 3. Halves, where all values of a constant are halves.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -21,9 +22,11 @@ from fewstep.runtimes.integers import Array, Point, StoredWeight
 from fewstep.runtimes.litert_grids import place_points
 from fewstep.runtimes.litert_model import LiteRTModel
 
-_Op = schema.BuiltinOperator
+_Op, _Type = schema.BuiltinOperator, schema.TensorType
 # Position of the channels among the axes of the weight, as each of them stores it.
 _COMPUTES: Mapping[int, int] = {_Op.CONV_2D: 0, _Op.DEPTHWISE_CONV_2D: 3, _Op.FULLY_CONNECTED: 0}
+# Those that find the grids of their data, with the version that has scales of channels and zero points of data.
+ROWS: Mapping[int, int] = {_Op.CONV_2D: 5, _Op.FULLY_CONNECTED: 12}
 # How the converter may turn a weight, by its rank: as it is, channels last, depthwise, transposed.
 _LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
     1: ((0,),),
@@ -57,6 +60,7 @@ def pack(
     found = _match(model, weights, where)
     place_points(model, points, where)
     _fuse(model, found)
+    _multiply_rows(model, found, where)
     _store(model, found)
     if halves:
         _halve(model)
@@ -141,6 +145,40 @@ def _fuse(model: LiteRTModel, found: Mapping[int, _Placed]) -> None:
     _drop_unread(model)
 
 
+def _multiply_rows(model: LiteRTModel, found: Mapping[int, _Placed], where: str) -> None:
+    """Gives operations whose data is to go onto grids in each call the integers of their weight: they find the grids.
+
+    Raises:
+        ExportError: the converter made something else of such a product.
+    """
+    dynamic = {tensor: placed for tensor, placed in found.items() if placed.weight.dynamic}
+    stored = {}
+    for operator in model.graph.operators:
+        weight = int(operator.inputs[1]) if model.kind(operator) in ROWS else -1
+        if weight not in dynamic or dynamic[weight].axis != _COMPUTES[model.kind(operator)]:
+            continue
+        if weight not in stored:
+            stored[weight] = _integers(model, dynamic[weight])
+        model.redirect([operator], weight, stored[weight])
+        model.require_version(operator, ROWS[model.kind(operator)])
+        if model.kind(operator) == _Op.FULLY_CONNECTED:
+            operator.builtinOptions.asymmetricQuantizeInputs = True
+    read = model.readers()
+    lost = [placed.weight.name for tensor, placed in dynamic.items() if tensor in read]
+    if lost:
+        raise ExportError(
+            f"{where}: litert-torch made no fully connected layer or convolution of {len(lost)} products with grids of "
+            f"each call, first that of {lost[0]}",
+            hint="report it; leave this weight in float with [quantization.names] in the recipe meanwhile",
+        )
+
+
+def _finds_grids(model: LiteRTModel, operator: Any) -> bool:
+    """Returns whether an operation multiplies floats with integers."""
+    kinds = [model.graph.tensors[int(t)].type for t in operator.inputs[:2]]
+    return model.kind(operator) in ROWS and kinds[0] == _Type.FLOAT32 and kinds[1] in (_Type.INT8, _Type.INT4)
+
+
 def _drop_unread(model: LiteRTModel) -> None:
     """Removes operations whose results nothing reads."""
     readers = model.readers()
@@ -152,7 +190,8 @@ def _drop_unread(model: LiteRTModel) -> None:
 
 def _integers(model: LiteRTModel, placed: _Placed) -> int:
     weight = placed.weight
-    return model.add_constant(weight.name, placed.turned, scale=weight.scale, axis=placed.axis)
+    packed = weight.bits <= 4 and weight.dynamic
+    return model.add_constant(weight.name, placed.turned, scale=weight.scale, axis=placed.axis, packed=packed)
 
 
 def _bias(model: LiteRTModel, tensor: int, placed: _Placed, data_scale: np.float32) -> int:
@@ -184,8 +223,10 @@ def _halve(model: LiteRTModel) -> None:
     """Stores constants whose values are all halves as halves, and widens them before the first operation."""
     read = model.readers()
     widened = []
+    # XNNPACK takes the bias of a product that finds its grids as a constant only, and refuses the file otherwise.
+    kept = {int(o.inputs[2]) for o in model.graph.operators if _finds_grids(model, o) and len(o.inputs) > 2}
     for tensor, values in list(model.constants.items()):
-        if values.dtype != np.float32 or values.size < _SMALLEST_HALVES or tensor not in read:
+        if values.dtype != np.float32 or values.size < _SMALLEST_HALVES or tensor not in read or tensor in kept:
             continue
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)

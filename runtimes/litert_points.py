@@ -7,9 +7,11 @@ computed: no difference reaches the next operation, and one run checks them all 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -18,14 +20,16 @@ from ai_edge_litert.interpreter import Interpreter
 from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
-from fewstep.runtimes.integer_reference import judged, signed_reference
+from fewstep.runtimes.integer_reference import Product, judged, signed_reference
 from fewstep.runtimes.litert import SIGNATURE
 from fewstep.runtimes.litert_grids import MOVES
 from fewstep.runtimes.litert_model import LiteRTModel
+from fewstep.runtimes.litert_pack import ROWS
 from fewstep.runtimes.narrow import narrow
 
 # Images are stored with their channels last.
 _LAST = (0, 2, 3, 1)
+_PADS = (schema.BuiltinOperator.PAD, schema.BuiltinOperator.PADV2)
 
 
 def run_here(path: Path, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
@@ -52,19 +56,68 @@ def compare_integers(
     model = LiteRTModel(path.read_bytes())
     places = {model.name(t): t for t in range(len(model.graph.tensors)) if model.grid(t) is not None}
     lost = [name for name in expected.values if name not in places]
-    if lost or not expected.values:
+    if lost or not (expected.values or expected.products):
         raise ExportError(
             f"{path}: {len(lost)} of {len(expected.values)} quantized tensors are not in it"
             + (f", first {lost[0]}" if lost else ""),
             hint="was the model compiled from this program?",
         )
     layouts = {name: _layout(model, places[name], values.shape) for name, values in expected.values.items()}
+    products = _find_products(model, expected.products, path)
     cut = Cut(model)
     for name, values in expected.values.items():
         cut.at(places[name], layouts[name].of_file(values))
+    for name, product in expected.products.items():
+        cut.at(products[name].data, _in_order(product.image, product.data))
+        cut.at(products[name].result, _in_order(product.image, product.result))
     cut.run(narrow(feeds, "LiteRT"), run)
     integers = {name: layouts[name].of_reference(cut.value(places[name])) for name in expected.values}
-    return judged(expected, integers, cut.outputs)
+    results = {
+        name: _Layout(_LAST if product.image else tuple(range(product.result.ndim)), product.result.shape).of_reference(
+            cut.value(products[name].result)
+        )
+        for name, product in expected.products.items()
+    }
+    return judged(expected, integers, cut.outputs, results)
+
+
+@dataclass(frozen=True)
+class _ProductTensors:
+    """What a product takes, before it is padded, and what it gives."""
+
+    data: int
+    result: int
+
+
+def _find_products(model: LiteRTModel, expected: Mapping[str, Product], path: Path) -> dict[str, _ProductTensors]:
+    """Returns the tensors of each product of the reference, which goes by its weight.
+
+    Raises:
+        ExportError: the file multiplies a weight more or less often.
+    """
+    producers, found = model.producers(), {}
+    places: dict[str, list[Any]] = {}
+    for operator in model.graph.operators:
+        if model.kind(operator) in ROWS:
+            places.setdefault(model.name(int(operator.inputs[1])), []).append(operator)
+    wanted = Counter(product.weight for product in expected.values())
+    for weight, count in wanted.items():
+        if len(places.get(weight, ())) != count:
+            raise ExportError(
+                f"{path}: {weight} is multiplied by {len(places.get(weight, ()))} operations, expected {count}",
+                hint="was the model compiled from this program?",
+            )
+    for name, product in expected.items():
+        operator = places[product.weight].pop(0)
+        data = int(operator.inputs[0])
+        while data in producers and model.kind(producers[data]) in _PADS:
+            data = int(producers[data].inputs[0])
+        found[name] = _ProductTensors(data, int(operator.outputs[0]))
+    return found
+
+
+def _in_order(image: bool, values: Array) -> Array:
+    return values.transpose(_LAST) if image else values
 
 
 @dataclass(frozen=True)

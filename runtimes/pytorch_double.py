@@ -18,11 +18,18 @@ from fewstep.program import Program
 from fewstep.runtimes.base import Array, CheckedSession
 
 _ops = torch.ops.quantized_decomposed
-_QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_tensor.tensor, _ops.quantize_per_channel.default)
+_QUANTIZE = (
+    _ops.quantize_per_tensor.default,
+    _ops.quantize_per_tensor.tensor,
+    _ops.quantize_per_channel.default,
+    _ops.quantize_per_token.default,
+    _ops.choose_qparams_per_token_asymmetric.default,
+)
 _DEQUANTIZE = (
     _ops.dequantize_per_tensor.default,
     _ops.dequantize_per_tensor.tensor,
     _ops.dequantize_per_channel.default,
+    _ops.dequantize_per_token.default,
 )
 
 

@@ -16,6 +16,9 @@ from torch.fx import GraphModule
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
+from fewstep.runtimes.constants import own_constants
+from fewstep.runtimes.few_axes import limit_axes
+from fewstep.runtimes.folded_frames import fold_frames
 from fewstep.runtimes.group_norms import spread_group_norms
 from fewstep.runtimes.integers import DEQUANTIZE, dequantized_weights, sign_grids, unfold_weights
 from fewstep.runtimes.materialize import materialized
@@ -23,6 +26,8 @@ from fewstep.runtimes.xnnpack import NAME
 
 MODEL = "model.pte"
 _aten = torch.ops.aten
+# XNNPACK's tensors have so many axes at most: a program with more is lowered and cannot be loaded.
+_AXES = 6
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
@@ -66,6 +71,11 @@ def prepared(program: Program) -> GraphModule:
             )
     spread_group_norms(module, channels_last=False)
     _write_out_gelus(module)
+    fold_frames(module)
+    _name_core_operations(module)
+    own_constants(module)
+    _leave_out_copies(module)
+    limit_axes(module.graph, _AXES)
     _separate_readers(module)
     return module
 
@@ -112,6 +122,25 @@ def _write_out_gelus(module: GraphModule) -> None:
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)
+    module.recompile()
+
+
+def _name_core_operations(module: GraphModule) -> None:
+    """Calls enlargements by nearest neighbours by the name that ExecuTorch has kernels for, in place."""
+    for node in module.graph.nodes:
+        if node.target is _aten.upsample_nearest2d.default:
+            x, size, *factors = node.args
+            given = [factor for factor in factors if factor is not None]
+            node.target, node.args = _aten.upsample_nearest2d.vec, (x, None, given) if given else (x, size, None)
+    module.recompile()
+
+
+def _leave_out_copies(module: GraphModule) -> None:
+    """Takes copies out, in place: the delegate refuses a tensor that comes out of it as it goes in."""
+    for node in [n for n in module.graph.nodes if n.target is _aten.clone.default]:
+        if node.args[0].op != "placeholder":
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
     module.recompile()
 
 

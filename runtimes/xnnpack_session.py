@@ -55,6 +55,7 @@ class _Session:
     def __init__(self, path: Path, loaded: Loaded, spec: ComponentSpec) -> None:
         if loaded.method is None:
             raise ContractError(f"{path}: program has no method {METHOD!r}", hint="build the bundle again")
+        self._path = path
         self._loaded: Loaded | None = loaded
         self._inputs, self._outputs = spec.inputs, spec.outputs
         meta = loaded.method.metadata
@@ -66,7 +67,12 @@ class _Session:
         if self._loaded is None:
             raise ContractError("the session is closed")
         given = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in self._inputs]
-        results = self._loaded.method.execute(given)
+        try:
+            results = self._loaded.method.execute(given)
+        except RuntimeError as error:
+            raise ContractError(
+                f"{self._path}: ExecuTorch cannot run it: {error}", hint="what it wrote to stderr names the operation"
+            ) from error
         # The method's own memory, which its next call overwrites.
         return {spec.name: result.numpy().copy() for spec, result in zip(self._outputs, results, strict=True)}
 

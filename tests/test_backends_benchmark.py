@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.backends.rows import Row, measure, pictures_of
-from benchmarks.backends.table import agreement, markdown
+from benchmarks.backends.table import agreement, markdown, measured
 from tests.bundles import built
 
 
@@ -30,7 +30,9 @@ def test_the_page(tmp_path: Path) -> None:
     for row, value in zip(rows[:2], (0.5, 0.5001), strict=True):
         np.savez(pictures_of(tmp_path, row.key), **{"cat #0, 4 steps": np.full((8, 8, 3), value)})
     machine = {"cores": 2, "processor": "one", "memory_gib": 24, "versions": {"onnxruntime": "1.0"}}
-    page = markdown({"rows": {r.key: r.to_json() for r in rows}, "machine": machine}, tmp_path, "the command")
+    figures = {r.key: r.to_json() for r in rows}
+    agreements = measured(figures, tmp_path)
+    page = markdown({"rows": figures, "machine": machine, "agreement": agreements}, "the command")
     assert "Written by `the command`, on 2 cores of one, 24 GiB: onnxruntime 1.0." in page
     assert "| onnxruntime 1.0 | fp32 | native | yes | 140.0 | 120.5 |  | 45.6 | 90 | 1.01 | 200 |" in page
     assert "| onnxruntime, native | equal | 80.0 |" in page

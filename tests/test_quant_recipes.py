@@ -14,6 +14,8 @@ from fewstep.profiles import PROFILES, get_profile
 from fewstep.quantization import FLOAT_BITS, Quantization, SiteChoice, parse_quantization
 from fewstep.recipe import PRESETS, load_recipe, parse_recipe
 
+DYNAMIC = "[quantization]\nactivations = 8\ndynamic = true\n"
+
 
 def parse(text: str) -> Quantization:
     found = parse_recipe(tomllib.loads(text), where="mine.toml", name="mine").quantization
@@ -26,6 +28,7 @@ def parse(text: str) -> Quantization:
     [
         ("w8", 8, FLOAT_BITS, "channel", False),
         ("w8a8", 8, 8, "channel", False),
+        ("w8a8-dynamic", 8, 8, "channel", False),
         ("w4", 4, FLOAT_BITS, "group", False),
         ("w4a8", 4, 8, "channel", False),
         ("mixed", 8, FLOAT_BITS, "group", True),
@@ -107,6 +110,10 @@ def test_choices_survive_json() -> None:
         ("[quantization]\nbits = 1", "bits is 1, expected a number from 2 to 8", "average bits of a weight"),
         ("[quantization]\nmax_bytes = -1", "max_bytes is -1, expected a whole number above 0", "edit the recipe"),
         ('[quantization]\ncorrection = "yes"', "correction is 'yes', expected true or false", "edit the recipe"),
+        ("[quantization]\ndynamic = 1", "dynamic is 1, expected true or false", "edit the recipe"),
+        ("[quantization]\ndynamic = true", "dynamic is true and activations are in float", "activations = 8"),
+        (DYNAMIC + 'step_grids = "each"', "dynamic is true and step_grids is given", "leave step_grids or dynamic out"),
+        (DYNAMIC + "float_products = 0.1", "dynamic is true and float_products is given", "leave float_products or"),
         ("[quantization]\nbits = 5\nmax_bytes = 9", "has both bits and max_bytes, expected one budget", "remove one"),
         ("[quantization]\nfloat_products = 2", "float_products is 2, expected a share from 0 to 1", "a twentieth"),
         ("[quantization]\nweights = 2", "weights is 2, but targets of profile x86 store weights in 4 or 8", "palette2"),
@@ -129,8 +136,8 @@ def test_unknown_preset_and_base(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError,
         match=re.escape(
-            "expected one of fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2, "
-            "palette-mixed or a .toml"
+            "expected one of fp32, fp16, w8, w8a8, w8a8-dynamic, w4, w4a8, mixed, palette8, palette6, palette4, "
+            "palette2, palette-mixed or a .toml"
         ),
     ):
         load_recipe("w8a9")

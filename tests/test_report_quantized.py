@@ -65,6 +65,14 @@ def test_facts_of_a_plan(calibration: CalibrationSet) -> None:
     assert values["calibration"] == "own: all steps of 8 trajectories; seed 3"
 
 
+def test_grids_of_each_call_are_counted() -> None:
+    first = dataclasses.replace(PLAN.components["denoiser"], dynamic=PLAN.components["denoiser"].computes)
+    plan = dataclasses.replace(PLAN, components={**PLAN.components, "denoiser": first})
+    values = {section.key: section.value for section in quantization_facts(RECIPE, plan, None).methods}
+    assert values["grids that each call finds"] == "1 operations, a grid for each row of their data"
+    assert "grids that each call finds" not in {s.key for s in quantization_facts(RECIPE, PLAN, None).methods}
+
+
 def test_the_section(calibration: CalibrationSet) -> None:
     facts = quantization_facts(RECIPE, PLAN, calibration)
     html = render(dataclasses.replace(empty_report(), checks=(PASSED,), quantization=facts))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.backends.rows import RECIPES, Row, measure
-from benchmarks.backends.table import markdown
+from benchmarks.backends.table import markdown, measured
 from benchmarks.scale.table import describe_machine
 from fewstep.replay import MINUTES
 from fewstep.runtimes import RUNTIMES
@@ -64,7 +64,12 @@ def _save(rows: Mapping[str, Any]) -> None:
     figures["rows"] |= rows
     figures["machine"] = describe_machine()
     RESULTS.mkdir(exist_ok=True)
-    page = markdown(figures, WORK, "python -m benchmarks.backends")
+    # Pictures that were drawn elsewhere are not here, and agree as they did.
+    agreement = figures.setdefault("agreement", {})
+    for recipe, names in measured(figures["rows"], WORK).items():
+        for name, others in names.items():
+            agreement.setdefault(recipe, {}).setdefault(name, {}).update(others)
+    page = markdown(figures, "python -m benchmarks.backends")
     for name, text in (("figures.json", json.dumps(figures, indent=1) + "\n"), ("README.md", page)):
         partial = RESULTS / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")

@@ -1,9 +1,9 @@
-"""LiteRT's dynamic int8 beside the plan's static int8: what each costs in quality and takes in time.
+"""Dynamic int8 on LiteRT, ai-edge-quantizer's and ours, beside static int8: quality, time and size.
 
-``python -m benchmarks.backends.dynamic``, in LiteRT's environment: takes ``build/backends/litert-fp32`` and
-``litert-w8a8`` (built if they are not there) and writes ``results/dynamic.md``. Dynamic int8 is
-ai-edge-quantizer's ``dynamic_wi8_afp32`` of the networks in fp32: weights by the nearest integer, activations by their
-range in each call.
+``python -m benchmarks.backends.dynamic``, in LiteRT's environment: takes ``build/backends/litert-fp32``,
+``litert-w8a8-dynamic`` and ``litert-w8a8`` (built if they are not there) and writes ``results/dynamic.md``.
+ai-edge-quantizer's is its recipe ``dynamic_wi8_afp32`` of the networks in fp32, which rounds weights to the nearest
+integer.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ class Variant:
 
 
 def main() -> None:
-    """Measures both, and writes the page."""
-    plain, static = (bundle_of("litert", recipe, WORK) for recipe in ("fp32", "w8a8"))
+    """Measures them, and writes the page."""
+    plain, own, static = (bundle_of("litert", recipe, WORK) for recipe in ("fp32", "w8a8-dynamic", "w8a8"))
     golden = golden_samples(plain, "")
     with TemporaryDirectory() as name:
         dynamic, sizes = _dynamic(plain, Path(name))
         variants = [
             Variant("fp32", open_sampler(plain, threads=1), _sizes(plain)),
-            Variant("dynamic int8", open_sampler(plain, runtime=dynamic, threads=1), sizes),
-            Variant("static int8 (w8a8)", open_sampler(static, threads=1), _sizes(static)),
+            Variant("ai-edge-quantizer", open_sampler(plain, runtime=dynamic, threads=1), sizes),
+            Variant("w8a8-dynamic", open_sampler(own, threads=1), _sizes(own)),
+            Variant("w8a8", open_sampler(static, threads=1), _sizes(static)),
         ]
         lines = _page(plain, golden, variants)
         for variant in variants:
@@ -83,9 +84,9 @@ def _page(plain: Bundle, golden: list[Sample], variants: list[Variant]) -> list[
     lines = [
         "# Dynamic and static int8 on LiteRT",
         "",
-        f"Written by `python -m benchmarks.backends.dynamic`, ai-edge-litert {versions['ai-edge-litert']}. Dynamic is "
-        "ai-edge-quantizer's `dynamic_wi8_afp32` of the networks in fp32. *SQNR* is the least of the calls in the fp32 "
-        "bundle's golden pack, on PyTorch's own inputs; *time* the median of a call over fp32's on LiteRT, in turn "
+        f"Written by `python -m benchmarks.backends.dynamic`, ai-edge-litert {versions['ai-edge-litert']}. "
+        "ai-edge-quantizer's is `dynamic_wi8_afp32` of the networks in fp32. *SQNR* is the least of the calls in the "
+        "fp32 bundle's golden pack, on PyTorch's own inputs; *time* the median of a call over fp32's, in turn "
         f"in one process, one thread, {CALLS} calls; *picture* the mean PSNR of {len(golden)} free-running pictures to "
         "PyTorch's in fp32.",
         "",

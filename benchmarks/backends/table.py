@@ -17,7 +17,7 @@ PYTORCH = "PyTorch"
 Pictures = Mapping[str, npt.NDArray[Any]]
 
 
-def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
+def markdown(figures: Mapping[str, Any], command: str) -> str:
     """Returns the page."""
     rows: list[dict[str, Any]] = sorted(figures["rows"].values(), key=_place)
     lines = [
@@ -46,7 +46,7 @@ def markdown(figures: Mapping[str, Any], work: Path, command: str) -> str:
         if row["error"] is None:
             lines.append(f"- {row['executor_text']}: {'; '.join(row['notes'])}")
     for recipe in RECIPES:
-        lines += _matrix(recipe, rows, work)
+        lines += _matrix(recipe, rows, figures["agreement"].get(recipe, {}))
     return "\n".join(lines) + "\n"
 
 
@@ -73,22 +73,34 @@ def _machine(machine: Mapping[str, Any]) -> str:
     return f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']} GiB: {versions}"
 
 
-def _matrix(recipe: str, rows: Sequence[dict[str, Any]], work: Path) -> list[str]:
-    found: dict[str, Pictures] = {}
+def measured(rows: Mapping[str, Mapping[str, Any]], work: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns the agreement in dB by recipe and by the two that agree, of all whose pictures are in ``work``."""
     golden = work / "-".join(ORIGINAL)
-    if golden.is_dir():
-        found[PYTORCH] = _golden(golden)
-    for row in rows:
-        key = f"{row['runtime']}/{row['recipe']}/{row['executor']}"
+    found: dict[str, dict[str, Pictures]] = {}
+    for key, row in sorted(rows.items()):
         path = pictures_of(work, key)
-        if row["recipe"] == recipe and row["error"] is None and path.is_file():
+        if row["error"] is None and path.is_file():
             with np.load(path, allow_pickle=False) as stored:
-                found[f"{row['runtime']}, {row['executor']}"] = {name: stored[name] for name in stored.files}
-    if len(found) < 2:
+                of_recipe = found.setdefault(row["recipe"], {PYTORCH: _golden(golden)} if golden.is_dir() else {})
+                of_recipe[f"{row['runtime']}, {row['executor']}"] = {name: stored[name] for name in stored.files}
+    return {
+        recipe: {
+            a: {b: value for b, value in zip(pictures, values, strict=True) if value is not None}
+            for a, values in zip(pictures, agreement(list(pictures.values())), strict=True)
+        }
+        for recipe, pictures in found.items()
+    }
+
+
+def _matrix(recipe: str, rows: Sequence[dict[str, Any]], agreements: Mapping[str, Mapping[str, float]]) -> list[str]:
+    of_recipe = [f"{row['runtime']}, {row['executor']}" for row in rows if row["recipe"] == recipe]
+    names = [name for name in (PYTORCH, *of_recipe) if name in agreements]
+    if len(names) < 2:
         return []
     lines = ["", f"## Who agrees with whom: {recipe}", "", f"Mean PSNR in dB. {PYTORCH} is the original in float.", ""]
-    lines += [f"| | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
-    for name, values in zip(found, agreement(list(found.values())), strict=True):
+    lines += [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for name in names:
+        values = [agreements[name].get(other) for other in names]
         cells = ["" if v is None else "equal" if v == 150.0 else f"{v:.1f}" for v in values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines

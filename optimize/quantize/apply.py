@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from fewstep.contract import STEP
 from fewstep.errors import QuantizationError
+from fewstep.optimize.quantize.each_call import find_grids
 from fewstep.optimize.quantize.plan import ComponentPlan, network_sha256
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
@@ -54,6 +55,8 @@ def quantize(program: Program, plan: ComponentPlan) -> Program:
             + (f": it has no weight {stranger}" if stranger else ""),
             hint="make a plan for this generator",
         )
+    nodes = {node.name: node for node in module.graph.nodes}
+    find_grids(module, [nodes[site.node] for site in sites if site.name in plan.dynamic])
     example = tuple(node.meta["val"] for node in module.graph.nodes if node.op == "placeholder")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export and torchao warn about their own internals

@@ -30,6 +30,11 @@ class Decision:
     weight_reason: str | None
     activation_reason: str | None
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether each call puts the rows of its data onto grids of their own."""
+        return self.computes and self.choice.dynamic
+
 
 def decide(
     program: Program,
@@ -44,7 +49,7 @@ def decide(
     """
     sites = list(sites)
     macs = max(1, sum(site.macs for site in sites))
-    return [
+    decisions = [
         _decide(
             site,
             _possible(quantization.at(site.op, f"{program.component}/{site.name}"), profile),
@@ -54,6 +59,13 @@ def decide(
         )
         for site in sites
     ]
+    # Kernels of dynamic grids take integers: a weight that something else reads too would have to be stored twice.
+    mixed = {d.site.weight for d in decisions if d.dynamic} & {d.site.weight for d in decisions if not d.dynamic}
+    return [_in_float(d, "its weight is read in float too") if d.site.weight in mixed else d for d in decisions]
+
+
+def _in_float(decision: Decision, reason: str) -> Decision:
+    return replace(decision, computes=False, activation_reason=decision.activation_reason or reason)
 
 
 def _possible(choice: Quantization, profile: TargetProfile) -> Quantization:
@@ -86,9 +98,11 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         activation_reason = "of the guidance scale alone, once a picture: not worth an error at every step"
     elif site.op not in profile.computes:
         activation_reason = f"{profile.name} has no kernel of whole numbers for {site.op}"
-    elif site.rows < profile.min_rows:
+    elif choice.dynamic and (bits not in profile.dynamic.get(site.op, ()) or site.groups > 1):
+        activation_reason = f"{profile.name} has no kernel that finds grids in each call for {_kind(site, bits)}"
+    elif site.rows < profile.min_rows and not choice.dynamic:
         activation_reason = f"{site.rows} row: reading the weights takes the time, not multiplying"
-    elif of_prompt:
+    elif of_prompt and not (choice.dynamic and site.op == "linear"):  # each token then has a grid of its own
         activation_reason = (
             "of the prompt alone: its first token is an outlier, whose grid would leave the others no bits"
         )
@@ -100,6 +114,10 @@ def _decide(site: Site, choice: Quantization, profile: TargetProfile, share: flo
         bits = FLOAT_BITS
         reason = activation_reason = f"{profile.name} stores whole numbers only to multiply them: {activation_reason}"
     return Decision(site, choice, bits, activation_reason is None, reason, activation_reason)
+
+
+def _kind(site: Site, bits: int) -> str:
+    return f"{site.op} in groups" if site.groups > 1 else f"{site.op} of {bits} bits"
 
 
 def granularity(decision: Decision) -> str:

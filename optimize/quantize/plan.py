@@ -104,6 +104,7 @@ class ComponentPlan:
         activations: grids of activations, by the name of the fx node that makes them.
         rounded: weights as whole numbers, by parameter name, where nearest rounding would not give them.
         computes: sites that multiply whole numbers (the others dequantize their weight and compute in float).
+        dynamic: of those, the sites whose data each call puts onto a grid for each of its rows, and none is planned.
         outputs: of those, the sites whose result goes onto a grid of its own at once.
         split: whether operations on concatenations are split first, see `fewstep.optimize.quantize.split`.
         float_bias: whether sites that multiply whole numbers add a bias in float; else it is on their products' grid.
@@ -115,6 +116,7 @@ class ComponentPlan:
     activations: Mapping[str, Grid]
     rounded: Mapping[str, Array] = field(default_factory=dict)
     computes: tuple[str, ...] = ()
+    dynamic: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     split: bool = False
     float_bias: bool = False
@@ -209,6 +211,7 @@ def _to_json(plan: ComponentPlan) -> dict[str, Any]:
         "activations": {name: grid.to_json() for name, grid in plan.activations.items()},
         "rounded": sorted(plan.rounded),
         "computes": list(plan.computes),
+        "dynamic": list(plan.dynamic),
         "outputs": list(plan.outputs),
         "reasons": dict(plan.reasons),
     }
@@ -245,6 +248,7 @@ def _from_json(component: str, values: Mapping[str, Any], arrays: Mapping[str, A
         activations={name: grid(name, v) for name, v in values["activations"].items()},
         rounded={name: arrays[f"{component}/{name}/rounded"] for name in values["rounded"]},
         computes=tuple(values["computes"]),
+        dynamic=tuple(values.get("dynamic", ())),  # as above
         outputs=tuple(values["outputs"]),
         reasons=values["reasons"],
     )

@@ -60,7 +60,7 @@ def observe_sites(
     Raises:
         CalibrationError: see `fewstep.calibration.observe`.
     """
-    points = {name: name for d in decisions if d.computes for name in _activations(d.site, profile)}
+    points = {name: name for d in decisions if d.computes and not d.dynamic for name in _activations(d.site, profile)}
     return observe(module, points, calls, steps=steps) if points else None
 
 
@@ -284,8 +284,8 @@ def draw_up(
     weights: dict[str, Grid] = {}
     activations: dict[str, Grid] = {}
     reasons: dict[str, str] = {}
-    computes, outputs = [], []
-    whole = [d.site for d in decisions if d.computes and _has_output_grid(d.site, profile)]
+    computes, dynamic, outputs = [], [], []
+    whole = [d.site for d in decisions if d.computes and not d.dynamic and _has_output_grid(d.site, profile)]
     of_whole = {name for site in whole for name in _activations(site, profile)}
     for d in decisions:
         site = d.site
@@ -303,7 +303,10 @@ def draw_up(
             group_size=d.choice.group_size,
             profile=profile,
         )
-        if d.computes:
+        if d.dynamic:
+            computes.append(site.name)
+            dynamic.append(site.name)
+        elif d.computes:
             computes.append(site.name)
             if _has_output_grid(site, profile):
                 outputs.append(site.name)
@@ -317,6 +320,7 @@ def draw_up(
         weights,
         activations,
         computes=tuple(computes),
+        dynamic=tuple(dynamic),
         outputs=tuple(outputs),
         float_bias=profile.float_bias,
         reasons=reasons,

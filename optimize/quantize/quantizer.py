@@ -48,7 +48,7 @@ class PlanQuantizer(Quantizer):  # type: ignore[misc]  # torchao has no type inf
             weight = next(a for a in reader.all_input_nodes if a.op == "get_attr" and a.target == site.weight)
             inputs: dict[Node, QuantizationSpec] = {weight: _constant(grid, self._weight(model, site))}
             output = None
-            if site.name in self._plan.computes:
+            if site.name in self._plan.computes and site.name not in self._plan.dynamic:
                 data = nodes[site.data]
                 inputs[data] = activations[site.data]
                 bias = next((a for a in node.all_input_nodes if a.op == "get_attr" and a.target == site.bias), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fewstep.errors import RecipeError
 
@@ -32,6 +32,8 @@ class TargetProfile:
         groups: whether a weight that is multiplied in float may have scales of groups of inputs.
         weight_only: whether a weight that is multiplied in float can be stored as whole numbers at all.
         step_grids: whether an activation's grid may come from a table, by step.
+        dynamic: operations with a kernel that finds the grid of each row of its data in each call, with the bits of the
+            weights that it takes: see `fewstep.optimize.quantize.each_call` for what a row is.
     """
 
     name: str
@@ -50,6 +52,7 @@ class TargetProfile:
     groups: bool = True
     weight_only: bool = True
     step_grids: bool = True
+    dynamic: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def needs_output_grid(self, op: str, unfolded: int, groups: int) -> bool:
         """Returns whether an operation that computes with whole numbers has to put out whole numbers."""
@@ -114,9 +117,10 @@ _LITERT = replace(
     computed_scales=False,
     groups=False,
     step_grids=False,
+    dynamic={"linear": (4, 8), "conv2d": (8,)},
 )
 # Its delegate in ExecuTorch unpacks no stored weight for a product in float.
-_EXECUTORCH = replace(_LITERT, name="executorch", weight_only=False)
+_EXECUTORCH = replace(_LITERT, name="executorch", weight_only=False, dynamic={})
 
 _ALL = (_X86, _ARM, _TENSORRT, _ANE, _LITERT, _EXECUTORCH)
 PROFILES: Mapping[str, TargetProfile] = {profile.name: profile for profile in _ALL}

@@ -5,6 +5,7 @@ A recipe's ``[quantization]`` table::
     [quantization]
     weights = 8                 # bits of weights: 8, 4 or 2; 32 keeps them in float
     activations = 8             # bits of activations: 8; 32 computes in float (weight-only)
+    dynamic = false             # each call puts activations onto grids of its own: the range of each row of their data
     granularity = "channel"     # scales of weights: tensor | channel | group
     group_size = 32             # input channels that share a scale, for group
     rounding = "gptq"           # nearest | gptq | adaround
@@ -69,6 +70,7 @@ class SiteChoice:
 
     weights: int | None = None
     activations: int | None = None
+    dynamic: bool | None = None
     granularity: str | None = None
     group_size: int | None = None
     rounding: str | None = None
@@ -81,6 +83,8 @@ class Quantization:
 
     weights: int = 8
     activations: int = FLOAT_BITS
+    dynamic: bool = False
+    """Whether each call puts the rows of its activations onto grids of their own, in place of calibrated ones."""
     granularity: str = "channel"
     group_size: int = 32
     rounding: str = "gptq"
@@ -153,6 +157,17 @@ def parse_quantization(values: object, where: str, base: Quantization | None = N
             f"{where}: step_grids is {found.step_grids!r} and the sampler records a single step",
             hint="choose the sampler own, or shared grids",
         )
+    if found.dynamic and found.activations == FLOAT_BITS:
+        raise RecipeError(
+            f"{where}: dynamic is true and activations are in float, expected activations of 8 bits",
+            hint="add activations = 8, or leave dynamic out",
+        )
+    if found.dynamic and (found.step_grids != "shared" or found.float_products > 0):
+        key = "step_grids" if found.step_grids != "shared" else "float_products"
+        raise RecipeError(
+            f"{where}: dynamic is true and {key} is given, which chooses among calibrated grids",
+            hint=f"leave {key} or dynamic out",
+        )
     _check_storable(found, where)
     return found
 
@@ -214,7 +229,10 @@ def for_targets(quantization: Quantization | None, targets: Collection[str]) -> 
         RecipeError: the recipe names another profile, or other targets would have to run the same plan.
     """
     needs = {target: REQUIRED[target] for target in targets if target in REQUIRED}
-    if quantization is None or not needs:
+    if quantization is None:
+        return None
+    _check_dynamic(quantization, targets)
+    if not needs:
         return quantization
     target, profile = next(iter(needs.items()))
     if quantization.step_grids != "shared" and not PROFILES[profile].step_grids:
@@ -240,6 +258,20 @@ def for_targets(quantization: Quantization | None, targets: Collection[str]) -> 
             hint="use w8a8, or fp32; litert runs recipes that quantize weights only",
         )
     return dataclasses.replace(quantization, profile=profile)
+
+
+def _check_dynamic(quantization: Quantization, targets: Collection[str]) -> None:
+    """Raises RecipeError for grids of each call and a target that has no kernels which find them."""
+    choices: list[Quantization | SiteChoice] = [quantization, *quantization.ops.values(), *quantization.names.values()]
+    if not any(choice.dynamic for choice in choices):
+        return
+    able = [name for name, profile in REQUIRED.items() if PROFILES[profile].dynamic]
+    for target in targets:
+        if target not in able:
+            raise RecipeError(
+                f"the recipe puts activations onto grids of each call, and fewstep has no such kernels for {target}",
+                hint=f"use w8a8, whose grids are calibrated, or build for {' or '.join(able)}",
+            )
 
 
 def refuse_unknown(values: Mapping[str, object], known: Collection[str], where: str) -> None:
@@ -277,7 +309,7 @@ def _value(key: str, value: object, where: str) -> object:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
-    if key in ("split", "exact_time", "protect", "correction"):
+    if key in ("split", "exact_time", "protect", "correction", "dynamic"):
         if not isinstance(value, bool):
             raise RecipeError(f"{where} is {value!r}, expected true or false", hint="edit the recipe")
         return value

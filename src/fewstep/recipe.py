@@ -1,7 +1,7 @@
 """What to do to a generator: precision, step counts and the limits that a build must keep.
 
-A recipe is a preset (``fp32 fp16 w8 w8a8 w4 w4a8 mixed``, ``palette8`` to ``palette2``, ``palette-mixed``) or a file
-of TOML::
+A recipe is a preset (``fp32 fp16 w8 w8a8 w8a8-dynamic w4 w4a8 mixed``, ``palette8`` to ``palette2``,
+``palette-mixed``) or a file of TOML::
 
     base = "w8a8"               # the preset that it starts from; fp32 unless named
     weights = "fp16"            # fp32 | fp16: what is not quantized
@@ -179,6 +179,7 @@ PRESETS = {
     "fp16": Recipe("fp16", weights="fp16", limits=Limits(compression_psnr_db=40.0)),
     "w8": _quantized("w8", 30.0),
     "w8a8": _quantized("w8a8", 30.0, activations=8),
+    "w8a8-dynamic": _quantized("w8a8-dynamic", 30.0, activations=8, dynamic=True),
     "w4": _quantized("w4", 20.0, weights=4, granularity="group"),
     "w4a8": _quantized("w4a8", 20.0, weights=4, activations=8),
     "mixed": _quantized("mixed", 20.0, bits=5.0, granularity="group"),

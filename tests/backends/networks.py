@@ -39,11 +39,11 @@ INPUTS = (random(1, 4, 8, 8), torch.tensor([3]))
 
 
 @functools.cache
-def net(profile: str = "", weights: int = 8, activations: int = 32) -> Program:
+def net(profile: str = "", weights: int = 8, activations: int = 32, *, dynamic: bool = False) -> Program:
     """Returns the network's program, in float without a profile; nearest rounding."""
     program = program_of(Net(), *INPUTS, origins=["latent", "input:label"])
     if not profile:
         return program
     granularity = "channel" if weights == 8 else "group"
-    chosen = Quantization(weights=weights, activations=activations, granularity=granularity, rounding="nearest")
+    chosen = Quantization(weights, activations, dynamic, granularity, rounding="nearest")
     return quantize(program, plan_of(program, chosen, calls_of(*INPUTS), profile))

@@ -15,6 +15,7 @@ from fewstep.errors import ContractError, ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
+from fewstep.quantization import Quantization
 from fewstep.recipe import Limits
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import PointResult
@@ -27,6 +28,7 @@ if util.find_spec("litert_torch") is None:
 
 from fewstep.runtimes.litert_lower import lower
 from fewstep.runtimes.litert_model import LiteRTModel
+from fewstep.runtimes.litert_pack import ROWS
 
 LITERT = get_runtime("litert")
 
@@ -133,6 +135,53 @@ def test_a_wrong_scale_is_found_where_it_is(tmp_path: Path) -> None:
     assert wrong == ["quantize_per_tensor_5"]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernels_find_the_grids_of_each_call(bits: int, tmp_path: Path) -> None:
+    program = net("litert", bits, 8, dynamic=True)
+    path = compiled(program, tmp_path, "fp16")
+    assert quality_db(program, path) >= 80  # a rounding that falls the other way would show as 60
+    found = points(path, program)
+    # With 4 bits, the two convolutions in between have no kernel.
+    assert [p.module_path for p in found if p.noise_db is not None] == (
+        ["first", "middle", "up", "down", "point", "last"] if bits == 8 else ["first", "up", "down", "last"]
+    )
+    for point in found:
+        assert point.sqnr_db is not None and point.sqnr_db >= 80, point
+    model = LiteRTModel(path.read_bytes())
+    kinds = [model.graph.tensors[int(o.inputs[1])].type for o in model.graph.operators if model.kind(o) in ROWS]
+    assert kinds.count(9) == (6 if bits == 8 else 2)  # TensorType.INT8
+    assert kinds.count(17) == (0 if bits == 8 else 2)  # TensorType.INT4
+
+
+def test_a_wrong_scale_shows_in_what_the_kernel_makes_of_it(tmp_path: Path) -> None:
+    program = net("litert", 8, 8, dynamic=True)
+    path = compiled(program, tmp_path, "fp16")
+    model = LiteRTModel(path.read_bytes())
+    (down,) = (o for o in model.graph.operators if model.kind(o) == 9 and model.shape(int(o.inputs[1])) == (32, 48))
+    weight = model.graph.tensors[int(down.inputs[1])]
+    weight.quantization.scale = weight.quantization.scale * 1.01
+    path.write_bytes(model.content())
+    assert [p.module_path for p in points(path, program) if p.sqnr_db is not None and p.sqnr_db < 80] == ["down"]
+
+
+def test_a_product_that_is_not_in_the_file_is_an_error(tmp_path: Path) -> None:
+    path = compiled(net("litert"), tmp_path, "fp16")
+    with pytest.raises(ExportError, match=r"_values is multiplied by 0 operations, expected 1"):
+        points(path, net("litert", 8, 8, dynamic=True))
+
+
+def test_long_biases_stay_constants_where_kernels_find_grids(tmp_path: Path) -> None:
+    tokens = random(1, 8, 32)
+    program = program_of(torch.nn.Linear(32, 256), tokens, origins=["latent"])
+    chosen = Quantization(activations=8, dynamic=True, rounding="nearest")
+    program = quantize(program, plan_of(program, chosen, calls_of(tokens), "litert"))
+    bias = next(value for name, value in program.exported.state_dict.items() if "bias" in name)
+    bias.copy_(bias.half())  # what other constants would be stored as
+    with LITERT.open(compiled(program, tmp_path, "fp16"), program.spec, 1) as session:
+        result = session.run(feeds(program, tokens))["y"]
+    assert sqnr_db(run(program, tokens).numpy(), result) >= 80
+
+
 def test_signature_has_the_manifests_names_and_others_are_refused(tmp_path: Path) -> None:
     path = compiled(net(), tmp_path)
     spec = net().spec
@@ -191,6 +240,51 @@ def test_repeated_heads_keep_their_places(heads: int, tmp_path: Path) -> None:
     program = program_of(_GroupedQueries(), x, origins=["latent"])
     with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
         np.testing.assert_array_equal(session.run(feeds(program, x))["y"], run(program, x).numpy())
+
+
+class _TurnedWeights(torch.nn.Module):
+    """Weights of one shape that are transposed views: the converter takes them for one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(random(16, 16, seed=i).t() for i in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights:
+            x = torch.mm(x, weight) / 4
+        return x
+
+
+def test_transposed_weights_keep_their_values(tmp_path: Path) -> None:
+    x = random(24, 16)
+    program = program_of(_TurnedWeights(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+
+
+class _Written(torch.nn.Module):
+    """As in-place writes are traced: a value wherever a mask is set, and columns of what has no values yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = (x + self.mask).softmax(-1)
+        scores = torch.index_put(scores, (scores < 0.1,), torch.tensor(0.25))
+        turned = torch.slice_scatter(torch.empty_like(scores), scores[..., 1::2], -1, 0, step=2)
+        return torch.slice_scatter(turned, -scores[..., 0::2], -1, 1, step=2)
+
+
+def test_what_is_written_in_place_is_chosen(tmp_path: Path) -> None:
+    x = random(1, 8, 8)
+    program = program_of(_Written(), x, origins=["latent"])
+    with LITERT.open(compiled(program, tmp_path), program.spec, 1) as session:
+        result = session.run(feeds(program, x))["y"]
+    assert sqnr_db(run(program, x).numpy(), result) >= Limits().component_sqnr_db
+    (mask,) = program.exported.buffers()
+    assert mask.isinf().any(), "the network's own constants are as before"
 
 
 class _Unsupported(torch.nn.Module):

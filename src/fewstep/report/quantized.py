@@ -23,12 +23,18 @@ def quantization_facts(
         plan: the plan.
         calibration: the calls that it was made from, if they are at hand.
     """
-    methods = [
-        Section("target profile", plan.profile),
-        Section("ranges of activations", str(recipe["ranges"])),
-        Section("grids of the loop's activations", f"{recipe.get('step_grids', 'shared')} by step"),
-        Section("rounding of weights", str(recipe["rounding"])),
-    ]
+    methods = [Section("target profile", plan.profile)]
+    if any(component.activations for component in plan.components.values()):
+        methods += [
+            Section("ranges of activations", str(recipe["ranges"])),
+            Section("grids of the loop's activations", f"{recipe.get('step_grids', 'shared')} by step"),
+        ]
+    dynamic = sum(len(component.dynamic) for component in plan.components.values())
+    if dynamic:
+        methods.append(
+            Section("grids that each call finds", f"{dynamic} operations, a grid for each row of their data")
+        )
+    methods.append(Section("rounding of weights", str(recipe["rounding"])))
     coverage: Sequence[CoverageRow] = ()
     if calibration is not None:
         methods.append(Section("calibration", f"{calibration.sampler}: {calibration.note}; seed {calibration.seed}"))
