@@ -21,7 +21,7 @@ from fewstep.runtimes.coreml import interface_name, to_interface
 from fewstep.runtimes.coreml_decompose import decomposed
 from fewstep.runtimes.coreml_pictures import UNROUNDED, image_features
 from fewstep.runtimes.coreml_precision import FP16_SUFFIX
-from fewstep.runtimes.departure import Departure, traced_values
+from fewstep.runtimes.departure import Departure, module_paths, traced_values
 from fewstep.runtimes.mil import Evaluator, Operation, open_package
 
 
@@ -63,7 +63,7 @@ def bisect(
     if comparison.found is not None and comparison.outputs_depart:
         operation, name, value = comparison.found
         return Departure(
-            name, _paths(exported).get(name, ""), operation.name, operation.type, value, comparison.compared
+            name, module_paths(exported).get(name, ""), operation.name, operation.type, value, comparison.compared
         )
     if comparison.compared == 0:
         raise ExportError(f"{path}: no value of the package has the name of a traced value, nothing to bisect")
@@ -103,13 +103,3 @@ def _outputs(exported: torch.export.ExportedProgram, program: Program) -> dict[s
     """Returns the fx names of a program's outputs by the names that the package gives to them."""
     names = exported.graph_signature.user_outputs
     return {interface_name(spec.name): str(name) for spec, name in zip(program.spec.outputs, names, strict=True)}
-
-
-def _paths(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """Returns the dotted path of the module that each fx node comes from, '' for those of none."""
-    found = {}
-    for node in exported.graph.nodes:
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        path = str(stack[-1][0]) if stack else ""
-        found[node.name] = path.removeprefix("L['self']").lstrip(".").removeprefix("module.")
-    return found

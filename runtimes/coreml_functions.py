@@ -7,8 +7,9 @@ Here operations are copied as their packages have them, and weights one at a tim
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from fewstep.program import Program
 from fewstep.runtimes.coreml import function_name
 from fewstep.runtimes.coreml_lower import DEFAULT_TARGET, MODEL, WEIGHTS, fp32_operations_of, lower, save
 from fewstep.runtimes.mil.blobs import BlobFile, BlobWriter
+from fewstep.runtimes.mil.names import METADATA
+from fewstep.runtimes.short_names import ShortNames, other_names
 
 # iOS 18, the first specification whose models have several functions.
 _SPECIFICATION = 9
@@ -64,6 +67,8 @@ def lower_variants(
 class FunctionsWriter:
     """Collects packages as functions of one. A context manager: leaving it frees what was collected.
 
+    The first function keeps its names, by which profilers list operations; the others have short ones.
+
     Packages can be deleted once they have been added, so that disk holds two sets of weights at most.
     """
 
@@ -72,6 +77,8 @@ class FunctionsWriter:
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._weights = self._stack.enter_context(BlobWriter(self._folder / WEIGHTS.name))
+        self._names = ShortNames()
+        self._short: list[str] = []
 
     def add(self, name: str, package: Path) -> int:
         """Returns how many bytes a package of one function adds, which becomes a function of this name.
@@ -95,7 +102,9 @@ class FunctionsWriter:
         before = self._size()
         function = _only_function(model, package)
         move_weights(function, package, self._weights)
-        shorten(function)
+        share_constants(function)
+        if functions and shorten(function, self._names):
+            self._short.append(name)
         description = model.description
         if not functions:
             self._model.CopyFrom(model)
@@ -112,6 +121,9 @@ class FunctionsWriter:
     def save(self, path: Path) -> None:
         """Writes the package. Nothing can be added any more."""
         self._weights.close()
+        if self._short:
+            told = {"functions": self._short, "stems": self._names.table}
+            self._model.description.metadata.userDefined[METADATA] = json.dumps(told)
         save(MLModel(self._model, weights_dir=str(self._folder), skip_model_load=True), path)
 
     def _size(self) -> int:
@@ -162,38 +174,72 @@ def _values(block: Any) -> Iterator[Any]:
             yield from _values(inner)
 
 
-def shorten(function: Any) -> None:
+def share_constants(function: Any) -> None:
     """Gives the constants of a function short names, and keeps one of those that are equal, in place.
 
     Every operation has shapes and numbers of its own, and names of weights are long: that is half of a small network's
     graph, and its graph is what a function adds to a package. A function with control flow is left as it is.
     """
     block = function.block_specializations[function.opset]
-    if any(operation.blocks for operation in block.operations):
+    if _has_control_flow(block):
         return
-    constants = [operation for operation in block.operations if operation.type == "const"]
-    others = [operation for operation in block.operations if operation.type != "const"]
-    taken = {value.name for value in function.inputs} | {out.name for one in others for out in one.outputs}
+    taken = {value.name for value in (*function.inputs, *(out for one in block.operations for out in one.outputs))}
     fresh = (name for name in (f"c{i}" for i in itertools.count()) if name not in taken)
     kept: dict[bytes, str] = {}
     names: dict[str, str] = {}
-    for operation in constants:
+    for operation in block.operations:
+        if operation.type != "const":
+            continue
         content = operation.attributes["val"].SerializeToString(deterministic=True)
         old = operation.outputs[0].name
         if content in kept:
             names[old] = kept[content]
             operation.Clear()
-            continue
-        names[old] = kept[content] = next(fresh)
-        operation.outputs[0].name = names[old]
-        operation.attributes["name"].immediateValue.tensor.strings.values[:] = [names[old]]
+        else:
+            names[old] = kept[content] = next(fresh)
     left = [operation for operation in block.operations if operation.type]
-    for operation in others:
+    del block.operations[:]
+    block.operations.extend(left)
+    _rename(block, names)
+
+
+def shorten(function: Any, names: ShortNames) -> bool:
+    """Returns whether all that a function computes has got short names, in place; see `fewstep.runtimes.mil.names`.
+
+    A function with control flow is left as it is. Its inputs and outputs keep their names.
+    """
+    block = function.block_specializations[function.opset]
+    if _has_control_flow(block):
+        return False
+    fixed = {*(value.name for value in function.inputs), *block.outputs}
+    constants, computed = dict[str, None](), dict[str, None]()
+    for operation in block.operations:
+        found = constants if operation.type == "const" else computed
+        found.update(dict.fromkeys([*(value.name for value in operation.outputs), *_own_name(operation)]))
+    short = names.shorten([name for name in computed if name not in fixed], fixed)
+    others = [name for name in constants if name not in fixed and name not in short]
+    _rename(block, short | dict(zip(others, other_names(fixed), strict=False)))
+    return True
+
+
+def _has_control_flow(block: Any) -> bool:
+    return any(operation.blocks for operation in block.operations)
+
+
+def _own_name(operation: Any) -> Any:
+    """Returns the name of an operation as a list that can be edited, which most share with their output."""
+    return operation.attributes["name"].immediateValue.tensor.strings.values if "name" in operation.attributes else []
+
+
+def _rename(block: Any, names: Mapping[str, str]) -> None:
+    """Gives the values and operations of a block other names, in place."""
+    for operation in block.operations:
         for argument in operation.inputs.values():
             for binding in argument.arguments:
                 if binding.HasField("name"):
                     binding.name = names.get(binding.name, binding.name)
-    outputs = [names.get(name, name) for name in block.outputs]
-    del block.operations[:], block.outputs[:]
-    block.operations.extend(left)
-    block.outputs.extend(outputs)
+        own = _own_name(operation)
+        own[:] = [names.get(name, name) for name in own]
+        for output in operation.outputs:
+            output.name = names.get(output.name, output.name)
+    block.outputs[:] = [names.get(name, name) for name in block.outputs]

@@ -51,3 +51,13 @@ class _Recorder(torch.fx.Interpreter):
             tensors = {f"{n.name}.{i}": r for i, r in enumerate(result) if isinstance(r, torch.Tensor)}
             self.values.update({name: t.detach().numpy().copy() for name, t in tensors.items()})
         return result
+
+
+def module_paths(exported: torch.export.ExportedProgram) -> dict[str, str]:
+    """Returns the dotted path of the module that each fx node comes from, '' for those of none."""
+    found = {}
+    for node in exported.graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        path = str(stack[-1][0]) if stack else ""
+        found[node.name] = path.removeprefix("L['self']").lstrip(".").removeprefix("module.")
+    return found

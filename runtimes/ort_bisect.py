@@ -18,8 +18,9 @@ from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
-from fewstep.runtimes.departure import Departure, traced_values
+from fewstep.runtimes.departure import Departure, module_paths, traced_values
 from fewstep.runtimes.ort_lower import translate
+from fewstep.runtimes.ort_names import restore
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
@@ -30,8 +31,11 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
     Raises:
         ExportError: no intermediate value could be compared, so nothing can be said.
     """
-    reference = _torch_values(program, feeds)
+    decomposed = translate(program).exported_program
+    assert decomposed is not None
+    reference = traced_values(decomposed, program.spec, feeds)
     model = ir.load(path)
+    restore(model)
     producers = {str(value.name): node for node in model.graph for value in node.outputs}
     shared = [name for name in producers if name in reference]
     if not shared:
@@ -48,16 +52,11 @@ def bisect(program: Program, path: Path, feeds: Mapping[str, Array], *, limit_db
         value = sqnr_db(ours, theirs)
         if not value >= limit_db:
             node = producers[name]
-            return Departure(name, _module_path(node), str(node.name), node.op_type, value, compared)
+            module = _module_path(node) or module_paths(decomposed).get(name, "")
+            return Departure(name, module, str(node.name or ""), node.op_type, value, compared)
     if compared == 0:
         raise ExportError(f"{path}: no floating-point value could be compared, nothing to bisect")
     return None
-
-
-def _torch_values(program: Program, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    decomposed = translate(program).exported_program
-    assert decomposed is not None
-    return traced_values(decomposed, program.spec, feeds)
 
 
 def _onnx_values(model: ir.Model, path: Path, names: list[str], feeds: Mapping[str, Array]) -> dict[str, Array]:

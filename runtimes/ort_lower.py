@@ -23,8 +23,9 @@ from fewstep.program import Program
 from fewstep.runtimes.ort_files import save_model
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
+from fewstep.runtimes.ort_names import shorten
 from fewstep.runtimes.ort_nbits import multiply_packed
-from fewstep.runtimes.ort_pack import pack_int4, shorten, strip, widen_weights
+from fewstep.runtimes.ort_pack import drop_defaults, pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
@@ -70,15 +71,18 @@ def lower_variants(programs: Iterable[Program], folder: Path, weights: str) -> l
     artifacts: list[Artifact] = []
     shared: SharedWeights | None = None
     for program in programs:
-        model = translate(program, halves=weights == "fp16").model
+        result = translate(program, halves=weights == "fp16")
+        model = result.model
         if shared is None:
             artifacts.append(save(program, model, folder, weights, external=True))
             shared = SharedWeights(folder / program.folder / MODEL)
             continue
         _shrink(model, weights)
         strip(model, notes=True)
+        drop_defaults(model)
         shared.attach(model)
-        shorten(model)
+        assert result.exported_program is not None
+        shorten(model, {node.name for node in result.exported_program.graph.nodes})
         name = f"{program.folder}/{MODEL.replace('.', f'-{program.variant}.')}"
         save_model(model, folder / name, external=False)
         size = (folder / name).stat().st_size

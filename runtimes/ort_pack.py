@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -26,7 +26,7 @@ _INT4_OPSET = 21
 def strip(model: ir.Model, *, notes: bool = False) -> None:
     """Removes stack traces (with paths of this machine), namespaces and the like from a model, in place.
 
-    ``notes`` removes module paths too, and the shapes of what is in between but on no grid.
+    ``notes`` removes module paths too, and the types and shapes of what is in between: runtimes infer them.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -38,27 +38,25 @@ def strip(model: ir.Model, *, notes: bool = False) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if notes and node.op_type != "QuantizeLinear" and not value.is_graph_output():
+            if notes and not value.is_graph_output():
                 value.shape = value.type = None
     for value in [*model.graph.inputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
-
-
-def shorten(model: ir.Model) -> None:
-    """Gives initializers short names and takes those of nodes, in place: half of what a graph is without its weights.
-
-    Other values keep their names, by which they are compared with PyTorch's.
-    """
-    graph = model.graph
-    for node in graph:
-        node.name = None
-    taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
-    fresh = (name for name in (f"w{i}" for i in itertools.count()) if name not in taken)
-    for value in list(graph.initializers.values()):
-        del graph.initializers[str(value.name)]
-        value.name = next(fresh)
+    for value in model.graph.initializers.values() if notes else ():
         value.shape = value.type = None  # the tensor has them
-        graph.initializers[value.name] = value
+
+
+def drop_defaults(model: ir.Model) -> None:
+    """Removes attributes that say what their operation's schema says without them, in place."""
+    for node in model.graph:
+        version = model.opset_imports.get(node.domain)
+        if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+            continue  # ONNX Runtime's own
+        known = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
+        for name, attribute in list(node.attributes.items()):
+            default = known[name].default_value if name in known else None
+            if default and default.name and ir.serde.serialize_attribute(attribute) == default:
+                del node.attributes[name]
 
 
 def widen_weights(model: ir.Model) -> None:

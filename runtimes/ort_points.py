@@ -18,6 +18,7 @@ from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
 from fewstep.runtimes.integer_reference import integer_reference, judged
+from fewstep.runtimes.ort_names import restore
 
 _GIVEN = ".given"
 
@@ -51,6 +52,7 @@ def compare_integers(
     expected = integer_reference(program, feeds)
     reference = expected.values
     model = ir.load(path)
+    restore(model)
     points = [str(n.outputs[0].name) for n in model.graph if n.op_type == "QuantizeLinear"]
     shared = [name for name in points if name in reference]
     if len(shared) != len(points) or not shared:
@@ -60,7 +62,7 @@ def compare_integers(
             + (f", first {lost[0]}" if lost else ""),
             hint="was the model compiled from this program?",
         )
-    given = _cut(model, shared)
+    given = _cut(model, {name: reference[name] for name in shared})
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
@@ -69,12 +71,14 @@ def compare_integers(
     return judged(expected, {name: results[name] for name in shared}, results)
 
 
-def _cut(model: ir.Model, names: list[str]) -> list[str]:
-    """Makes every named value an output, and lets its readers take an input instead; returns what has readers."""
+def _cut(model: ir.Model, reference: Mapping[str, Array]) -> list[str]:
+    """Makes every value of a reference an output, and lets its readers take an input instead; returns what has any."""
     by_name = {str(value.name): value for node in model.graph for value in node.outputs}
     read = []
-    for name in names:
+    for name, array in reference.items():
         value = by_name[name]
+        if value.type is None:  # a graph on another's weights says no types
+            value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
         if value.uses():
             given = ir.Value(name=name + _GIVEN, type=value.type, shape=value.shape)
             value.replace_all_uses_with(given)

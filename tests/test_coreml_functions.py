@@ -29,6 +29,7 @@ from fewstep.runtimes.coreml_functions import FunctionsWriter, lower_variants, r
 from fewstep.runtimes.coreml_lower import MODEL, WEIGHTS
 from fewstep.runtimes.mil import Evaluator, open_package
 from fewstep.runtimes.mil.blobs import Blob, BlobFile, BlobWriter
+from fewstep.runtimes.mil.names import METADATA
 from fewstep.runtimes.rows import RowSession, row_spec
 from fewstep.runtimes.sampler import open_sampler
 from tests import tiny
@@ -133,6 +134,41 @@ def test_equal_constants_of_a_function_are_one(tmp_path: Path) -> None:
         values = [o.attributes["val"].SerializeToString(deterministic=True) for o in operations if o.type == "const"]
         counts.append((len(values), len(set(values))))
     assert counts[0][0] > counts[0][1] == counts[1][0] == counts[1][1]
+
+
+def test_a_further_function_adds_what_its_operations_need(tmp_path: Path) -> None:
+    path, added = merged(tmp_path)
+    functions = read_model(path).mlProgram.functions
+    sizes = [functions[name].ByteSize() for name in ROWS]
+    assert sizes[1] <= size_with_names(functions[ROWS[1]], "name") < sizes[0]
+    # The rest of what it adds is what the model's description says of it, and its entry.
+    assert sizes[1] < added[1] <= sizes[1] + 256
+    program, alone = open_package(path), open_package(tmp_path / "1.mlpackage")
+    assert METADATA in program.metadata
+    names = [
+        [value for o in operations if o.type != "const" for value in (o.name, *(name for name, _ in o.outputs))]
+        for operations in (alone.functions["main"].block.operations, program.functions[ROWS[1]].block.operations)
+    ]
+    assert names[0] == names[1], "a reader has the values' own names"
+    assert {"linear_0", "reduce_mean_1", "out"} < {*names[0]}
+
+
+def size_with_names(function: Any, name: str) -> int:
+    """Returns the bytes of a function whose values, inputs and outputs apart, are all called the same.
+
+    Four letters name half a million values.
+    """
+    copy = type(function)()
+    copy.CopyFrom(function)
+    block = copy.block_specializations[copy.opset]
+    fixed = {*(value.name for value in copy.inputs), *block.outputs}
+    for operation in block.operations:
+        bindings = [binding for argument in operation.inputs.values() for binding in argument.arguments]
+        for one in (*operation.outputs, *(binding for binding in bindings if binding.HasField("name"))):
+            one.name = one.name if one.name in fixed else name
+        strings = operation.attributes["name"].immediateValue.tensor.strings
+        strings.values[:] = [one if one in fixed else name for one in strings.values]
+    return int(copy.ByteSize())
 
 
 def test_what_cannot_be_a_function_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from fewstep.bundle import resolve_inside
 from fewstep.errors import BundleError, ContractError
 from fewstep.runtimes.mil.blobs import BlobFile
 from fewstep.runtimes.mil.dtypes import Array, DType
+from fewstep.runtimes.mil.names import restored
 from fewstep.runtimes.mil.program import MilProgram
 from fewstep.runtimes.mil.specification import parse_model
 
@@ -53,7 +54,7 @@ def open_package(path: Path, function: str | None = None) -> MilProgram:
             blobs[file] = BlobFile(resolve_inside(specification.parent, "/".join(parts[1:])))
         return blobs[file].read(offset, dtype, count)
 
-    program = parse_model(data, str(path), read_blob)
+    program = restored(parse_model(data, str(path), read_blob))
     if function is None:
         return program
     if function not in program.functions:
