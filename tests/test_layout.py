@@ -44,6 +44,7 @@ COMPILE_TIME = {
     "fewstep.runtimes.ort_integer_linear",
     "fewstep.runtimes.ort_loop",
     "fewstep.runtimes.ort_lower",
+    "fewstep.runtimes.ort_names",
     "fewstep.runtimes.ort_nbits",
     "fewstep.runtimes.ort_pack",
     "fewstep.runtimes.coreml_points",
