@@ -30,7 +30,7 @@ from fewstep.runtimes.integer_reference import integer_reference
 from fewstep.runtimes.integers import float_rows, float_source, unfold_weights
 from fewstep.runtimes.pytorch_double import open_double
 from fewstep.runtimes.quantized_parity import OUTPUT_SQNR_DB, operation_checks
-from tests.quantized import calls_of, feeds, plan_of, program_of, random, run, sites_of
+from tests.quantized import calls_of, feeds, plan_of, program_of, random, run
 
 Array = npt.NDArray[Any]
 DYNAMIC = Quantization(activations=8, dynamic=True, rounding="nearest")
@@ -121,6 +121,38 @@ def test_double_precision_is_the_same_network() -> None:
     with open_double(program) as session:
         other = session.run(feeds(program, TOKENS))["y"]
     assert 60 < sqnr_db(run(program, TOKENS).numpy(), other) < 160, "another execution of the same grids, and no copy"
+
+
+class _Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(4, 32, 3, padding=1)
+        self.wide, self.point = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x)) * torch.linspace(0.01, 1, 8)
+        return self.wide(x) + self.point(x)
+
+
+def test_readers_of_one_tensor_have_rows_of_their_own() -> None:
+    image = random(1, 4, 8, 8)
+    program = quantized(program_of(_Forked(), image))
+    nodes = {node.name: node for node in program.exported.graph.nodes}
+    arounds = [nodes[name].args[0].target for name in ("conv2d_1", "conv2d_2")]
+    assert arounds == [torch.ops.aten.reshape.default, torch.ops.aten.permute.default]
+
+
+def test_a_tensor_may_be_on_a_calibrated_grid_and_on_those_of_each_call() -> None:
+    image = random(1, 4, 8, 8)
+    program = program_of(_Forked(), image)
+    mixed = Quantization(activations=8, dynamic=True, rounding="nearest", names={"*/wide": SiteChoice(dynamic=False)})
+    found = quantize(program, plan_of(program, mixed, calls_of(image), "litert"))
+    nodes = {node.name: node for node in found.exported.graph.nodes}
+    fixed, own = (nodes[name].args[0] for name in ("conv2d_1", "conv2d_2"))
+    assert fixed.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    assert own.target is torch.ops.aten.permute.default
+    assert float_source(nodes["conv2d_2"]) is fixed.args[0].args[0], "and neither goes through the other's"
 
 
 # -------------------------------------------------------------------------------------------------------- the decisions
@@ -254,39 +286,3 @@ def test_kernels_that_find_grids_get_floats() -> None:
     program = program_of(_Attention(), TOKENS)
     plan = plan_of(program, Quantization(rounding="nearest"), calls_of(TOKENS), "litert")
     np.testing.assert_allclose(result.numpy(), run(quantize(program, plan), TOKENS).numpy(), rtol=1e-5, atol=1e-5)
-
-
-def test_sites_are_those_of_any_plan() -> None:
-    assert set(sites_of(program_of(_Attention(), TOKENS))) == {"q", "k", "v", "out"}
-
-
-class _Forked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(4, 32, 3, padding=1)
-        self.wide, self.point = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(self.first(x)) * torch.linspace(0.01, 1, 8)
-        return self.wide(x) + self.point(x)
-
-
-def test_readers_of_one_tensor_have_rows_of_their_own() -> None:
-    image = random(1, 4, 8, 8)
-    program = quantized(program_of(_Forked(), image))
-    nodes = {node.name: node for node in program.exported.graph.nodes}
-    arounds = [nodes[name].args[0].target for name in ("conv2d_1", "conv2d_2")]
-    assert arounds == [torch.ops.aten.reshape.default, torch.ops.aten.permute.default]
-
-
-def test_a_tensor_may_be_on_a_calibrated_grid_and_on_those_of_each_call() -> None:
-    image = random(1, 4, 8, 8)
-    program = program_of(_Forked(), image)
-    mixed = Quantization(activations=8, dynamic=True, rounding="nearest", names={"*/wide": SiteChoice(dynamic=False)})
-    found = quantize(program, plan_of(program, mixed, calls_of(image), "litert"))
-    nodes = {node.name: node for node in found.exported.graph.nodes}
-    fixed, own = (nodes[name].args[0] for name in ("conv2d_1", "conv2d_2"))
-    assert fixed.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
-    assert own.target is torch.ops.aten.permute.default
-    assert float_source(nodes["conv2d_2"]) is fixed.args[0].args[0], "and neither goes through the other's"
