@@ -68,14 +68,12 @@ def compare_integers(
     for name, values in expected.values.items():
         cut.at(places[name], layouts[name].of_file(values))
     for name, product in expected.products.items():
-        cut.at(products[name].data, _in_order(product.image, product.data))
-        cut.at(products[name].result, _in_order(product.image, product.result))
+        cut.at(products[name].data, _layout_of(product, product.data).of_file(product.data))
+        cut.at(products[name].result, _layout_of(product, product.result).of_file(product.result))
     cut.run(narrow(feeds, "LiteRT"), run)
     integers = {name: layouts[name].of_reference(cut.value(places[name])) for name in expected.values}
     results = {
-        name: _Layout(_LAST if product.image else tuple(range(product.result.ndim)), product.result.shape).of_reference(
-            cut.value(products[name].result)
-        )
+        name: _layout_of(product, product.result).of_reference(cut.value(products[name].result))
         for name, product in expected.products.items()
     }
     return judged(expected, integers, cut.outputs, results)
@@ -116,10 +114,6 @@ def _find_products(model: LiteRTModel, expected: Mapping[str, Product], path: Pa
     return found
 
 
-def _in_order(image: bool, values: Array) -> Array:
-    return values.transpose(_LAST) if image else values
-
-
 @dataclass(frozen=True)
 class _Layout:
     """Where the values of a tensor of the reference are in one of the file.
@@ -149,6 +143,11 @@ class _Layout:
             values = values.reshape(before)
             values = values if axes is None else values.transpose(axes)
         return values.reshape([self.shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
+
+
+def _layout_of(product: Product, values: Array) -> _Layout:
+    """Returns how the file has what a product takes or gives."""
+    return _Layout(_LAST if product.image else tuple(range(values.ndim)), values.shape)
 
 
 def _layout(model: LiteRTModel, tensor: int, shape: tuple[int, ...]) -> _Layout:

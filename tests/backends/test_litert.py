@@ -15,7 +15,7 @@ from fewstep.errors import ContractError, ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize import quantize
 from fewstep.program import Program
-from fewstep.quantization import Quantization
+from fewstep.quantization import Quantization, SiteChoice
 from fewstep.recipe import Limits
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import PointResult
@@ -151,6 +151,18 @@ def test_kernels_find_the_grids_of_each_call(bits: int, tmp_path: Path) -> None:
     kinds = [model.graph.tensors[int(o.inputs[1])].type for o in model.graph.operators if model.kind(o) in ROWS]
     assert kinds.count(9) == (6 if bits == 8 else 2)  # TensorType.INT8
     assert kinds.count(17) == (0 if bits == 8 else 2)  # TensorType.INT4
+
+
+def test_calibrated_grids_stand_beside_those_of_each_call(tmp_path: Path) -> None:
+    chosen = Quantization(
+        activations=8, dynamic=True, rounding="nearest", names={"*/middle": SiteChoice(dynamic=False)}
+    )
+    program = quantize(net(), plan_of(net(), chosen, calls_of(*INPUTS), "litert"))
+    found = points(compiled(program, tmp_path, "fp16"), program)
+    assert len([p for p in found if p.sqnr_db is None]) == 2, "the data and the result of the middle"
+    assert len([p for p in found if p.noise_db is not None]) == 5
+    for point in found:
+        assert point.equal >= 0.999 and (point.sqnr_db is None or point.sqnr_db >= 80), point
 
 
 def test_a_wrong_scale_shows_in_what_the_kernel_makes_of_it(tmp_path: Path) -> None:
