@@ -126,8 +126,10 @@ def _write_out_gelus(module: GraphModule) -> None:
 
 
 def _name_core_operations(module: GraphModule) -> None:
-    """Calls enlargements by nearest neighbours by the name that ExecuTorch has kernels for, in place."""
+    """Calls operations by names that ExecuTorch has kernels for, or that take tensors of any strides, in place."""
     for node in module.graph.nodes:
+        if node.target is _aten.view.default:
+            node.target = _aten.reshape.default
         if node.target is _aten.upsample_nearest2d.default:
             x, size, *factors = node.args
             given = [factor for factor in factors if factor is not None]

@@ -126,7 +126,7 @@ class _Video(torch.nn.Module):
         self.register_buffer("mix", random(16, 16).t())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        patches = self.first(x).reshape(1, 2, 2, 2, 2, 3, 8, 8).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        patches = self.first(x).view(1, 2, 2, 2, 2, 3, 8, 8).permute(0, 1, 5, 2, 6, 3, 7, 4)
         video = patches.reshape(1, 2, 6, 16, 16)
         frames = torch.ops.aten.upsample_nearest2d.default(video[0].transpose(0, 1), [32, 32])
         mixed = torch.mm(frames.reshape(-1, 16), self.mix).clone()
