@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
+_aten = torch.ops.aten
+_UNSET = (_aten.empty_like.default, _aten.empty.memory_format, _aten.empty_permuted.default, _aten.new_empty.default)
+
 
 def own_constants(module: GraphModule) -> None:
     """Gives constants that are views with strides of their own, and those with infinite values, other memory, in place.
@@ -23,3 +26,15 @@ def own_constants(module: GraphModule) -> None:
             continue
         own = value.detach().clone(memory_format=torch.contiguous_format)
         setattr(owner, name, torch.nn.Parameter(own, False) if isinstance(value, torch.nn.Parameter) else own)
+
+
+def zero_unset(module: GraphModule) -> None:
+    """Puts zeros in the place of tensors whose values are still to be written, in place: few runtimes have such."""
+    for node in [n for n in module.graph.nodes if n.target in _UNSET]:
+        value = node.meta["val"]
+        with module.graph.inserting_before(node):
+            zeros = module.graph.call_function(_aten.full.default, (list(value.shape), 0), {"dtype": value.dtype})
+        zeros.meta = dict(node.meta)
+        node.replace_all_uses_with(zeros)
+        module.graph.erase_node(node)
+    module.recompile()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from fewstep.runtimes.constants import own_constants
+from fewstep.runtimes.constants import own_constants, zero_unset
 
 _aten = torch.ops.aten
-_UNSET = (_aten.empty_like.default, _aten.empty.memory_format, _aten.empty_permuted.default, _aten.new_empty.default)
 
 
 def rewrite(module: GraphModule) -> None:
     """Rewrites a graph in float, in place."""
     own_constants(module)
+    zero_unset(module)
     for node in list(module.graph.nodes):
         replacement = None
         if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 2:
@@ -24,8 +24,6 @@ def rewrite(module: GraphModule) -> None:
             replacement = _masked(node)
         elif node.target is _aten.slice_scatter.default:
             _count_from_start(node)
-        elif node.target in _UNSET:
-            replacement = _zeros(node)
         if replacement is not None:
             replacement.meta = dict(node.meta)
             node.replace_all_uses_with(replacement)
@@ -80,10 +78,3 @@ def _count_from_start(node: Node) -> None:
     axis = dim % len(shape)
     first, last, _ = slice(start, end, step).indices(shape[axis])
     node.args = (*node.args[:2], axis, first, last, step)
-
-
-def _zeros(node: Node) -> Node:
-    """Returns zeros in the place of a tensor whose values are still to be written."""
-    value = node.meta["val"]
-    with node.graph.inserting_before(node):
-        return node.graph.call_function(_aten.full.default, (list(value.shape), 0), {"dtype": value.dtype})

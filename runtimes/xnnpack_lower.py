@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
-from fewstep.runtimes.constants import own_constants
+from fewstep.runtimes.constants import own_constants, zero_unset
 from fewstep.runtimes.few_axes import limit_axes
 from fewstep.runtimes.folded_frames import fold_frames
 from fewstep.runtimes.group_norms import spread_group_norms
@@ -74,6 +74,7 @@ def prepared(program: Program) -> GraphModule:
     fold_frames(module)
     _name_core_operations(module)
     own_constants(module)
+    zero_unset(module)
     _leave_out_copies(module)
     limit_axes(module.graph, _AXES)
     _separate_readers(module)
