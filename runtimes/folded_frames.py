@@ -45,13 +45,15 @@ def _fold(
         if padding[0]:
             x = call(_aten.constant_pad_nd.default, x, [0, 0, 0, 0, padding[0], padding[0]], 0.0)
         firsts = [tap * dilation[0] for tap in range(kernel.shape[1])]
-        taps = [call(_aten.slice.Tensor, x, 2, first, first + reach, stride[0]) for first in firsts]
-        channels = call(_aten.permute.default, call(_aten.cat.default, taps, 1), [0, 2, 1, 3, 4])
+        if len(firsts) > 1 or stride[0] > 1:  # a copy at the end of a delegate is refused
+            x = call(_aten.cat.default, [call(_aten.slice.Tensor, x, 2, at, at + reach, stride[0]) for at in firsts], 1)
+        channels = call(_aten.permute.default, x, [0, 2, 1, 3, 4])
         pictures = call(_aten.reshape.default, channels, [batch * frames, -1, height, width])
         folded = graph.get_attr(name)
         drawn = call(_aten.conv2d.default, pictures, folded, bias, stride[1:], padding[1:], dilation[1:])
         video = call(_aten.reshape.default, drawn, [batch, frames, outputs, *places])
-        result = call(_aten.permute.default, video, [0, 2, 1, 3, 4])
+        # With its frames in order in memory, or the next norm copies it.
+        result = call(_aten.permute_copy.default, video, [0, 2, 1, 3, 4])
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

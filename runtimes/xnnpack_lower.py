@@ -28,6 +28,8 @@ MODEL = "model.pte"
 _aten = torch.ops.aten
 # XNNPACK's tensors have so many axes at most: a program with more is lowered and cannot be loaded.
 _AXES = 6
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int)
+_COPIES = (_aten.clone.default, _aten.dropout.default, _aten.contiguous.default)
 
 
 def lower(program: Program, folder: Path, weights: str) -> Artifact:
@@ -73,6 +75,7 @@ def prepared(program: Program) -> GraphModule:
     _write_out_gelus(module)
     fold_frames(module)
     _name_core_operations(module)
+    _write_out_pixel_shuffles(module)
     own_constants(module)
     zero_unset(module)
     _leave_out_copies(module)
@@ -129,8 +132,8 @@ def _write_out_gelus(module: GraphModule) -> None:
 def _name_core_operations(module: GraphModule) -> None:
     """Calls operations by names that ExecuTorch has kernels for, or that take tensors of any strides, in place."""
     for node in module.graph.nodes:
-        if node.target is _aten.view.default:
-            node.target = _aten.reshape.default
+        if node.target in _VIEWS:
+            node.target, node.args = _aten.reshape.default, (node.args[0], list(node.meta["val"].shape))
         if node.target is _aten.upsample_nearest2d.default:
             x, size, *factors = node.args
             given = [factor for factor in factors if factor is not None]
@@ -138,9 +141,32 @@ def _name_core_operations(module: GraphModule) -> None:
     module.recompile()
 
 
+def _write_out_pixel_shuffles(module: GraphModule) -> None:
+    """Puts pixel shuffles [N, C * r * r, H, W] in reshapes and a permutation, in place.
+
+    PyTorch's decomposition copies the result to channels last where there is one channel, and ExecuTorch's copy fails.
+    """
+    graph = module.graph
+    for node in [n for n in graph.nodes if n.target is _aten.pixel_shuffle.default]:
+        x, factor = node.args
+        batch, channels, height, width = x.meta["val"].shape
+        apart = [batch, channels // factor**2, factor, factor, height, width]
+        with graph.inserting_before(node):
+            parts = graph.call_function(_aten.reshape.default, (x, apart))
+            turned = graph.call_function(_aten.permute.default, (parts, [0, 1, 4, 2, 5, 3]))
+            result = graph.call_function(_aten.reshape.default, (turned, list(node.meta["val"].shape)))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+    module.recompile()
+
+
 def _leave_out_copies(module: GraphModule) -> None:
-    """Takes copies out, in place: the delegate refuses a tensor that comes out of it as it goes in."""
-    for node in [n for n in module.graph.nodes if n.target is _aten.clone.default]:
+    """Takes copies out, in place: the delegate refuses a tensor that comes out of it as it goes in.
+
+    Dropout of a traced network is one, and keeps an order of axes in memory that ExecuTorch's copy has none for.
+    """
+    for node in [n for n in module.graph.nodes if n.target in _COPIES]:
         if node.args[0].op != "placeholder":
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

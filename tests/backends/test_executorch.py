@@ -130,7 +130,10 @@ class _Video(torch.nn.Module):
         video = patches.reshape(1, 2, 6, 16, 16)
         frames = torch.ops.aten.upsample_nearest2d.default(video[0].transpose(0, 1), [32, 32])
         mixed = torch.mm(frames.reshape(-1, 16), self.mix).clone()
-        return mixed.reshape(6, 2, 32, 32).clone()
+        shuffled = torch.nn.functional.pixel_shuffle(
+            mixed.reshape(1, 64, 192).transpose(1, 2)[:, :4].unflatten(2, (8, 8)), 2
+        )
+        return torch.cat([mixed.flatten(), shuffled.flatten()]).clone()
 
 
 def test_videos_are_lowered(tmp_path: Path) -> None:
