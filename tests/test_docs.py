@@ -69,7 +69,7 @@ def test_quantization_page_shows_what_the_code_does() -> None:
     for comment, known in (("ranges", RANGES), ("rounding", ROUNDINGS), ("profile", PROFILES)):
         line = next(line for line in block.splitlines() if line.startswith(comment))
         assert set(known) <= set(re.findall(r"\w+", line.partition("#")[2])), comment
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) dB \|$", text, re.MULTILINE)
     quantizing = {name: preset for name, preset in PRESETS.items() if preset.quantization is not None}
     assert dict(rows) == {name: f"{preset.limits.compression_psnr_db:.0f}" for name, preset in quantizing.items()}
     for number in (f"fewer than {SMALLEST_WEIGHT} values", f"at most {OUTERMOST_SHARE:.0%}".replace("%", " %"),

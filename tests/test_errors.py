@@ -176,7 +176,8 @@ def test_hub_without_a_network(run: Run, tmp_path: Path) -> None:
 
 def test_unknown_recipe(run: Run, source: Path, tmp_path: Path) -> None:
     text = refused(run, source, tmp_path, "--recipe", "fp61")
-    presets = "fp32, fp16, w8, w8a8, w4, w4a8, mixed, palette8, palette6, palette4, palette2, palette-mixed"
+    quantizing = "w8, w8a8, w8a8-dynamic, w4, w4a8, mixed"
+    presets = f"fp32, fp16, {quantizing}, palette8, palette6, palette4, palette2, palette-mixed"
     assert f"unknown recipe 'fp61', expected one of {presets} or a .toml file" in text
     assert "did you mean 'fp16'?" in text
 
