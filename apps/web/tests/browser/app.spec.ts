@@ -92,7 +92,12 @@ describe("visits", () => {
       release.files["bundle/manifest.json"] = createHash("sha256").update(newer).digest("hex");
       return Buffer.from(`self.FEWSTEP_RELEASE=${JSON.stringify(release)};\n${rest.join("\n")}`);
     };
-    await page.evaluate(() => navigator.serviceWorker.getRegistration().then((registration) => registration!.update()));
+    // A page may still see the older worker as the active one when the newer has removed its files.
+    await page.evaluate(async () => {
+      const claimed = new Promise((resolve) => navigator.serviceWorker.addEventListener("controllerchange", resolve, { once: true }));
+      await (await navigator.serviceWorker.getRegistration())!.update();
+      await claimed;
+    });
     await page.waitForFunction(async () => {
       const kept = (await caches.keys()).filter((name) => name.startsWith("fewstep-app-"));
       const registration = await navigator.serviceWorker.getRegistration();
