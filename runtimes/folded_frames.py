@@ -23,6 +23,8 @@ def fold_frames(module: GraphModule) -> None:
         given: tuple[Any, ...] = node.args
         x, weight, bias, stride, padding, dilation, groups = (*given, *_DEFAULTS[len(given) - 2 :])
         if groups == 1 and weight.op == "get_attr":
+            # One number stands for all three axes.
+            stride, padding, dilation = (list(v) * 3 if len(v) == 1 else v for v in (stride, padding, dilation))
             _fold(module, node, x, weight, bias, stride, padding, dilation)
     module.recompile()
 

@@ -167,7 +167,8 @@ def _leave_out_copies(module: GraphModule) -> None:
     Dropout of a traced network is one, and keeps an order of axes in memory that ExecuTorch's copy has none for.
     """
     for node in [n for n in module.graph.nodes if n.target in _COPIES]:
-        if node.args[0].op != "placeholder":
+        drops = node.target is _aten.dropout.default and node.args[2]
+        if node.args[0].op != "placeholder" and not drops:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     module.recompile()

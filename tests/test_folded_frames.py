@@ -48,6 +48,25 @@ def test_values_are_the_same(
     assert torch.ops.aten.conv3d.default not in targets
 
 
+class _OneNumber(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(random(6, 4, 3, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.conv3d.default(x, self.weight, None, [2], [1])
+
+
+def test_one_number_stands_for_all_axes() -> None:
+    x = random(1, 4, 6, 8, 10)
+    module = program_of(_OneNumber(), x).exported.module()
+    assert isinstance(module, torch.fx.GraphModule)
+    (expected,) = module(x)
+    fold_frames(module)
+    (result,) = module(x)
+    assert sqnr_db(expected.detach().numpy(), result.detach().numpy()) >= 120
+
+
 def test_groups_stay() -> None:
     module = folded(torch.nn.Conv3d(4, 4, 3, groups=2), random(1, 4, 4, 5, 5))
     assert torch.ops.aten.conv3d.default in {node.target for node in module.graph.nodes}
