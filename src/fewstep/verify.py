@@ -39,7 +39,7 @@ from fewstep.runtimes.parity import (
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
-from fewstep.source import SourceSpec
+from fewstep.source import SourceSpec, source_notes
 
 if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
@@ -107,7 +107,10 @@ def verify(
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
-        caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
+        caveats = [
+            f"compared with the golden pack and not with PyTorch: {reason}",
+            *source_notes(bundle.manifest.source),
+        ]
         if bisect:
             caveats.append("not bisected: that needs the source")
         verified = verify_targets(
@@ -121,7 +124,14 @@ def verify(
     original = load_original(bundle, source, progress)
     quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
     verified = verify_targets(
-        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+        bundle,
+        lowered_from,
+        uncompressed,
+        limits,
+        quantized=quantized,
+        runtimes=runtimes,
+        caveats=source_notes(bundle.manifest.source),
+        progress=progress,
     )
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
