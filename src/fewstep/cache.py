@@ -1,7 +1,7 @@
 """A store of finished stage results, keyed by the hash of everything that determines them.
 
-A build that was killed picks up at the first stage that had not finished. Entries appear by rename with the hash of their
-content, are checked when they are used, and made again when they are damaged: nothing else may come of a bad disk.
+A build that was killed picks up at the first stage that had not finished. Entries appear by rename with the hash of
+their content, are checked when they are used, and made again when they are damaged.
 """
 
 from __future__ import annotations

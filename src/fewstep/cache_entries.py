@@ -188,7 +188,9 @@ def _changed(path: Path) -> float:
 
 def _files(folder: Path) -> set[str]:
     """Returns the names of all files of a folder but its index."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    names = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    }
     return names - {INDEX}
 
 

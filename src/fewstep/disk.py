@@ -32,17 +32,26 @@ def replacing(target: Path, *, what: str = "the result", hint: str = _ELSEWHERE)
         StorageError: it cannot be written; ``hint`` says what to do.
     """
     target = target.resolve()
-    place = Place(target, what, hint)
-    with writing_to(place):
+    with beside(target, what=what, hint=hint) as partial:
+        yield partial
+        sync(partial)
+        partial.chmod(0o755)
+        _take_place(partial, target)
+        sync_names(target.parent)
+
+
+@contextmanager
+def beside(target: Path, *, what: str = "the result", hint: str = _ELSEWHERE) -> Iterator[Path]:
+    """Yields a temporary folder beside ``target``, on its disk; what is left in it goes when the block ends.
+
+    Raises:
+        StorageError: it cannot be written; ``hint`` says what to do.
+    """
+    with writing_to(Place(target, what, hint, target.parent)):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = begin(target.parent, f".{target.name}.")
         try:
-            with writing_to(Place(target, what, hint, partial)):
-                yield partial
-                sync(partial)
-                partial.chmod(0o755)
-                _take_place(partial, target)
-                sync_names(target.parent)
+            yield partial
         finally:
             discard(partial)
 
@@ -53,16 +62,11 @@ def write_whole(path: Path, content: bytes, *, what: str = "the result", hint: s
     Raises:
         StorageError: it cannot be written; ``hint`` says what to do.
     """
-    with writing_to(Place(path, what, hint, path.parent)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = begin(path.parent, f".{path.name}.")
-        try:
-            partial = folder / path.name
-            partial.write_bytes(content)
-            sync(partial)
-            partial.replace(path)
-        finally:
-            discard(folder)
+    with beside(path, what=what, hint=hint) as folder:
+        partial = folder / path.name
+        partial.write_bytes(content)
+        sync(partial)
+        partial.replace(path)
 
 
 @contextmanager

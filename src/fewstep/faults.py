@@ -72,7 +72,8 @@ def temporary_place() -> Place:
 
 def _no_temporary(error: OSError) -> StorageError:
     return StorageError(
-        f"there is no folder for temporary files: {error.strerror or error}", hint="set TMPDIR to a folder you can write"
+        f"there is no folder for temporary files: {error.strerror or error}",
+        hint="set TMPDIR to a folder you can write",
     )
 
 

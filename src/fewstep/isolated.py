@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from fewstep import errors
+from fewstep.disk import scratch
 from fewstep.errors import ExportError, FewstepError
 
 _CHILD = "from fewstep.isolated import child; child()"
@@ -39,7 +39,7 @@ def run_isolated(function: Callable[..., Any], arguments: Mapping[str, Any]) -> 
         ExportError: the process ended without a result.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
+    with scratch() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         job = {"module": function.__module__, "function": function.__qualname__, "arguments": dict(arguments)}
         request.write_text(json.dumps(job))
