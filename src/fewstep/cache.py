@@ -191,8 +191,10 @@ class StageCache:
         return True
 
 
-def prune(root: Path, *, older_s: float | None, most: int | None, now: float) -> list[Path]:
+def prune(root: Path, *, older_s: float | None, most: int | None, bad: bool = False, now: float) -> list[Path]:
     """Removes entries that were not used for so long, then the least recently used beyond a size; returns them.
+
+    With ``bad``, damaged ones first.
 
     Unfinished results that nobody can be working on go, too. What a process uses stays.
     """
@@ -200,6 +202,8 @@ def prune(root: Path, *, older_s: float | None, most: int | None, now: float) ->
     removed = list(abandoned(root, now))
     for path in removed:
         remove(path)
+    if bad:
+        removed += [path for path, _ in damaged(root) if remove_entry(path)]
     if older_s is not None:
         removed += [e.path for e in entries(root) if now - e.used > older_s and remove_entry(e.path)]
     if most is not None:

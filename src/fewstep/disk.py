@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -182,11 +182,11 @@ def _take_place(partial: Path, target: Path) -> None:
 def _exchange(a: Path, b: Path) -> bool:
     """Exchanges two names in one step, where the system can: renameat2(2) of Linux, renamex_np(2) of macOS."""
     names = os.fsencode(a), os.fsencode(b)
+    system = platform.system()
     with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        if sys.platform == "linux":
+        if system == "Linux":
             here = -100  # AT_FDCWD
-            return bool(libc.renameat2(here, names[0], here, names[1], 2) == 0)  # RENAME_EXCHANGE
-        if sys.platform == "darwin":
-            return bool(libc.renamex_np(*names, 2) == 0)  # RENAME_SWAP
+            return bool(ctypes.CDLL(None).renameat2(here, names[0], here, names[1], 2) == 0)  # RENAME_EXCHANGE
+        if system == "Darwin":
+            return bool(ctypes.CDLL(None).renamex_np(*names, 2) == 0)  # RENAME_SWAP
     return False

@@ -10,14 +10,16 @@ import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from fewstep.errors import FewstepError, StorageError
+from fewstep.errors import FewstepError, RuntimeMissingError, StorageError
 
 _SAID = {
     errno.ENOSPC: "no space left on the disk",
@@ -29,6 +31,8 @@ _SAID = {
     errno.EIO: "the disk reports a fault",
 }
 _FULL = errno.ENOSPC, errno.EDQUOT
+_MEMORY = re.compile(r"DefaultCPUAllocator: (can't|not enough)|std::bad_alloc|[Cc]annot allocate memory")
+_EXTRA = re.compile(r"([\w.-]+)[^;]*;.*\bextra == ['\"]([\w-]+)['\"]")
 _READ_TOO = errno.EACCES, errno.EPERM, errno.EIO
 # How libraries put an errno into a text: safetensors and tokenizers (Rust), Python's own in lists of errors, ONNX
 # Runtime twice.
@@ -165,3 +169,47 @@ def _file_of(error: BaseException) -> Path | None:
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
         name = error.args[0][0][1]
     return Path(os.fsdecode(name)) if isinstance(name, (str, bytes, os.PathLike)) else None
+
+
+def out_of_memory(error: BaseException) -> RuntimeMissingError | None:
+    """Returns what an error says of memory, None if it is about something else."""
+    for cause in _causes(error):
+        if isinstance(cause, MemoryError) or _MEMORY.search(str(cause)):
+            what = (str(cause).strip().splitlines() or [""])[0]
+            return RuntimeMissingError(
+                f"there is not enough memory{f': {what}' if what else ''}",
+                hint="close other programs, or ask for less: a smaller shape, batch or model",
+            )
+    return None
+
+
+def missing_package(error: ImportError) -> RuntimeMissingError | None:
+    """Returns what an import that failed says to the user, None where it is fewstep itself that is broken."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name == "fewstep" or name in sys.stdlib_module_names:
+        return None
+    extra = extra_of(name)
+    wanted = f"pip install 'fewstep[{extra}]'" if extra else f"pip install {name}"
+    if isinstance(error, ModuleNotFoundError):
+        return RuntimeMissingError(f"{name} is not installed, and this needs it", hint=wanted)
+    first = (str(error).splitlines() or [""])[0]
+    return RuntimeMissingError(
+        f"{name} cannot be imported: {first}", hint=f"install it anew: {wanted.replace('install', 'install --upgrade')}"
+    )
+
+
+def extra_of(module: str) -> str | None:
+    """Returns the first extra of fewstep that installs a module, None if none does or fewstep is not installed."""
+    try:
+        required = metadata.requires("fewstep") or []
+    except metadata.PackageNotFoundError:
+        return None
+    for text in required:
+        found = _EXTRA.match(text)
+        if found and _normal(found[1]) == _normal(module):
+            return found[2]
+    return None
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

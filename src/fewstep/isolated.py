@@ -18,7 +18,8 @@ from fewstep import errors
 from fewstep.disk import scratch
 from fewstep.errors import ExportError, FewstepError
 
-_CHILD = "from fewstep.isolated import child; child()"
+# An interruption reaches both processes, and it is the parent that tells of it.
+_CHILD = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from fewstep.isolated import child; child()"
 _STATUS = Path("/proc/self/status")
 
 
