@@ -274,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(collector.accept(token, body))
 
     def _read_on(self) -> None:
-        """Reads what still comes, for a moment: closing with unread bytes would take the answer back (RFC 9112, 9.6)."""
+        """Reads what still comes, for a moment: closing with bytes unread takes the answer back (RFC 9112, 9.6)."""
         end = time.monotonic() + _READ_ON_S
         with contextlib.suppress(OSError):
             while (rest := end - time.monotonic()) > 0:

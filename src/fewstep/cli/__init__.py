@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -17,7 +19,7 @@ _BROKEN_PIPE = 128 + 13  # what a shell says of a program that ended because nob
 
 
 class _Group(click.Group):
-    """Commands of which an interruption is told in one line: click would print an empty one before."""
+    """Commands whose ends are ours: click prints an empty line for an interruption, and exits 1 for a broken pipe."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
@@ -25,6 +27,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise click.exceptions.Abort() from error
+        except BrokenPipeError:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - what is still in the buffer goes nowhere, too
+            ctx.exit(_BROKEN_PIPE)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,11 +65,7 @@ def main() -> NoReturn:
 
 def _run() -> int:
     """Returns what the command exits with: 0, or what a command asked for."""
-    try:
-        return cli.main(standalone_mode=False) or 0  # click raises nothing for it
-    except SystemExit as end:
-        # click ends so when nobody reads what is printed, with the status of a parity limit.
-        return _BROKEN_PIPE if isinstance(end.__context__, BrokenPipeError) else int(end.code or 0)
+    return cli.main(standalone_mode=False) or 0  # click raises nothing for it
 
 
 def _interrupted(taken: Interruptions) -> int:
