@@ -28,7 +28,7 @@ class _Group(click.Group):
         except KeyboardInterrupt as error:
             raise click.exceptions.Abort() from error
         except BrokenPipeError:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - what is still in the buffer goes nowhere, too
+            sys.stdout = Path(os.devnull).open("w")
             ctx.exit(_BROKEN_PIPE)
 
 

@@ -88,7 +88,7 @@ def told(error: BaseException) -> FewstepError | None:
     if isinstance(error, FewstepError):
         return error
     here = Place(Path.cwd(), "files", "free some space there, or choose another folder")
-    found = storage_error(error, [cache_place(), here]) or out_of_memory(error)
+    found: FewstepError | None = storage_error(error, [cache_place(), here]) or out_of_memory(error)
     if found is None and isinstance(error, ImportError):
         found = missing_package(error)
     if found is None and isinstance(error, OSError):
