@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fewstep.errors import StorageError
-from fewstep.faults import Place, storage_error, temporary_place, writing_to
+from fewstep.faults import Place, said_of, temporary_place, writing_to
 from fewstep.owners import is_gone, tag
 
 PARTIAL = "partial-"
@@ -133,8 +133,9 @@ def check_place(parent: Path, hint: str) -> None:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        found = storage_error(error, []) or StorageError(error.strerror or str(error))
-        said = found.message.rpartition(": ")[2]
+        said = said_of(error.errno) or error.strerror or str(error)
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            said = "it is not a folder"
         raise StorageError(f"cannot write to {parent}: {said}", hint=hint) from error
 
 

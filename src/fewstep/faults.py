@@ -81,6 +81,11 @@ def _no_temporary(error: OSError) -> StorageError:
     )
 
 
+def said_of(number: int | None) -> str | None:
+    """Returns what an errno of a disk is called, None for others."""
+    return None if number is None else _SAID.get(number)
+
+
 @contextmanager
 def writing_to(place: Place) -> Iterator[None]:
     """Turns what a full or forbidden disk makes of the block into one sentence.
