@@ -9,6 +9,7 @@ FewstepError            exit status 2
 │   └── PipelineError   the generator's own code fails
 ├── CalibrationError    calibration data or ranges are missing, not finite or not reproducible
 ├── BundleError         a bundle is incomplete, altered or unsafe
+├── StorageError        a disk is full or may not be written, or the stage cache is damaged
 ├── ContractError       arrays do not fit what the manifest promises
 ├── RuntimeMissingError a backend is not installed or cannot run here
 └── ParityError         a parity limit was exceeded: exit status 1
@@ -62,6 +63,10 @@ class CalibrationError(FewstepError):
 
 class BundleError(FewstepError):
     """A bundle is incomplete, altered or unsafe."""
+
+
+class StorageError(FewstepError):
+    """A disk is full or may not be written, or the stage cache is damaged."""
 
 
 class ContractError(FewstepError):
