@@ -108,17 +108,16 @@ IMAGES = {"default", "capitals", "over-long", "guidance 1", "guidance 2.5"}
     ("change", "fails"),
     [
         pytest.param(_tokenizer(prefix="a photo of "), {"token ids", *IMAGES}, id="text around the prompt"),
-        pytest.param(_tokenizer(pad_id=0), {"token ids", "default"}, id="padding"),
-        pytest.param(_tokenizer(padding_side="left"), {"token ids", "masks", "default"}, id="side of the padding"),
+        # Every prompt of an image fills the tiny encoder's 16 tokens: only the ids of shorter texts can tell.
+        pytest.param(_tokenizer(pad_id=0), {"token ids"}, id="padding"),
+        pytest.param(_tokenizer(padding_side="left"), {"token ids", "masks"}, id="side of the padding"),
         pytest.param(_guidance(factor=0.0), IMAGES - {"guidance 1"}, id="a scale that is compiled in: 1"),
         pytest.param(_guidance(factor=1010.0), IMAGES - {"guidance 1"}, id="embedding of the scale"),
         pytest.param(_contract(lambda c: replace(c, latent_scale=1.05 * c.latent_scale)), IMAGES, id="latent scale"),
     ],
 )
 def test_a_spoilt_manifest_fails(change: Change, fails: set[str]) -> None:
-    found = failing(checks_of("lcm", change))
-    assert fails <= found
-    assert ("guidance 1" in fails) or "guidance 1" not in found or "token ids" in fails
+    assert failing(checks_of("lcm", change)) == fails
 
 
 def test_other_weights_than_the_files_fail(tmp_path: Path) -> None:

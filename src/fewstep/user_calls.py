@@ -138,6 +138,7 @@ def source_of(spec: SourceSpec) -> Source:
         components={r.component: r.path for r in spec.replacements},
         loras=tuple((lora.path, lora.scale) for lora in spec.loras),
         path=tuple(sys.path),
+        cwd=str(Path.cwd()),
     )
 
 

@@ -33,7 +33,9 @@ def answer(request: Request) -> Answer:
 
 
 def _answer(folder: Path) -> None:
-    answer(Request.load(folder)).save(folder)
+    request = Request.load(folder)
+    os.chdir(request.source.cwd)
+    answer(request).save(folder)
 
 
 def _serve() -> None:
@@ -56,7 +58,8 @@ def _load_classes(folder: Path) -> None:
     import diffusers
     import transformers
 
-    index = Path(Request.load(folder).source.folder, "model_index.json")
+    source = Request.load(folder).source
+    index = Path(source.cwd, source.folder, "model_index.json")
     if not index.is_file():
         return
     values = json.loads(index.read_text(encoding="utf-8"))

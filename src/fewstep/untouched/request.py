@@ -37,7 +37,8 @@ class Source:
     """What a user loads: a diffusers folder, or a function ``module:function`` that returns a generator.
 
     What is laid over it is loaded as diffusers' users do; what they cannot do is left to fewstep's own loader, which is
-    given ``uri`` and ``config``. ``path`` is where Python looks for the module.
+    given ``uri`` and ``config``. ``path`` is where Python looks for the module, ``cwd`` the folder that relative paths start
+    from.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Source:
     keep: tuple[str, ...] = ()
     """Components of `loading.FILTERS` that the bundle has too."""
     path: tuple[str, ...] = ()
+    cwd: str = "."
 
 
 @dataclass(frozen=True)
