@@ -201,8 +201,8 @@ class UserCalls:
         from fewstep.untouched.loading import of_generator
 
         subject = of_generator(self._generator)
-        made = calling.outputs(subject, self.request)
-        return Answer(tuple(made), tuple(hearing.reads(subject, self.request)))
+        made, texts = calling.outputs(subject, self.request), hearing.texts_of(subject, self.request)
+        return Answer(tuple(made), texts, tuple(hearing.reads(subject, self.request, texts)))
 
 
 def _needed_bytes(folder: str) -> int:
@@ -233,20 +233,20 @@ def compare_calls(
     bundle: Bundle, runtimes: Sequence[str], request: Request, answer: Answer, limits: Limits, *, changed: bool
 ) -> list[Check]:
     """Returns the checks of a bundle against an answer; the arguments are those of `UserCalls.checks`."""
-    checks = _token_checks(bundle, request, answer)
+    checks = _token_checks(bundle, answer)
     for runtime in runtimes:
         found = _image_checks(bundle, runtime, request, answer, limits, changed=changed)
         checks += [replace(check, runtime=runtime) for check in found] if len(runtimes) > 1 else found
     return checks
 
 
-def _token_checks(bundle: Bundle, request: Request, answer: Answer) -> list[Check]:
+def _token_checks(bundle: Bundle, answer: Answer) -> list[Check]:
     """Returns the checks that a bundle reads every text as the pipeline's tokenizers do."""
     checks = []
     for name, tokenizer in open_tokenizers(bundle.path, bundle.manifest.tokenizers).items():
         wanted = _of_the_text(answer.reads, name)
         wrong: dict[str, list[str]] = {"token ids": [], "masks": []}
-        for text, reads in zip(request.texts, wanted, strict=True):
+        for text, reads in zip(answer.texts, wanted, strict=True):
             ids, mask = tokenizer(text)
             same_ids = [np.array_equal(read.ids, ids[0]) for read in reads]
             same_masks = [read.mask is None or np.array_equal(read.mask, mask[0]) for read in reads]
@@ -254,8 +254,8 @@ def _token_checks(bundle: Bundle, request: Request, answer: Answer) -> list[Chec
                 if not same or not all(same):
                     wrong[tensor].append(text)
         for tensor, texts in wrong.items():
-            share = 1 - len(texts) / max(len(request.texts), 1) if request.texts else 0.0
-            sample = f"first of {len(texts)}: {texts[0][:60]!r}" if texts else f"{len(request.texts)} texts"
+            share = 1 - len(texts) / len(answer.texts) if answer.texts else 0.0
+            sample = f"first of {len(texts)}: {texts[0][:60]!r}" if texts else f"{len(answer.texts)} texts"
             checks.append(Check(LOWERING, CALL, name, None, sample, tensor, "equal", share, 1.0))
     return checks
 
@@ -283,14 +283,15 @@ def _image_checks(
     sampler = open_sampler(bundle, runtime=runtime, exact=True)
     try:
         for call, wanted in zip(request.calls, answer.outputs, strict=True):
-            options = {} if call.negative is None else {"negative": call.negative}
+            options: dict[str, Any] = {} if call.negative is None else {"negative": call.negative}
             schedule = bundle.manifest.schedule(call.steps)
             given = [request.given]
             (made,) = sampler.batch(
                 [call.prompt], [call.seed], schedule, guidance=call.guidance, inputs=given, **options
             )
-            fits = not isinstance(wanted, str) and wanted.shape == made.output.shape
-            value = compare(wanted, made.output) if fits else float("nan")
+            value = float("nan")  # the pipeline refuses the call, or gives another shape
+            if not isinstance(wanted, str) and wanted.shape == made.output.shape:
+                value = compare(wanted, made.output)
             sample = f"{call.name}, {call.steps} steps"
             checks.append(Check(error, CALL, kind, None, sample, None, metric, value, limit))
     finally:

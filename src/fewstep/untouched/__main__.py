@@ -27,9 +27,10 @@ def answer(request: Request) -> Answer:
 
     subject = load_subject(request.source)
     outputs = calling.outputs(subject, request)
-    reads = hearing.reads(subject, request)
+    texts = hearing.texts_of(subject, request)
+    reads = hearing.reads(subject, request, texts)
     modules = sorted(name for name in sys.modules if name.startswith("fewstep."))
-    return Answer(tuple(outputs), tuple(reads), subject.through, tuple(modules))
+    return Answer(tuple(outputs), texts, tuple(reads), subject.through, tuple(modules))
 
 
 def _answer(folder: Path) -> None:

@@ -20,6 +20,8 @@ Array = npt.NDArray[Any]
 
 # Networks of the loop: when one is called, all texts have been read.
 _OF_THE_LOOP = ("unet", "transformer")
+# Tokens that were added to a tokenizer, beyond which no more are tried.
+_ADDED = 32
 _METHODS = ("forward", "encode", "decode")
 
 
@@ -69,16 +71,28 @@ class _Hearing:
         return tuple(found)
 
 
+def texts_of(subject: Subject, request: Request) -> tuple[str, ...]:
+    """Returns the texts of a request, and some with what was added to the tokenizers: a textual inversion's tokens."""
+    if request.text_input is None:
+        return ()
+    added: dict[str, None] = {}
+    for tokenizer in subject.tokenizers.values():
+        special = set(tokenizer.all_special_tokens)
+        added |= dict.fromkeys(token for token in tokenizer.get_added_vocab() if token not in special)
+    some = list(added)[:_ADDED]
+    return (*request.texts, *(f"A {token}, and again:{token}." for token in some))
+
+
 @torch.no_grad()
-def reads(subject: Subject, request: Request) -> list[tuple[Read, ...]]:
-    """Returns what the tokenizers give for each text of a request."""
+def reads(subject: Subject, request: Request, texts: Sequence[str]) -> list[tuple[Read, ...]]:
+    """Returns what the tokenizers give for each text."""
     if request.text_input is None:
         return []
     if subject.is_loop:
-        return [_loop_reads(subject, request.text_input, text) for text in request.texts]
+        return [_loop_reads(subject, request.text_input, text) for text in texts]
     kept: dict[tuple[str, str, int], Any] = {}
     _hear(subject, request, request.calls[0].prompt, kept)  # with the networks that read texts, once
-    return [_hear(subject, request, text, kept).reads() for text in request.texts]
+    return [_hear(subject, request, text, kept).reads() for text in texts]
 
 
 def _loop_reads(subject: Subject, name: str, text: str) -> tuple[Read, ...]:

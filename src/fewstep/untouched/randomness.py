@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Iterator
@@ -71,10 +72,12 @@ def _counted(scheduler: Any, draws: Draws) -> Iterator[None]:
     kind = type(scheduler)
     original = kind.step
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def step(self: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *a: Any, **k: Any) -> Any:
-        draws.step_begins(sample)
-        return original(self, model_output, timestep, sample, *a, **k)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        draws.step_begins(signature.bind(*args, **kwargs).arguments["sample"])
+        return original(*args, **kwargs)
 
     with mock.patch.object(kind, "step", step):
         yield

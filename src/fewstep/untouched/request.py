@@ -37,8 +37,7 @@ class Source:
     """What a user loads: a diffusers folder, or a function ``module:function`` that returns a generator.
 
     What is laid over it is loaded as diffusers' users do; what they cannot do is left to fewstep's own loader, which is
-    given ``uri`` and ``config``. ``path`` is where Python looks for the module, ``cwd`` the folder that relative paths start
-    from.
+    given ``uri`` and ``config``. ``path`` is where Python looks for the module, ``cwd`` where relative paths start.
     """
 
     kind: str
@@ -112,11 +111,13 @@ class Answer:
     """What the pipeline did.
 
     ``outputs`` has an array, or what the pipeline said instead, for each call; ``reads`` what the tokenizers gave for
-    each text, in the order of the pipeline's calls. ``through`` says why the pipeline was not loaded as its user does,
+    each of ``texts``, in the order of the pipeline's calls: those of the request, and texts with tokens that were added
+    to the tokenizers. ``through`` says why the pipeline was not loaded as its user does,
     if it was not. ``modules`` are the modules of fewstep that the process had imported.
     """
 
     outputs: tuple[Array | str, ...]
+    texts: tuple[str, ...]
     reads: tuple[tuple[Read, ...], ...]
     through: str = ""
     modules: tuple[str, ...] = ()
@@ -134,7 +135,13 @@ class Answer:
                 if read.mask is not None:
                     arrays[f"reads/{i}/{j}/mask"] = read.mask
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS)
-        values = {"errors": errors, "reads": names, "through": self.through, "modules": self.modules}
+        values = {
+            "errors": errors,
+            "texts": self.texts,
+            "reads": names,
+            "through": self.through,
+            "modules": self.modules,
+        }
         written = folder / f"{ANSWER}.new"
         written.write_text(json.dumps(values), encoding="utf-8")
         written.replace(folder / ANSWER)
@@ -152,4 +159,4 @@ class Answer:
             )
             for i, names in enumerate(values["reads"])
         )
-        return cls(outputs, reads, values["through"], tuple(values["modules"]))
+        return cls(outputs, tuple(values["texts"]), reads, values["through"], tuple(values["modules"]))
