@@ -107,7 +107,7 @@ IMAGES = {"default", "capitals", "over-long", "guidance 1", "guidance 2.5"}
 @pytest.mark.parametrize(
     ("change", "fails"),
     [
-        pytest.param(_tokenizer(prefix="a photo of "), {"token ids", *IMAGES}, id="text around the prompt"),
+        pytest.param(_tokenizer(prefix="a photo of "), {"token ids", "masks", *IMAGES}, id="text around the prompt"),
         # Every prompt of an image fills the tiny encoder's 16 tokens: only the ids of shorter texts can tell.
         pytest.param(_tokenizer(pad_id=0), {"token ids"}, id="padding"),
         pytest.param(_tokenizer(padding_side="left"), {"token ids", "masks"}, id="side of the padding"),

@@ -68,7 +68,9 @@ def _scales(guidance: Guidance) -> tuple[float, ...]:
         return ()
     if guidance.kind != "two_pass":
         return _SCALES
-    threshold = getattr(guidance, "threshold", None)
+    if not hasattr(guidance, "threshold"):
+        return ()
+    threshold = guidance.threshold
     around = 1.0 if threshold is None else threshold  # 1 where there should be one: diffusers' own
     return max(0.0, around - _BELOW), around + _ABOVE
 
