@@ -18,6 +18,7 @@ from fewstep.recipe import Limits
 from fewstep.references import (
     golden_samples,
     known_floor,
+    limits_of,
     live_references,
     load_original,
     usable_source,
@@ -99,11 +100,13 @@ def verify(
         SourceError: ``against`` cannot be loaded.
         ContractError: ``against`` is not the generator that the bundle was built from.
         RuntimeMissingError: one of the runtimes cannot run here.
+        BundleError: there is a file in the bundle that the manifest does not list.
     """
     progress = progress or Silent()
+    bundle.refuse_unlisted()
     runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**bundle.manifest.recipe["limits"])
+    limits = limits_of(bundle.manifest)
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
