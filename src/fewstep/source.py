@@ -10,6 +10,9 @@ from typing import Any
 from fewstep import call_options
 from fewstep.errors import SourceError
 
+# What `SourceInfo.kind` says of a generator that a function of the user's made, and of one assembled in a process.
+FUNCTION, PYTHON = "function", "python"
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -80,6 +83,8 @@ class SourceSpec:
         options: further arguments of every call of the pipeline, such as ``strength``.
         inputs: arguments that the pipeline can do without and that the bundle shall take (``image``).
         keep_safety_checker: compile the pipeline's safety checker, too.
+        kind: of a source that a bundle's manifest names, and nobody else: it is read as data of this kind or refused,
+            and never imported or downloaded. None for a source that the user names.
     """
 
     uri: str
@@ -91,6 +96,7 @@ class SourceSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     keep_safety_checker: bool = False
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         names = [r.component for r in self.replacements]
@@ -115,6 +121,7 @@ class SourceSpec:
             {**other.options, **self.options},
             self.inputs or other.inputs,
             self.keep_safety_checker or other.keep_safety_checker,
+            kind=self.kind if self.uri else other.kind,
         )
 
     def __str__(self) -> str:
@@ -146,10 +153,11 @@ class SourceInfo:
     """Where a generator came from; ``uri`` is what ``fewstep build`` was given.
 
     ``sha256`` covers everything: the source's files, its decoder and components where others took their place, and the
-    LoRAs with their scales. ``revision`` is the commit that a hub id stood for. ``variant``, ``inputs`` and
-    ``keep_safety_checker`` are those of `SourceSpec`; ``options`` those of `fewstep.call_options`.
-    ``left_out`` names components of the pipeline that are not compiled, ``unused`` tensors of its files that no network
-    has a place for, by component.
+    LoRAs with their scales. ``revision`` is the commit that a hub id stood for. ``kind`` is ``diffusers`` (a folder),
+    ``single-file``, ``hub``, ``built-in``, ``function`` (``module:function``) or ``python`` (assembled in a process).
+    ``variant``, ``inputs`` and ``keep_safety_checker`` are those of `SourceSpec`; ``options`` those of
+    `fewstep.call_options`. ``left_out`` names components of the pipeline that are not compiled, ``unused`` tensors of
+    its files that no network has a place for, by component.
     """
 
     uri: str
@@ -168,7 +176,10 @@ class SourceInfo:
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def spec(self) -> SourceSpec:
-        """Returns what to load to have the same generator again: of a hub id, the very commit."""
+        """Returns what to load to have the same generator again: of a hub id, the very commit.
+
+        It carries the recorded ``kind``: what a manifest names is no wish of the user's.
+        """
         return SourceSpec(
             self.uri if self.revision is None else f"{self.uri.partition('@')[0]}@{self.revision}",
             loras=tuple(Lora(lora.path, lora.scale) for lora in self.loras),
@@ -179,6 +190,7 @@ class SourceInfo:
             options=call_options.from_json(self.options),
             inputs=self.inputs,
             keep_safety_checker=self.keep_safety_checker,
+            kind=self.kind,
         )
 
     @classmethod
