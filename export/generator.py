@@ -41,6 +41,10 @@ _PICTURES = {"image": 3, "mask_image": 1, "control_image": 3}
 _KINDS = {"images": "picture", "frames": "video", "audios": "audio", "prediction": "depth"}
 
 
+class UndecidedScale(float):
+    """No guidance, unless the scale turns out to be an input of the network: see `fewstep.export.embedding.decided`."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One component of a pipeline: attribute ``attribute``'s method ``method`` is the network call."""
@@ -112,14 +116,13 @@ class Generator:
                 parts[DECODER] = Part("vae", "decode", "vae_decoder")
             else:
                 parts[_component(attribute, denoiser)] = Part(attribute, "forward", attribute)
-        embedded = getattr(modules[denoiser].config, "time_cond_proj_dim", None)
         tokenizers = {a: t for a, t in pipeline.components.items() if hasattr(t, "model_max_length")}
         return cls(
             name=name,
             source=source,
             pipeline=pipeline,
             parts=parts,
-            guidance=8.5 if embedded else 0.0,  # 8.5: diffusers' default for latent consistency models
+            guidance=UndecidedScale(0.0),
             inputs=_inputs(pipeline, modules[denoiser], options or {}),
             options=options or {},
             tokenizers=tokenizers,

@@ -24,11 +24,10 @@ from fewstep.contract import (
     TIME,
     TIMESTEP,
     Contract,
-    Guidance,
     draw_offset,
     is_denoiser,
 )
-from fewstep.export.embedding import is_embedding
+from fewstep.export.embedding import Scale
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.post import read_post
@@ -54,9 +53,9 @@ class Reader:
     """Reads one recorded run, without two-pass guidance."""
 
     def __init__(
-        self, generator: Generator, recorded: Run, guidance: Guidance, plain: float, others: Sequence[Run]
+        self, generator: Generator, recorded: Run, scale: Scale, plain: float, others: Sequence[Run]
     ) -> None:
-        self._generator, self._run, self._guidance = generator, recorded, guidance
+        self._generator, self._run, self._scale = generator, recorded, scale
         self._others = others
         calls = recorded.denoiser_calls
         if len(calls) != len(recorded.states):
@@ -234,7 +233,7 @@ class Reader:
         times = self._time_arguments(component)
         direct = {name: TIMESTEP if i == 0 else f"{TIME}{name}" for i, name in enumerate(times)}
         for name, tensor in call.inputs.items():
-            if self._guidance.kind == "embedded" and is_embedding(tensor, self._guidance):
+            if name in self._scale.arguments.get(component, ()):
                 direct[name] = GUIDANCE
             elif name not in times and not self._varies(component, name) and self._moves(component, name):
                 raise refuse(f"{component}: input {name} {list(tensor.shape)} differs from step to step")
@@ -363,7 +362,7 @@ class Reader:
             latent_scale=scale,
             latent_shift=shift,
             prediction_type=str(getattr(prediction, "prediction_type", "unknown")),
-            guidance=self._guidance,
+            guidance=self._scale.guidance,
             inputs=generator.inputs,
             output=output,
         )

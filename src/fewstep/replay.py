@@ -261,4 +261,5 @@ class _Kept:
 
 def _draw(bundle: Bundle, sampler: Sampler, sample: Sample) -> Sample:
     schedule = bundle.manifest.schedule(sample.steps)
-    return sampler(sample.prompt, sample.seed, schedule, guidance=sample.guidance, inputs=sample.inputs)
+    w, negative = sample.guidance, sample.negative
+    return sampler(sample.prompt, sample.seed, schedule, guidance=w, negative=negative, inputs=sample.inputs)

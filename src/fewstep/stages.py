@@ -42,6 +42,7 @@ def draw(
     inputs: Sequence[Mapping[str, Array]],
     steps: int | None,
     guidance: float | None,
+    negative: str | None,
     runtime: str | None,
     progress: Progress,
 ) -> list[Sample]:
@@ -62,6 +63,7 @@ def draw(
                 seeds[rows],
                 schedule,
                 guidance=guidance,
+                negative=negative,
                 inputs=inputs[rows],
                 on_step=lambda _, __: advance(),
             )

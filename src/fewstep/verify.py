@@ -285,6 +285,7 @@ def _drawn(
             [r.seed for r in rows],
             manifest.schedule(rows[0].steps),
             guidance=rows[0].guidance,
+            negative=rows[0].negative,
             inputs=[r.inputs for r in rows],
         )
         for _ in rows:
