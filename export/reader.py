@@ -32,7 +32,7 @@ from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.post import read_post
 from fewstep.export.recorded import Call, Run, name_inputs
-from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
+from fewstep.export.refusals import refuse_changing_arguments, refuse_further_noise, refuse_other_networks, refuse_other_shapes
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
 from fewstep.export.tape import MADE, Glue, GlueModule, Ref
@@ -78,6 +78,7 @@ class Reader:
             post_after=None if self._loop_post is None else self._loop_post.after,
         )
         self._check_alike()
+        refuse_changing_arguments((recorded, *others), self._loop_names(), tuple(generator.options))
         if generator.is_loop:
             refuse_other_shapes(recorded, self._loop_post)
         refuse_further_noise(recorded, self._loop_names(), self._originals, self.anatomy.latent)
@@ -276,10 +277,15 @@ class Reader:
                 if direct is not None and direct.startswith(DRAW):
                     if originals[name] is not self._run.step_draws()[direct][k]:
                         raise refuse(f"{component}: input {name} is not the same draw of step {k} and step {last}")
-                if direct is None or not direct.startswith(MADE):
+                if direct is None or self._of_step(direct):
                     continue
                 if not torch.equal(self._run.tape.tensor(direct), originals[name]):
                     raise refuse(f"{component}: input {name} is not the same in step {k} and step {last}")
+
+    def _of_step(self, origin: str) -> bool:
+        """Whether an origin's value is another in every step: the latent, the step's numbers, a network's output."""
+        inside = origin.partition(".")[0] in self._loop_names() and not origin.startswith(MADE)
+        return origin in (LATENT, SCALED, TIMESTEP, GUIDANCE) or origin.startswith((TIME, DRAW)) or inside
 
     def _conditions(self, loop: Mapping[str, Wiring]) -> tuple[Wiring | None, dict[str, str], str | None]:
         """Returns the component that makes what the loop takes from before it, and new names for these origins."""

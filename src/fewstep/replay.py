@@ -232,7 +232,10 @@ class _Replay:
             advance()
         references = self._golden[: len(self.results)]
         self.checks += compare_samples(
-            references, self.results, None if self._integers else self._limits.picture_psnr_db
+            references,
+            self.results,
+            None if self._integers else self._limits.picture_psnr_db,
+            schedules=self._manifest.schedules,
         )
         if self._integers:
             found = {

@@ -240,7 +240,8 @@ def verify_against(
         results = _drawn(sampler, manifest, references, advance)
     finally:
         sampler.close()
-    checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
+    limit = None if integers else limits.picture_psnr_db
+    checks += compare_samples(references, results, limit, schedules=manifest.schedules)
     exact = results
     narrower = get_runtime(name).open_exact is not None and any(a.compute != "fp32" for a in artifacts.values())
     if narrower:
@@ -355,5 +356,5 @@ def _compare_shipped(
     finally:
         sampler.close()
     limit = None if integers else FP16_LIMITS.picture_psnr_db
-    checks += compare_samples(references, results, limit, error=LOWERING_FP16)
+    checks += compare_samples(references, results, limit, error=LOWERING_FP16, schedules=manifest.schedules)
     return checks, results
