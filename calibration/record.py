@@ -20,7 +20,7 @@ _OTHER_SEED = 1000
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to sample: the prompt, the seed (0 to 2^64 - 1), the step count, the guidance scale and a negative prompt."""
+    """What to sample: prompt, seed (0 to 2^64 - 1), step count, guidance scale, and a negative prompt if any."""
 
     prompt: str
     seed: int

@@ -12,8 +12,8 @@ from fewstep.export.guidance_probe import Probe
 from fewstep.export.guided import Guided, read_two_passes
 from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
-from fewstep.export.reference import run
 from fewstep.export.recorded import Run
+from fewstep.export.reference import run
 from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run, refuse
 from fewstep.export.specs import read_specs, without_glue
 from fewstep.export.stored_networks import shape_stand_ins
@@ -54,7 +54,9 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     count = generator.default_steps if generator.default_steps in steps and not several else max(steps)
     count = count if generator.is_loop else max(2, count)
     stubs = None if generator.stored is None else shape_stand_ins(generator)
-    recorded = one_pass(generator, lambda w: run(generator, prompt, 0, steps=count, guidance=w, inputs=inputs, stubs=stubs))
+    recorded = one_pass(
+        generator, lambda w: run(generator, prompt, 0, steps=count, guidance=w, inputs=inputs, stubs=stubs)
+    )
     plain = recorded.guidance
     probe = Probe(generator, recorded, min([n for n in (*steps, count) if n > 1] or [count]), plain, stubs)
     scale = read_scale(probe)

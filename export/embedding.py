@@ -59,7 +59,7 @@ def decided(generator: Generator) -> Generator:
     for shapes in (True, False) if generator.stored is None else (True,):
         try:
             first, second = _low_runs(generator, shapes)
-        except Exception:  # noqa: S112 - a network may read values, which stand-ins lack; what is wrong, describing says
+        except Exception:
             continue
         return replace(generator, guidance=own if _made_of_scale({_LOW_SCALES[1]: second}, first) else 0.0)
     return generator

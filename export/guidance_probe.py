@@ -78,7 +78,8 @@ class Probe:
         """Returns one of two prompts that differ; of a batch, one for each sample."""
         own = example_prompts(self.generator)
         texts = [own] if isinstance(own, str) else list(own)
-        texts = texts if which == 0 else [f"{text}, the other way round" for text in reversed(texts)]
+        if which == 1:  # others from the first letter on: what is too long is cut off
+            texts = [f"{text[::-1]} z" for text in reversed(texts)]
         return texts[0] if isinstance(own, str) else texts
 
     def text(self, text: str) -> Prompt:
@@ -242,9 +243,7 @@ def branches(found: Run, single: Run, component: str, k: int) -> tuple[Branch, B
         {name: _halves(component, name, tensor, of_one.get(name)) for name, tensor in many.items()}
         for many, of_one in ((ours[0].inputs, one.inputs), (ours[0].outputs, one.outputs))
     ]
-    first, second = (
-        Branch(*({name: pair[i] for name, pair in named.items()} for named in halves)) for i in range(2)
-    )
+    first, second = (Branch(*({name: pair[i] for name, pair in named.items()} for named in halves)) for i in range(2))
     return first, second
 
 
@@ -257,7 +256,9 @@ def _halves(
         first, second = tensor.chunk(2)
         return first, second
     without = "nothing" if one is None else str(list(one.shape))
-    raise refuse(f"{component}: {name} is {list(tensor.shape)} with guidance and {without} without, expected twice that")
+    raise refuse(
+        f"{component}: {name} is {list(tensor.shape)} with guidance and {without} without, expected twice that"
+    )
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -12,7 +12,6 @@ import torch
 
 from fewstep.contract import (
     BEFORE,
-    DENOISER,
     DRAW,
     GUIDANCE,
     LATENT,
@@ -23,7 +22,7 @@ from fewstep.contract import (
     ZEROS,
     Guidance,
 )
-from fewstep.errors import ExportError, FewstepError, ScheduleError
+from fewstep.errors import FewstepError, ScheduleError
 from fewstep.export.guidance_probe import Branch, Probe, branches, close, failing, passes
 from fewstep.export.recorded import Run
 from fewstep.export.sampling import Anatomy, coefficients, refuse
@@ -143,9 +142,7 @@ class TwoPass:
         """Returns 0 if the table of a loop in plain PyTorch gives what the loop gave with combined outputs."""
         schedule = self._schedules[len(found.states)]
         for k, call in enumerate(single.denoiser_calls):
-            F_u, F_c = (
-                self._output(b).double().numpy() for b in self._pair(found, single, call.component, k)
-            )
+            F_u, F_c = (self._output(b).double().numpy() for b in self._pair(found, single, call.component, k))
             drawn = found.draws[k + 1].double().numpy() if schedule.uses_noise(k) else None
             if schedule.uses_anchor or any(map(any, schedule.h)):
                 raise refuse("a loop in plain PyTorch with two passes and memory of earlier steps cannot be checked")
@@ -285,8 +282,7 @@ class TwoPass:
             return {"empty_is_none": False}
         found = self._probe.run(self._w, negative="")
         none = all(
-            close(*(self._given(run, self._plain[0], c) for run in (found, self._default[0])))
-            for c in self._conditions
+            close(*(self._given(run, self._plain[0], c) for run in (found, self._default[0]))) for c in self._conditions
         )
         return {"empty_is_none": True} if none else {"takes_negative": False}
 

@@ -32,7 +32,12 @@ from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.post import read_post
 from fewstep.export.recorded import Call, Run, name_inputs
-from fewstep.export.refusals import refuse_changing_arguments, refuse_further_noise, refuse_other_networks, refuse_other_shapes
+from fewstep.export.refusals import (
+    refuse_changing_arguments,
+    refuse_further_noise,
+    refuse_other_networks,
+    refuse_other_shapes,
+)
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
 from fewstep.export.tape import MADE, Glue, GlueModule, Ref
@@ -52,9 +57,7 @@ _RTOL, _ATOL = 1e-5, 1e-6
 class Reader:
     """Reads one recorded run, without two-pass guidance."""
 
-    def __init__(
-        self, generator: Generator, recorded: Run, scale: Scale, plain: float, others: Sequence[Run]
-    ) -> None:
+    def __init__(self, generator: Generator, recorded: Run, scale: Scale, plain: float, others: Sequence[Run]) -> None:
         self._generator, self._run, self._scale = generator, recorded, scale
         self._others = others
         calls = recorded.denoiser_calls

@@ -73,7 +73,8 @@ class Sampler:
         self._components = components
         self._tokenizers = tokenizers
         self._open_session = open_session
-        self._unconditional = {name: np.zeros(1) for name in contract.guidance.unconditional} | dict(unconditional or {})
+        zeros: dict[str, Array] = {origin: np.zeros(1) for origin in contract.guidance.unconditional}
+        self._unconditional = zeros | dict(unconditional or {})
         self._keep_open = keep_open
         self._sessions: dict[str, CheckedSession] = {}
 
@@ -126,7 +127,8 @@ class Sampler:
 
         Raises:
             ContractError: another number of samples than the contract's batch, guidance or a negative prompt for a
-                generator that takes none, an input missing, unknown or of another shape, or a step that the networks are not compiled for.
+                generator that takes none, an input missing, unknown or of another shape, or a step that the networks
+                are not compiled for.
         """
         contract, size = self._contract, self._contract.batch
         inputs = [{}] * len(prompts) if inputs is None else inputs

@@ -84,9 +84,7 @@ class Pictures:
 
     def _draw(self, sample: Sample) -> Sample:
         schedule, w, negative = self._schedules[sample.steps], sample.guidance, sample.negative
-        return self._sampler(
-            sample.prompt, sample.seed, schedule, guidance=w, negative=negative, inputs=sample.inputs
-        )
+        return self._sampler(sample.prompt, sample.seed, schedule, guidance=w, negative=negative, inputs=sample.inputs)
 
     @contextmanager
     def _replaced(self, weights: Weights) -> Iterator[None]:

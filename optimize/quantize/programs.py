@@ -101,8 +101,6 @@ class QuantizedPrograms:
         try:
             for r in requests:
                 schedule = self.schedules[r.steps]
-                yield sampler(
-                    r.prompt, r.seed, schedule, guidance=r.guidance, negative=r.negative, inputs=r.inputs
-                )
+                yield sampler(r.prompt, r.seed, schedule, guidance=r.guidance, negative=r.negative, inputs=r.inputs)
         finally:
             sampler.close()

@@ -279,9 +279,7 @@ def _default_steps(wanted: int, counts: Sequence[int]) -> int:
     return wanted if wanted in counts else min(counts, key=lambda n: (abs(n - wanted), n))
 
 
-def _requests(
-    generator: Generator, described: Description, options: Options, in_float: bool
-) -> list[SampleRequest]:
+def _requests(generator: Generator, described: Description, options: Options, in_float: bool) -> list[SampleRequest]:
     """Every prompt with every seed at the default step count, then one at each other count, then other guidance.
 
     Guidance that the bundle does not use by default is not calibrated: it is shown of programs ``in_float`` alone.

@@ -161,7 +161,9 @@ class Guidance:
             ContractError: a scale or a negative prompt that the generator does not take.
         """
         if scale is not None and scale != self.scale and self.kind in ("none", "fixed"):
-            why = "this generator takes none" if self.kind == "none" else f"this bundle is made for {self.scale:g} alone"
+            why = (
+                "this generator takes none" if self.kind == "none" else f"this bundle is made for {self.scale:g} alone"
+            )
             hint = f"leave the guidance out: {self.reason}" if self.reason else "leave the guidance out"
             raise ContractError(f"guidance is {scale:g}, but {why}", hint=hint)
         if negative is not None and not self.takes_negative:

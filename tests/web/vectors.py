@@ -233,14 +233,16 @@ def guidance_vectors() -> dict[str, Any]:
     cases = [
         {"scale": w, "values": _hex(guidance_embedding(guidance, w))} for w in (0.0, 1.0, 1.5, 3.0, 7.5, 8.4, 14.9)
     ]
-    scalars = [Guidance("scalar", 1.0, factor=factor, shift=shift) for factor, shift in ((1.0, 0.0), (0.1, 0.0), (-3.0, 0.7))]
+    scalars = [
+        Guidance("scalar", 1.0, factor=factor, shift=shift) for factor, shift in ((1.0, 0.0), (0.1, 0.0), (-3.0, 0.7))
+    ]
     told = [
         {"guidance": asdict(scalar), "scale": w, "values": _hex(guidance_value(scalar, w))}
         for scalar in scalars
         for w in (0.0, 0.3, 3.5, 7.1)
     ]
     return {
-        "about": "fewstep.guidance.guidance_embedding, guidance_value; fewstep.contract.Guidance; fewstep.guidance.combine.",
+        "about": "fewstep.guidance: guidance_embedding, guidance_value, combine; fewstep.contract.Guidance.",
         "guidance": asdict(guidance),
         "cases": cases,
         "scalars": told,
@@ -252,7 +254,12 @@ def guidance_vectors() -> dict[str, Any]:
 def _passes() -> list[dict[str, Any]]:
     """Returns which scales have two passes, around thresholds that are exact in double precision."""
     above = Guidance("two_pass", 0.0, threshold=1.0)
-    found = [above, replace(above, threshold=math.nextafter(1, 0)), replace(above, threshold=None), Guidance("none", 0.0)]
+    found = [
+        above,
+        replace(above, threshold=math.nextafter(1, 0)),
+        replace(above, threshold=None),
+        Guidance("none", 0.0),
+    ]
     scales = (-1.0, 0.0, 0.5, math.nextafter(1, 0), 1.0, math.nextafter(1, 2), 7.5)
     return [{"guidance": asdict(g), "scale": w, "two": g.two_passes(w)} for g in found for w in scales]
 

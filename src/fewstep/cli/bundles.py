@@ -120,7 +120,9 @@ def build(
     help="Draw so many at once, of SEED and the seeds after it; the file's name gets the seed.",
 )
 @guidance_option
-@click.option("--negative-prompt", metavar="TEXT", help="What to keep away from; none unless given, as in the pipeline.")
+@click.option(
+    "--negative-prompt", metavar="TEXT", help="What to keep away from; none unless given, as in the pipeline."
+)
 @runtime_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
 @click.option("--rate", type=click.IntRange(1), help="Samples a second of a WAV file; the bundle's unless given.")
