@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from fewstep.contract import Guidance
 from fewstep.export import Description, Generator, record
 from fewstep.feeds import Sample
 from fewstep.inputs import example_inputs
 
+# With capitals, as people write; samples beside the others have a seed of their own, because seeds tell them apart.
+NEGATIVE = "Blurry, low quality"
+_OTHER_SEED = 1000
+
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to sample: the prompt, the seed (0 to 2^64 - 1), the step count and the guidance scale."""
+    """What to sample: prompt, seed (0 to 2^64 - 1), step count, guidance scale, and a negative prompt if any."""
 
     prompt: str
     seed: int
     steps: int
     guidance: float
     inputs: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    negative: str | None = None
 
     @classmethod
     def grid(
@@ -34,6 +40,24 @@ class SampleRequest:
             for j, seed in enumerate(seeds)
         ]
 
+    def beside(self, guidance: Guidance, *, off: bool) -> list[SampleRequest]:
+        """Returns what shows the rest of two-pass guidance: the other number of passes, and a negative prompt.
+
+        Args:
+            guidance: of the contract.
+            off: whether to show two passes where this sample makes one.
+        """
+        two = guidance.two_passes(self.guidance)
+        if guidance.kind != "two_pass" or not (two or off):
+            return []
+        above = max(2.0, 2 * (guidance.threshold or 1.0))
+        other = guidance.threshold if two else above
+        found = [] if other is None else [replace(self, seed=self.seed + _OTHER_SEED, guidance=other)]
+        if guidance.takes_negative:
+            guided = self.guidance if two else above
+            found.append(replace(self, seed=self.seed + _OTHER_SEED, guidance=guided, negative=NEGATIVE))
+        return found
+
 
 def record_samples(generator: Generator, described: Description, requests: Iterable[SampleRequest]) -> Iterator[Sample]:
     """Yields the reference's sample for each request, with every network call."""
@@ -45,5 +69,6 @@ def record_samples(generator: Generator, described: Description, requests: Itera
             request.seed,
             steps=request.steps,
             guidance=request.guidance,
+            negative=request.negative,
             inputs=request.inputs,
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
-from fewstep.export.embedding import read_guidance
+from fewstep.export.embedding import read_scale
 from fewstep.export.fingerprint import fingerprint, is_own_code, with_outputs
 from fewstep.export.generator import Generator
+from fewstep.export.guidance_probe import Probe
+from fewstep.export.guided import Guided, read_two_passes
 from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
+from fewstep.export.recorded import Run
 from fewstep.export.reference import run
-from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run
+from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run, refuse
 from fewstep.export.specs import read_specs, without_glue
+from fewstep.export.stored_networks import shape_stand_ins
 from fewstep.export.tiled_decoder import tiles_of
 from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs, stacked
@@ -25,7 +29,7 @@ from fewstep.schedule import Schedule
 class Description:
     """A generator's contract, what its components take and give, and how each becomes a program.
 
-    ``anatomy`` is what `fewstep.export.recording` needs to read network calls off another run.
+    ``anatomy`` and ``guided`` are what `fewstep.export.recording` needs to read network calls off another run.
     """
 
     contract: Contract
@@ -34,6 +38,7 @@ class Description:
     schedules: Mapping[int, Schedule]
     tokenizers: Mapping[str, TokenizerSpec]
     anatomy: Anatomy
+    guided: Guided
     fingerprint: str = ""
     """Of the generator as it was described: see `fewstep.export.fingerprint`."""
 
@@ -52,23 +57,47 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     several = sum(map(is_denoiser, generator.parts)) > 1
     count = generator.default_steps if generator.default_steps in steps and not several else max(steps)
     count = count if generator.is_loop else max(2, count)
-    stubs = None if generator.stored is None else generator.stored.shapes(generator)
-    recorded = run(generator, prompt, 0, steps=count, guidance=generator.guidance, inputs=inputs, stubs=stubs)
+    stubs = None if generator.stored is None else shape_stand_ins(generator)
+    recorded = one_pass(
+        generator, lambda w: run(generator, prompt, 0, steps=count, guidance=w, inputs=inputs, stubs=stubs)
+    )
     mark = with_outputs(mark, recorded) if is_own_code(generator) else mark
-    guidance, plain = read_guidance(generator, recorded), generator.guidance
-    if guidance.kind == "two_pass":
-        plain = 0.0
-        recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs, stubs=stubs)
+    plain = recorded.guidance
+    probe = Probe(generator, recorded, min([n for n in (*steps, count) if n > 1] or [count]), plain, stubs)
+    scale = read_scale(probe)
     others = [probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})]
-    reader = Reader(generator, recorded, guidance, plain, others)
+    reader = Reader(generator, recorded, scale, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
     schedules = {n: schedule(generator, recorded, reader.anatomy, n, inputs) for n in steps}
     contract, wirings = reader.read()
+    guided = Guided(scale.guidance)
+    if scale.guidance.kind == "two_pass":
+        guided = read_two_passes(probe, scale.guidance, reader.anatomy, wirings, schedules, recorded)
     tiles = tiles_of(generator.module(DECODER)) if DECODER in wirings and not generator.is_loop else None
     wirings = wirings if tiles is None else without_glue(wirings)
     specs = read_specs(generator, recorded, reader.anatomy, wirings)
     if tiles is not None:
         specs[DECODER] = replace(specs[DECODER], tiles=tiles)
     tokenizers = read_tokenizers(generator, recorded, prompt if isinstance(prompt, str) else prompt[0])
-    contract = replace(contract, batch=generator.batch)
-    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy, mark)
+    contract = replace(contract, batch=generator.batch, guidance=guided.guidance)
+    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy, guided, mark)
+
+
+def one_pass(generator: Generator, at: Callable[[float], Run]) -> Run:
+    """Returns a run in which every step is one pass: at the scale wanted, or at one that turns guidance off.
+
+    Raises:
+        ExportError: at none of the scales that turn guidance off elsewhere.
+    """
+    for w in dict.fromkeys((generator.guidance, 0.0, 1.0)):
+        found = at(w)
+        if not _several_passes(found):
+            return found
+    raise refuse(f"{generator.name} makes several passes in each step at guidance {w:g} too, expected a scale with one")
+
+
+def _several_passes(found: Run) -> bool:
+    """Returns whether the networks of a run are called with several rows for each sample, or twice in each step."""
+    output, state = next(iter(found.denoiser_calls[0].outputs.values())), found.states[0]
+    several = output.ndim == state.ndim and output.shape[0] in (2 * state.shape[0], 3 * state.shape[0])
+    return several or len(found.denoiser_calls) == 2 * len(found.states)

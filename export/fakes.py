@@ -32,7 +32,7 @@ def fake_arguments(value: Any, mode: FakeTensorMode) -> Any:
 
 def with_fake_parameters(module: torch.nn.Module, mode: FakeTensorMode) -> torch.nn.Module:
     """Returns a copy of a module whose parameters are fake; buffers stay as they are."""
-    copied = copy.deepcopy(module)
+    copied = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
     fakes: dict[int, torch.nn.Parameter] = {}  # a tied parameter stays one
     for owner in copied.modules():
         for name, parameter in owner._parameters.items():

@@ -43,6 +43,10 @@ _TOLD = ("safety_checker", "image_encoder")
 _KINDS = {"images": "picture", "frames": "video", "audios": "audio", "prediction": "depth"}
 
 
+class UndecidedScale(float):
+    """No guidance, unless the scale turns out to be an input of the network: see `fewstep.export.embedding.decided`."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One component of a pipeline: attribute ``attribute``'s method ``method`` is the network call."""
@@ -129,14 +133,13 @@ class Generator:
                 parts[DECODER] = Part("vae", "decode", "vae_decoder")
             else:
                 parts[_component(attribute, denoiser)] = Part(attribute, "forward", attribute)
-        embedded = getattr(modules[denoiser].config, "time_cond_proj_dim", None)
         tokenizers = {a: t for a, t in pipeline.components.items() if hasattr(t, "model_max_length")}
         made = cls(
             name=name,
             source=replace(source, inputs=tuple(inputs)),
             pipeline=pipeline,
             parts=parts,
-            guidance=8.5 if embedded else 0.0,  # 8.5: diffusers' default for latent consistency models
+            guidance=UndecidedScale(0.0),
             inputs=call_inputs(pipeline, modules[denoiser], options),
             options=options,
             tokenizers=tokenizers,

@@ -131,7 +131,7 @@ def listen_to_scheduler(scheduler: Any, recorded: Run) -> Iterator[None]:
         if clean is not None and clean is not following:
             tape.leaf(CLEAN, clean)
             recorded.clean = clean
-        recorded.latents.append(following)
+        recorded.latents.append(recorded.once(following))
         recorded.steps_done += 1
         return result
 

@@ -15,6 +15,7 @@ from typing import Any
 from fewstep.errors import SourceError
 from fewstep.export.checks import PICKLES, check_complete, check_weights_file, check_weights_folder
 from fewstep.export.configs import check_config, check_files
+from fewstep.export.embedding import decided
 from fewstep.export.generator import Generator
 from fewstep.export.hub import download, is_hub_id
 from fewstep.export.model_index import read_model_index
@@ -65,7 +66,7 @@ def load(source: str | SourceSpec | Generator, *, guidance: float | None = None,
             )
         whole = eager or bool(spec.loras or spec.decoder or spec.replacements)
         generator = lay_over(_load(spec, eager=whole), spec)
-    return generator if guidance is None else replace(generator, guidance=guidance)
+    return decided(generator) if guidance is None else replace(generator, guidance=guidance)
 
 
 def missing(source: SourceInfo) -> str | None:

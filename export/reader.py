@@ -24,16 +24,20 @@ from fewstep.contract import (
     TIME,
     TIMESTEP,
     Contract,
-    Guidance,
     draw_offset,
     is_denoiser,
 )
-from fewstep.export.embedding import is_embedding
+from fewstep.export.embedding import Scale
 from fewstep.export.generator import Generator
 from fewstep.export.listening import SCALED
 from fewstep.export.post import read_post
 from fewstep.export.recorded import Call, Run, name_inputs
-from fewstep.export.refusals import refuse_further_noise, refuse_other_networks, refuse_other_shapes
+from fewstep.export.refusals import (
+    refuse_changing_arguments,
+    refuse_further_noise,
+    refuse_other_networks,
+    refuse_other_shapes,
+)
 from fewstep.export.results import read_output
 from fewstep.export.sampling import Anatomy, is_scaled, refuse
 from fewstep.export.tape import MADE, Glue, GlueModule, Ref
@@ -53,10 +57,8 @@ _RTOL, _ATOL = 1e-5, 1e-6
 class Reader:
     """Reads one recorded run, without two-pass guidance."""
 
-    def __init__(
-        self, generator: Generator, recorded: Run, guidance: Guidance, plain: float, others: Sequence[Run]
-    ) -> None:
-        self._generator, self._run, self._guidance = generator, recorded, guidance
+    def __init__(self, generator: Generator, recorded: Run, scale: Scale, plain: float, others: Sequence[Run]) -> None:
+        self._generator, self._run, self._scale = generator, recorded, scale
         self._others = others
         calls = recorded.denoiser_calls
         if len(calls) != len(recorded.states):
@@ -79,6 +81,7 @@ class Reader:
             post_after=None if self._loop_post is None else self._loop_post.after,
         )
         self._check_alike()
+        refuse_changing_arguments((recorded, *others), self._loop_names(), tuple(generator.options))
         if generator.is_loop:
             refuse_other_shapes(recorded, self._loop_post)
         refuse_further_noise(recorded, self._loop_names(), self._originals, self.anatomy.latent)
@@ -234,7 +237,7 @@ class Reader:
         times = self._time_arguments(component)
         direct = {name: TIMESTEP if i == 0 else f"{TIME}{name}" for i, name in enumerate(times)}
         for name, tensor in call.inputs.items():
-            if self._guidance.kind == "embedded" and is_embedding(tensor, self._guidance):
+            if name in self._scale.arguments.get(component, ()):
                 direct[name] = GUIDANCE
             elif name not in times and not self._varies(component, name) and self._moves(component, name):
                 raise refuse(f"{component}: input {name} {list(tensor.shape)} differs from step to step")
@@ -277,10 +280,15 @@ class Reader:
                 if direct is not None and direct.startswith(DRAW):
                     if originals[name] is not self._run.step_draws()[direct][k]:
                         raise refuse(f"{component}: input {name} is not the same draw of step {k} and step {last}")
-                if direct is None or not direct.startswith(MADE):
+                if direct is None or self._of_step(direct):
                     continue
                 if not torch.equal(self._run.tape.tensor(direct), originals[name]):
                     raise refuse(f"{component}: input {name} is not the same in step {k} and step {last}")
+
+    def _of_step(self, origin: str) -> bool:
+        """Whether an origin's value is another in every step: the latent, the step's numbers, a network's output."""
+        inside = origin.partition(".")[0] in self._loop_names() and not origin.startswith(MADE)
+        return origin in (LATENT, SCALED, TIMESTEP, GUIDANCE) or origin.startswith((TIME, DRAW)) or inside
 
     def _conditions(self, loop: Mapping[str, Wiring]) -> tuple[Wiring | None, dict[str, str], str | None]:
         """Returns the component that makes what the loop takes from before it, and new names for these origins."""
@@ -363,7 +371,7 @@ class Reader:
             latent_scale=scale,
             latent_shift=shift,
             prediction_type=str(getattr(prediction, "prediction_type", "unknown")),
-            guidance=self._guidance,
+            guidance=self._scale.guidance,
             inputs=generator.inputs,
             output=output,
         )

@@ -53,6 +53,7 @@ class Run:
 
     guidance: float
     is_loop: bool
+    batch: int = 1
     tape: Tape = field(default_factory=Tape)
     calls: list[Call] = field(default_factory=list)
     every_call: list[Call] = field(default_factory=list)
@@ -80,10 +81,22 @@ class Run:
     output: np.ndarray[Any, Any] | None = None
 
     def note_state(self, latent: torch.Tensor) -> None:
-        """Keeps the latent of a step; the first one may be something else too, a picture for instance."""
+        """Keeps the latent of a step; the first one may be something else too, a picture for instance.
+
+        Of one that is there twice, for the two passes of guidance, it keeps the first half.
+        """
+        latent = self.once(latent)
         if self.states:
             self.tape.leaf(LATENT, latent)
         self.states.append(latent)
+
+    def once(self, latent: torch.Tensor) -> torch.Tensor:
+        """Returns a latent, or the first half of one that is there twice."""
+        if latent.ndim == 0 or latent.shape[0] != 2 * self.batch:
+            return latent
+        with self.tape.paused():
+            first, second = latent.chunk(2)
+            return first if torch.equal(first, second) else latent
 
     def step_draws(self) -> dict[str, list[torch.Tensor]]:
         """Returns the draws that every step makes beside its latent's noise, one for each step, by origin."""

@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.contract import AFTER, BEFORE, INPUT, LATENT, LOOP, MASK, NOISE, SAMPLE, TIMESTEP, TOKENS
+from fewstep.contract import (
+    AFTER,
+    BEFORE,
+    GUIDANCE,
+    INPUT,
+    LATENT,
+    LOOP,
+    MASK,
+    NOISE,
+    SAMPLE,
+    TIMESTEP,
+    TOKENS,
+    needed_before,
+)
 from fewstep.export.describe import Description
 from fewstep.export.generator import Generator
 from fewstep.export.recorded import Call, Run
@@ -17,6 +30,7 @@ from fewstep.export.sampling import refuse
 from fewstep.export.tape import GlueModule
 from fewstep.export.wiring import Wiring, wired_module
 from fewstep.feeds import Sample, StepFeed
+from fewstep.guidance import guidance_value
 
 # Our own arithmetic for a condition and the pipeline's differ by float32 rounding.
 _RTOL, _ATOL = 1e-4, 1e-5
@@ -32,6 +46,7 @@ def record(
     *,
     steps: int,
     guidance: float,
+    negative: str | None = None,
     inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Sample:
     """Returns one sample of the reference as arrays.
@@ -45,22 +60,31 @@ def record(
         seed,
         steps=steps,
         guidance=guidance,
+        negative=negative,
         inputs=inputs,
         clips=described.anatomy.clips,
     )
-    feeds = tuple(_Reader(generator, described, recorded).feeds(steps))
+    feeds = tuple(_Reader(generator, described, recorded, negative).feeds(steps))
     latents = tuple(x.float().numpy().copy() for x in recorded.latents)
     assert recorded.output is not None
-    return Sample(prompt, seed, steps, guidance, feeds, latents, recorded.output, generator.kind, dict(inputs or {}))
+    return Sample(
+        prompt, seed, steps, guidance, feeds, latents, recorded.output, generator.kind, dict(inputs or {}), negative
+    )
 
 
 class _Reader:
     """Reads the calls of one run, in the order in which a bundle makes them."""
 
-    def __init__(self, generator: Generator, described: Description, recorded: Run) -> None:
+    def __init__(self, generator: Generator, described: Description, recorded: Run, negative: str | None) -> None:
         self._generator, self._described, self._run = generator, described, recorded
-        two = described.contract.guidance.kind == "two_pass"
-        self._branches = ("uncond", "cond") if two else ("cond",)
+        guidance = described.contract.guidance
+        self._branches = ("uncond", "cond") if guidance.two_passes(recorded.guidance) else ("cond",)
+        given = guidance.replaced(negative)
+        values = {origin: described.guided.values.get(origin, np.zeros(1)) for origin in given}
+        # What the unconditional branch does not compute.
+        self._fixed = {origin: torch.from_numpy(value) for origin, value in values.items()}
+        self._loose = {*self._fixed, GUIDANCE}
+        self._needed = needed_before(described.components, given)
         self._values: dict[str, Values] = {branch: self._leaves(branch) for branch in self._branches}
 
     def feeds(self, steps: int) -> Iterator[StepFeed]:
@@ -68,14 +92,15 @@ class _Reader:
         wirings = self._described.wirings.values()
         for branch in self._branches:
             for wiring in wirings:
-                if wiring.phase == BEFORE:
+                if wiring.phase == BEFORE and (branch == "cond" or not self._fixed or wiring.component in self._needed):
                     yield self._feed(wiring, self._call_before(wiring, branch), branch, None)
         for k in range(len(self._run.states)):
             self._at_step(k, steps)
             for branch in self._branches:
                 for wiring in wirings:
                     calls = self._run.of(wiring.part) if wiring.phase == LOOP else []
-                    for call in (c for c in calls if c.steps_done == k):
+                    inside = [c for c in calls if c.steps_done == k]
+                    for call in inside if len(inside) < 2 else [inside[self._which(branch)]]:
                         yield self._feed(wiring, call, branch, k)
         self._values["cond"][SAMPLE] = self._sample()
         for wiring in wirings:
@@ -93,7 +118,8 @@ class _Reader:
                 values[f"{MASK}{name}"] = text.mask
         values.update({f"{INPUT}{name}": tensor for name, tensor in run.inputs.items()})
         values.update({f"{NOISE}{offset}": tensor for offset, tensor in run.draws.items()})
-        return values
+        values[GUIDANCE] = torch.from_numpy(np.array(guidance_value(self._described.contract.guidance, run.guidance)))
+        return values | (self._fixed if branch == "uncond" else {})
 
     def _call_before(self, wiring: Wiring, branch: str) -> Call | None:
         calls = {c.instance: c for c in self._run.calls}
@@ -123,7 +149,7 @@ class _Reader:
             given = None if call is None else self._given(wiring, call, origin, branch)
             if given is None:
                 given = values[origin]
-            elif origin in values and origin != LATENT and not _close(given, values[origin]):
+            elif origin in values and origin != LATENT and not _close(given, values[origin], origin in self._loose):
                 raise refuse(
                     f"{wiring.component}: the {branch} branch is given another {wiring.input_name(origin)} than the "
                     "bundle computes"
@@ -138,6 +164,7 @@ class _Reader:
             outputs = self._outputs(wiring, call, branch)
         names = [wiring.input_name(origin) for origin in wiring.origins]
         values.update({f"{wiring.component}.{n}": t for n, t in zip(wiring.outputs, outputs, strict=True)})
+        values.update(self._fixed if branch == "uncond" else {})
         return StepFeed(
             wiring.component,
             step,
@@ -163,14 +190,20 @@ class _Reader:
         return list(GlueModule(wiring.after)(*results))
 
     def _half(self, tensor: torch.Tensor, branch: str) -> torch.Tensor:
-        """Pipelines with two-pass guidance stack the branches as [unconditional, conditional] in one batch of two."""
+        """Pipelines with two-pass guidance stack the branches in one batch of two, most the unconditional one first."""
         if len(self._branches) == 1 or tensor.ndim == 0 or tensor.shape[0] != 2:
             return tensor
-        i = self._branches.index(branch)
+        i = self._which(branch)
         return tensor[i : i + 1]
 
+    def _which(self, branch: str) -> int:
+        conditional = self._described.guided.conditional
+        return conditional if branch == "cond" else 1 - conditional
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+
+def _close(a: torch.Tensor, b: torch.Tensor, loose: bool = False) -> bool:
+    """Returns whether a tensor is what the bundle computes; ``loose`` where that is spread to its shape."""
+    b = b.expand_as(a) if loose and (b.ndim <= a.ndim) else b
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=_RTOL, atol=_ATOL)
 
 

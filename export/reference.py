@@ -45,6 +45,7 @@ def run(
     *,
     steps: int,
     guidance: float,
+    negative: str | None = None,
     inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
     stubs: Mapping[str, Stub] | None = None,
     draw: Callable[[int, tuple[int, ...]], torch.Tensor] | None = None,
@@ -60,6 +61,7 @@ def run(
             first sample's; the others count on from it.
         steps: step count, as the pipeline takes it.
         guidance: guidance scale, as the pipeline takes it.
+        negative: the negative prompt; None gives none, as the pipeline's users do.
         inputs: the generator's other inputs, by name; of a batch, one row for each sample.
         stubs: (number of the call, its arguments) -> result, by component; stands in for a network. None: the
             networks themselves.
@@ -68,7 +70,7 @@ def run(
         clips: whether a loop in plain PyTorch clips x0, so that a clamp after the last call is part of the last step;
             None: it is if there is a clamp after every call of several.
     """
-    recorded = Run(guidance, generator.is_loop)
+    recorded = Run(guidance, generator.is_loop, batch=generator.batch)
     if on_start is not None:
         on_start(recorded)
     seeds = range(seed, seed + generator.batch)
@@ -92,7 +94,7 @@ def run(
         else:
             stack.enter_context(listen_to_scheduler(generator.pipeline.scheduler, recorded))
             stack.enter_context(our_noise(draws))
-            call = functools.partial(_call_pipeline, generator, prompt, recorded, steps, guidance)
+            call = functools.partial(_call_pipeline, generator, prompt, recorded, steps, guidance, negative)
         stack.enter_context(recorded.tape)
         recorded.result = call()
     if not recorded.states:
@@ -151,7 +153,12 @@ def _find_last_latent(recorded: Run) -> None:
 
 
 def _call_pipeline(
-    generator: Generator, prompt: str | Sequence[str], recorded: Run, steps: int, guidance: float
+    generator: Generator,
+    prompt: str | Sequence[str],
+    recorded: Run,
+    steps: int,
+    guidance: float,
+    negative: str | None = None,
 ) -> Any:
     """Returns what a diffusers pipeline returns, called as its users call it."""
     pipeline = generator.pipeline
@@ -159,14 +166,14 @@ def _call_pipeline(
     wanted: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
     if generator.batch > 1:
         wanted["batch_size"] = generator.batch
-    if guidance > 1:
-        wanted["negative_prompt"] = ""
     arguments = {name: value for name, value in wanted.items() if name in parameters}
     for spec in generator.inputs:
         arguments[spec.name] = prompt if spec.kind == TEXT else recorded.inputs[spec.name]
     check_options(pipeline, generator.options)
     options = {name: value(steps) if callable(value) else value for name, value in generator.options.items()}
     arguments |= options
+    if negative is not None:
+        arguments["negative_prompt"] = negative
     if generator.batch > 1:  # pipelines want a list of each kind of prompt, or of none
         arguments |= {n: [v] * generator.batch for n, v in arguments.items() if "prompt" in n and isinstance(v, str)}
     try:

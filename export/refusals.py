@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -41,6 +41,44 @@ def refuse_other_networks(run: Run, inside: Sequence[str], others: Sequence[Run]
                     "by the step",
                     hint=f"name a network that replaces {DENOISER} in some steps {DENOISER}_...: one of them in each",
                 )
+
+
+def refuse_changing_arguments(runs: Sequence[Run], inside: Sequence[str], options: Sequence[str]) -> None:
+    """Raises ExportError if what a network of the loop is given beside tensors is not the same in every step.
+
+    Args:
+        runs: recorded runs of several step counts.
+        inside: the networks of the loop.
+        options: what the user chose of the pipeline, which may be why.
+    """
+    for component in inside:
+        calls = [call for run in runs for call in run.of(component)]
+        first = dict(_told(calls[0].arguments, ""))
+        for call in calls[1:]:
+            told = dict(_told(call.arguments, ""))
+            for name in [*first, *told]:
+                ours, theirs = first.get(name, "nothing"), told.get(name, "nothing")
+                if ours != theirs:
+                    chosen = f"; of the options given ({', '.join(options)}) one may say so" if options else ""
+                    raise ExportError(
+                        f"{component}: argument {name} is {ours} in step {calls[0].steps_done} and {theirs} in step "
+                        f"{call.steps_done}, expected the same in every step, or a tensor of one number",
+                        hint=f"leave out what switches something on or off in some steps{chosen}",
+                    )
+
+
+def _told(value: object, name: str) -> Iterator[tuple[str, str]]:
+    """Yields numbers, texts and where tensors are among nested arguments, by dotted name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _told(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _told(item, f"{name}.{i}")
+    elif isinstance(value, torch.Tensor):
+        yield name, "a tensor"
+    elif isinstance(value, (bool, int, float, str, type(None))):
+        yield name, repr(value)
 
 
 def refuse_other_shapes(run: Run, post: Post | None) -> None:

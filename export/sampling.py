@@ -157,10 +157,10 @@ def _around_the_scheduler(stubbed: Run, calls: Sequence[Call], anatomy: Anatomy,
     for k, call in enumerate(calls):
         x, given = stubbed.states[k], stubbed.model_outputs[k]
         if anatomy.latent is not None:
-            s[k] = _nearest(s[k], *_coefficients(call.inputs[anatomy.latent], [x], f"input of step {k}"))
+            s[k] = _nearest(s[k], *coefficients(call.inputs[anatomy.latent], [x], f"input of step {k}"))
         F = next(iter(call.outputs.values()))
         F = F if anatomy.post is None else anatomy.post(F)
-        mixed, kept = _coefficients(given, [F, x], f"model output of step {k}")
+        mixed, kept = coefficients(given, [F, x], f"model output of step {k}")
         mixed, kept = _nearest(1.0, mixed), _nearest(0.0, kept)
         p[k], q[k] = p[k] + q[k] * kept, q[k] * mixed
     return {"s": tuple(s), "p": tuple(p), "q": tuple(q)}
@@ -177,12 +177,12 @@ def _start(recorded: Run, stubbed: Run, anatomy: Anatomy) -> dict[str, Any]:
         return {"init_scale": 1.0}
     initial = anatomy.initial(stubbed.draws[anatomy.initial_offset])
     if stubbed.noised is None:
-        return {"init_scale": _coefficients(x, [initial], "the first latent")[0]}
-    scale, anchor = _coefficients(x, [initial, stubbed.noised[0]], "the first latent")
+        return {"init_scale": coefficients(x, [initial], "the first latent")[0]}
+    scale, anchor = coefficients(x, [initial, stubbed.noised[0]], "the first latent")
     return {"init_scale": scale, "init_anchor": anchor}
 
 
-def _coefficients(target: torch.Tensor, columns: Sequence[torch.Tensor], what: str) -> list[float]:
+def coefficients(target: torch.Tensor, columns: Sequence[torch.Tensor], what: str) -> list[float]:
     """Returns the numbers that combine the columns to the target.
 
     Raises:
@@ -217,7 +217,7 @@ def _nearest(exact: float, measured: float) -> float:
 def is_scaled(value: torch.Tensor, by: torch.Tensor) -> bool:
     """Returns whether one tensor is the other times a number."""
     try:
-        _coefficients(value, [by], "")
+        coefficients(value, [by], "")
     except ScheduleError:
         return False
     return True

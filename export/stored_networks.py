@@ -78,23 +78,24 @@ class StoredNetworks:
 
         return {component: stub(component) for component in generator.parts}
 
-    def shapes(self, generator: Generator) -> dict[str, Stub]:
-        """Returns what stands for each component of a generator: random results of the right shapes."""
 
-        def stub(component: str) -> Stub:
-            method = generator.parts[component].method
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            # Copied here, before anybody listens to the module itself.
-            copied = with_fake_parameters(generator.module(component), mode)
+def shape_stand_ins(generator: Generator) -> dict[str, Stub]:
+    """Returns what stands for each component of a generator: random results of the right shapes."""
 
-            def result(number: int, arguments: Any) -> Any:
-                with mode:
-                    shapes = getattr(copied, method)(**fake_arguments(arguments, mode))
-                return replace_tensors(shapes, lambda tensor: _random(tensor, number))
+    def stub(component: str) -> Stub:
+        method = generator.parts[component].method
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # Copied here, before anybody listens to the module itself.
+        copied = with_fake_parameters(generator.module(component), mode)
 
-            return result
+        def result(number: int, arguments: Any) -> Any:
+            with mode:
+                shapes = getattr(copied, method)(**fake_arguments(arguments, mode))
+            return replace_tensors(shapes, lambda tensor: _random(tensor, number))
 
-        return {component: stub(component) for component in generator.parts}
+        return result
+
+    return {component: stub(component) for component in generator.parts}
 
 
 def _random(tensor: torch.Tensor, number: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from fewstep.contract import (
     TensorSpec,
     called_in_step,
     draw_offset,
+    needed_before,
     step_numbers,
 )
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample, StepFeed
-from fewstep.guidance import combine, guidance_embedding
+from fewstep.guidance import combine, guidance_value, read_unconditional
 from fewstep.inputs import check_inputs, check_request, stacked
 from fewstep.manifest import TokenizerSpec
 from fewstep.output import to_output
@@ -64,12 +66,15 @@ class Sampler:
         tokenizers: Mapping[str, Tokenizer],
         open_session: OpenSession,
         *,
+        unconditional: Mapping[str, Array] | None = None,
         keep_open: bool = True,
     ) -> None:
         self._contract = contract
         self._components = components
         self._tokenizers = tokenizers
         self._open_session = open_session
+        zeros: dict[str, Array] = {origin: np.zeros(1) for origin in contract.guidance.unconditional}
+        self._unconditional = zeros | dict(unconditional or {})
         self._keep_open = keep_open
         self._sessions: dict[str, CheckedSession] = {}
 
@@ -80,6 +85,7 @@ class Sampler:
         schedule: Schedule,
         *,
         guidance: float | None = None,
+        negative: str | None = None,
         inputs: Mapping[str, Array] | None = None,
         on_step: OnStep | None = None,
     ) -> Sample:
@@ -88,7 +94,9 @@ class Sampler:
         The arguments are those of `batch`, for one sample.
         """
         given = [inputs or {}]
-        (sample,) = self.batch([prompt], [seed], schedule, guidance=guidance, inputs=given, on_step=on_step)
+        (sample,) = self.batch(
+            [prompt], [seed], schedule, guidance=guidance, negative=negative, inputs=given, on_step=on_step
+        )
         return sample
 
     def batch(
@@ -98,6 +106,7 @@ class Sampler:
         schedule: Schedule,
         *,
         guidance: float | None = None,
+        negative: str | None = None,
         inputs: Sequence[Mapping[str, Array]] | None = None,
         on_step: OnStep | None = None,
     ) -> list[Sample]:
@@ -107,7 +116,9 @@ class Sampler:
             prompts: any text for each sample; what the tokenizer's length leaves out is cut off.
             seeds: 0 to 2^64 - 1, one for each sample.
             schedule: the table of the step count wanted.
-            guidance: the scale w; None takes the generator's own.
+            guidance: the scale w; None takes the bundle's. Where the pipeline makes one pass at a scale, so does this.
+            negative: the negative prompt of all samples; None does what the pipeline does without one, which may be
+                another thing than an empty text.
             inputs: what the generator takes beside the prompt, by name, for each sample: see `InputSpec`.
             on_step: called with (steps done, steps) after each.
 
@@ -115,8 +126,9 @@ class Sampler:
             The samples in order. The first holds the network calls, which are those of the whole batch.
 
         Raises:
-            ContractError: another number of samples than the contract's batch, guidance for a generator that takes
-                none, an input missing, unknown or of another shape, or a step that the networks are not compiled for.
+            ContractError: another number of samples than the contract's batch, guidance or a negative prompt for a
+                generator that takes none, an input missing, unknown or of another shape, or a step that the networks
+                are not compiled for.
         """
         check_request(prompts, seeds, guidance)
         contract, size = self._contract, self._contract.batch
@@ -124,20 +136,18 @@ class Sampler:
         if not len(prompts) == len(seeds) == len(inputs) == size:
             counts = f"{len(prompts)} prompts, {len(seeds)} seeds and {len(inputs)} sets of inputs"
             raise ContractError(f"a batch of {size} is given {counts}", hint=f"give {size} of each")
-        w = contract.guidance.scale if guidance is None else guidance
-        if guidance is not None and contract.guidance.kind == "none" and guidance != contract.guidance.scale:
-            raise ContractError(
-                f"guidance is {guidance}, but this generator takes none",
-                hint="leave --guidance out, or build it with --guidance",
-            )
+        w = contract.guidance.check(guidance, negative)
         each = [check_inputs(contract.inputs, given) for given in inputs]
         rows = [0 if contract.form == "step" else contract.row(schedule, k) for k in range(schedule.steps)]
         feeds: list[StepFeed] = []
         latents: list[Array] = []
-        branches = ("uncond", "cond") if contract.guidance.kind == "two_pass" else ("cond",)
-        texts = {"cond": prompts, "uncond": [contract.guidance.negative] * size}
+        branches = ("uncond", "cond") if contract.guidance.two_passes(w) else ("cond",)
+        texts = {"cond": prompts, "uncond": [contract.guidance.negative if negative is None else negative] * size}
+        fixed = {"cond": {}, "uncond": {n: self._unconditional[n] for n in contract.guidance.replaced(negative)}}
         given = stacked(each)
-        values = {branch: self._before(texts[branch], given, seeds, w, branch, feeds) for branch in branches}
+        values = {
+            branch: self._before(texts[branch], given, seeds, w, branch, feeds, fixed[branch]) for branch in branches
+        }
         shape = (size, *contract.latent_shape)
         anchor = values["cond"][contract.anchor] if contract.anchor else None
 
@@ -151,7 +161,9 @@ class Sampler:
                     )
                     if component == schedule.network(k):
                         outputs[branch] = next(iter(feeds[-1].outputs.values()))
-            return combine(outputs["uncond"], outputs["cond"], w) if len(branches) == 2 else outputs["cond"]
+            if len(branches) == 1:
+                return outputs["cond"]
+            return combine(outputs["uncond"], outputs["cond"], w + contract.guidance.shift)
 
         def step_done(k: int, x: Array, x0: Array) -> None:
             latents.append(x)
@@ -179,6 +191,7 @@ class Sampler:
                 to_output(row, contract.output),
                 contract.output.kind,
                 each[i],
+                negative,
             )
             for i, row in enumerate(np.split(result, size))
         ]
@@ -208,17 +221,20 @@ class Sampler:
         w: float,
         branch: str,
         feeds: list[StepFeed],
+        fixed: Mapping[str, Array],
     ) -> dict[str, Any]:
-        """Returns all that is known before the loop, by origin."""
+        """Returns all that is known before the loop, by origin; what is ``fixed`` is not computed."""
         values: dict[str, Any] = {GUIDANCE: w, **{f"{INPUT}{name}": array for name, array in given.items()}}
         for name, tokenizer in self._tokenizers.items():
             ids, masks = zip(*map(tokenizer, prompts), strict=True)
             values[f"{TOKENS}{name}"], values[f"{MASK}{name}"] = np.concatenate(ids), np.concatenate(masks)
-        for component in self._phase(BEFORE):
+        values |= fixed
+        for component in needed_before(self._components, fixed) if fixed else self._phase(BEFORE):
             for spec in self._components[component].inputs:
                 origin = self._components[component].bindings[spec.name]
                 values.setdefault(origin, self._value(values, origin, spec.shape, seeds))
             feeds.append(self._call(component, values, branch=branch))
+            values |= fixed
         return values
 
     def _draws(self, k: int, seeds: Sequence[int]) -> dict[str, Array]:
@@ -253,12 +269,14 @@ class Sampler:
     def _bind(self, values: Mapping[str, Any], origin: str, spec: TensorSpec) -> Array:
         value = values[origin]
         if origin == GUIDANCE:
-            value = guidance_embedding(self._contract.guidance, value)
+            value = guidance_value(self._contract.guidance, value)
         array = np.asarray(value, dtype=spec.dtype)
         if origin == GUIDANCE:  # one row, or one for each sample
             return np.broadcast_to(array, spec.shape)
-        # A number of the step may be wanted once for every token.
-        return np.full(spec.shape, array.reshape(-1)[0]) if array.size == 1 else array.reshape(spec.shape)
+        if array.size == 1:  # a number of the step may be wanted once for every token
+            return np.full(spec.shape, array.reshape(-1)[0])
+        # Of the unconditional branch, one row for all samples.
+        return array.reshape(spec.shape) if array.size == math.prod(spec.shape) else np.broadcast_to(array, spec.shape)
 
 
 def open_sampler(
@@ -319,6 +337,7 @@ def open_sampler(
         manifest.components,
         open_tokenizers(bundle.path, manifest.tokenizers),
         open_session,
+        unconditional=read_unconditional(manifest.contract.guidance, bundle.file),
         keep_open=keep_open,
     )
 
@@ -335,6 +354,7 @@ def generate(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     inputs: Mapping[str, Array] | None = None,
     runtime: str | None = None,
     on_step: OnStep | None = None,
@@ -342,7 +362,15 @@ def generate(
     """Returns one picture from a bundle, holding one component in memory at a time."""
     given = None if inputs is None else [inputs]
     (sample,) = generate_batch(
-        bundle, [prompt], [seed], steps=steps, guidance=guidance, inputs=given, runtime=runtime, on_step=on_step
+        bundle,
+        [prompt],
+        [seed],
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        inputs=given,
+        runtime=runtime,
+        on_step=on_step,
     )
     return sample
 
@@ -354,6 +382,7 @@ def generate_batch(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     inputs: Sequence[Mapping[str, Array]] | None = None,
     runtime: str | None = None,
     on_step: OnStep | None = None,
@@ -368,6 +397,8 @@ def generate_batch(
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
     sampler = open_sampler(bundle, runtime=runtime, keep_open=False)
     try:
-        return sampler.batch(prompts, seeds, schedule, guidance=guidance, inputs=inputs, on_step=on_step)
+        return sampler.batch(
+            prompts, seeds, schedule, guidance=guidance, negative=negative_prompt, inputs=inputs, on_step=on_step
+        )
     finally:
         sampler.close()

@@ -76,7 +76,7 @@ def test_contract_of_lcm() -> None:
 
 def test_contract_of_turbo() -> None:
     manifest = built("turbo").bundle.manifest
-    assert manifest.contract.guidance.kind == "none"
+    assert (manifest.contract.guidance.kind, manifest.contract.guidance.scale) == ("two_pass", 0.0)
     assert manifest.contract.latent_scale == pytest.approx(0.18215)
     assert manifest.contract.form == "table"
     assert [row["timestep"] for row in manifest.contract.rows] == [999.0, 749.0, 499.0, 249.0]
@@ -94,8 +94,15 @@ def test_guidance_scale_reaches_the_network() -> None:
     bundle = built("lcm").bundle
     one, other = (bundle.generate("a house", seed=5, guidance=w).picture_HWC for w in (2.0, 8.5))
     assert not np.array_equal(one, other)
-    with pytest.raises(fewstep.FewstepError, match="this generator takes none"):
-        built("turbo").bundle.generate("a house", guidance=3.0)
+    with pytest.raises(fewstep.FewstepError, match="a negative prompt is given, but this generator takes none"):
+        bundle.generate("a house", negative_prompt="blurry")
+
+
+def test_guidance_that_a_bundle_does_not_use_by_default() -> None:
+    bundle = built("turbo").bundle
+    assert np.array_equal(*(bundle.generate("a house", seed=5, guidance=w).picture_HWC for w in (0.0, 1.0)))
+    drawn = [bundle.generate("a house", seed=5, guidance=3.0, negative_prompt=n).picture_HWC for n in (None, "cat")]
+    assert not np.array_equal(*drawn)
 
 
 def test_two_pass_guidance(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_every_shape_is_verified_and_drawn(several: fewstep.Bundle, tmp_path: Pa
     for shape in SHAPES[1:]:
         mine = [check for check in checks if check["sample"].endswith(f", {shape}")]
         assert {"text_encoder", "denoiser", "decoder", "picture"} <= {check["component"] for check in mine}
-    assert len(samples) == 3  # two step counts at the first shape, one sample at the other
+    # Two step counts at the first shape, one sample at the other; two passes, and a negative prompt.
+    assert len(samples) == 3 + 2
     for shape in SHAPES:
         height, width = map(int, shape.split("x"))
         assert several.shaped(shape).generate("cat", seed=1).output.shape == (height, width, 3)

@@ -66,6 +66,7 @@ class Pictures:
             programs.components,
             tokenizers,
             lambda name: CheckedSession(name, programs.components[name], self._sessions[name]),
+            unconditional=programs.described.guided.values,
         )
         self._schedules = programs.described.schedules
         self._samples = samples
@@ -82,8 +83,8 @@ class Pictures:
         )
 
     def _draw(self, sample: Sample) -> Sample:
-        schedule = self._schedules[sample.steps]
-        return self._sampler(sample.prompt, sample.seed, schedule, guidance=sample.guidance, inputs=sample.inputs)
+        schedule, w, negative = self._schedules[sample.steps], sample.guidance, sample.negative
+        return self._sampler(sample.prompt, sample.seed, schedule, guidance=w, negative=negative, inputs=sample.inputs)
 
     @contextmanager
     def _replaced(self, weights: Weights) -> Iterator[None]:

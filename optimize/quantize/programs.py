@@ -83,7 +83,7 @@ class QuantizedPrograms:
 
     def floor(self, references: Sequence[Sample]) -> Floor:
         """Returns what two executions of the programs in PyTorch agree to, from samples of the first."""
-        requests = [SampleRequest(r.prompt, r.seed, r.steps, r.guidance, r.inputs) for r in references]
+        requests = [SampleRequest(r.prompt, r.seed, r.steps, r.guidance, r.inputs, r.negative) for r in references]
         others = list(self._sampled(requests, open_double))
         values: dict[str, list[float]] = defaultdict(list)
         for component in self.components:
@@ -97,10 +97,15 @@ class QuantizedPrograms:
         self, requests: Sequence[SampleRequest], open_session: Callable[[Program], CheckedSession]
     ) -> Iterator[Sample]:
         sampler = Sampler(
-            self.programs.contract, self.components, self.tokenizers, lambda c: open_session(self.make(c))
+            self.programs.contract,
+            self.components,
+            self.tokenizers,
+            lambda c: open_session(self.make(c)),
+            unconditional=self.programs.described.guided.values,
         )
         try:
             for r in requests:
-                yield sampler(r.prompt, r.seed, self.schedules[r.steps], guidance=r.guidance, inputs=r.inputs)
+                schedule = self.schedules[r.steps]
+                yield sampler(r.prompt, r.seed, schedule, guidance=r.guidance, negative=r.negative, inputs=r.inputs)
         finally:
             sampler.close()

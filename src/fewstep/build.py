@@ -24,6 +24,7 @@ from fewstep.compiling import (
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
+from fewstep.guidance import write_unconditional
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.quantization import for_targets
@@ -184,7 +185,7 @@ def build(
             return at.restate(record_reference(generator, told, requests, recipe, cache, progress)), uncompressed
 
         first = Further(programs, programs, None)
-        lowered_from, uncompressed = reference(first, _requests(optimized, described, options))
+        lowered_from, uncompressed = reference(first, _requests(optimized, described, options, quantized is None))
         shown = lowered_from[:COMPILE_SAMPLES]
         artifacts = compile_targets(
             quantized or programs,
@@ -201,6 +202,7 @@ def build(
             _write_layout(diffusers_files(optimized), described.tokenizers, folder)
         if "coreml" in targets:
             write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
+        write_unconditional(described.contract.guidance, described.guided.values, folder)
         _write_golden(lowered_from, folder / "golden")
         beside = {name: reference(at, at.requests()) for name, at in others.items()}
         for name, (samples, _) in beside.items():
@@ -298,14 +300,18 @@ def _default_steps(wanted: int, counts: Sequence[int]) -> int:
     return wanted if wanted in counts else min(counts, key=lambda n: (abs(n - wanted), n))
 
 
-def _requests(generator: Generator, described: Description, options: Options) -> list[SampleRequest]:
-    """Every prompt with every seed at the default step count, then one sample at each other count."""
+def _requests(generator: Generator, described: Description, options: Options, in_float: bool) -> list[SampleRequest]:
+    """Every prompt with every seed at the default step count, then one at each other count, then other guidance.
+
+    Guidance that the bundle does not use by default is not calibrated: it is shown of programs ``in_float`` alone.
+    """
     from fewstep.calibration import SampleRequest
 
     prompts, w = generator.prompts[: options.prompts], generator.guidance
     main = SampleRequest.grid(generator, prompts, range(options.seeds), generator.default_steps, w)
     others = [n for n in sorted(described.schedules) if n != generator.default_steps]
-    return main + [replace(main[0], steps=n) for n in others]
+    beside = main[0].beside(described.contract.guidance, off=in_float)
+    return main + [replace(main[0], steps=n) for n in others] + beside
 
 
 def _caveats(

@@ -105,12 +105,15 @@ class Bundle:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
         inputs: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> Sample:
         """Returns the sample of a prompt, and of the inputs beside it; see `fewstep.runtimes.sampler.generate`."""
         from fewstep.runtimes.sampler import generate  # a convenience that looks up the layers: the one place it does
 
-        return generate(self, prompt, seed, steps=steps, guidance=guidance, inputs=inputs)
+        return generate(
+            self, prompt, seed, steps=steps, guidance=guidance, negative_prompt=negative_prompt, inputs=inputs
+        )
 
     def generate_batch(
         self,
@@ -119,12 +122,15 @@ class Bundle:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        negative_prompt: str | None = None,
         inputs: Sequence[Mapping[str, npt.NDArray[Any]]] | None = None,
     ) -> list[Sample]:
         """Returns the samples of several prompts, drawn at once; see `fewstep.runtimes.sampler.generate_batch`."""
         from fewstep.runtimes.sampler import generate_batch  # as above
 
-        return generate_batch(self, prompts, seeds, steps=steps, guidance=guidance, inputs=inputs)
+        return generate_batch(
+            self, prompts, seeds, steps=steps, guidance=guidance, negative_prompt=negative_prompt, inputs=inputs
+        )
 
 
 def resolve_inside(folder: Path, relative: str) -> Path:

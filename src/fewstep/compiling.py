@@ -43,7 +43,7 @@ def record_reference(
 
     key = {
         "generator": [fingerprint(generator), described.fingerprint],
-        "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
+        "requests": [[r.prompt, r.seed, r.steps, r.guidance, r.negative] for r in requests],
         "inputs": [asdict(spec) for spec in generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
         "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},

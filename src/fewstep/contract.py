@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from fewstep.errors import ContractError
 from fewstep.noise import draw_offset as draw_offset
@@ -29,6 +29,7 @@ TIMESTEP = "timestep"  # t_k
 STEP = "step"  # the row of the contract's table of steps
 TIME = "time:"  # + name: a further number of the step, column ``times`` of the schedule
 GUIDANCE = "guidance_embedding"
+ZEROS = "zeros"  # what `Guidance.unconditional` says of a value that is nothing but zeros
 SAMPLE = "sample"  # the last latent, as the contract scales it for the decoder
 
 # When a component runs.
@@ -112,19 +113,61 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the guidance scale w reaches the network.
+    """How the guidance scale w acts on a generator.
 
-    ``none``: not at all. ``embedded``: an input of the network, [sin(a_0) ... sin(a_n) cos(a_0) ... cos(a_n)] with
-    a_i = ``factor`` (w - 1) ``frequencies[i]`` in float32. ``two_pass``: F = F_u + w (F_c - F_u), with the prompt
-    ``negative`` for F_u. The frequencies are numbers and not a formula because the angles reach thousands, where the
-    last bit of an ``exp`` moves a sine by 1e-4.
+    ``none``: not at all. ``fixed``: the bundle is made for ``scale`` alone, and ``reason`` says why. ``embedded``: an
+    input of the network, [sin(a_0) ... sin(a_n) cos(a_0) ... cos(a_n)] with a_i = ``factor`` (w - 1) ``frequencies[i]``
+    in float32. ``scalar``: an input of the network, the number ``factor`` w + ``shift`` in float32, in all of its
+    elements. ``two_pass``: F = F_u + (w + ``shift``) (F_c - F_u) where w > ``threshold`` (at every w, if that is None),
+    and F = F_c elsewhere, in one pass. The frequencies are numbers and not a formula because the angles reach
+    thousands, where the last bit of an ``exp`` moves a sine by 1e-4.
+
+    F_u, the unconditional branch, is F with the text ``negative`` for the prompt, but with the values of
+    ``unconditional`` at their origins: ``zeros``, or the safetensors file of the bundle that holds the origin's tensor,
+    one row of it. A negative prompt of the user, where the generator takes one, takes the place of both;
+    ``empty_is_none`` where an empty one is as none.
+
+    ``own`` is the scale that the pipeline takes when its user gives none.
     """
 
     kind: str
     scale: float
     frequencies: tuple[float, ...] = ()
     factor: float = 1000.0
+    shift: float = 0.0
+    threshold: float | None = None
     negative: str = ""
+    unconditional: Mapping[str, str] = field(default_factory=dict)
+    takes_negative: bool = False
+    empty_is_none: bool = False
+    own: float | None = None
+    reason: str = ""
+
+    def two_passes(self, scale: float) -> bool:
+        """Returns whether a sample of this scale is made with two passes in each step."""
+        return self.kind == "two_pass" and (self.threshold is None or scale > self.threshold)
+
+    def check(self, scale: float | None, negative: str | None) -> float:
+        """Returns the scale that a sample is made with.
+
+        Raises:
+            ContractError: a scale or a negative prompt that the generator does not take.
+        """
+        if scale is not None and scale != self.scale and self.kind in ("none", "fixed"):
+            why = (
+                "this generator takes none" if self.kind == "none" else f"this bundle is made for {self.scale:g} alone"
+            )
+            hint = f"leave the guidance out: {self.reason}" if self.reason else "leave the guidance out"
+            raise ContractError(f"guidance is {scale:g}, but {why}", hint=hint)
+        if negative is not None and not self.takes_negative:
+            raise ContractError(
+                "a negative prompt is given, but this generator takes none", hint="leave the negative prompt out"
+            )
+        return self.scale if scale is None else scale
+
+    def replaced(self, negative: str | None) -> Mapping[str, str]:
+        """Returns the origins whose values are given in the unconditional branch, for a user's negative prompt."""
+        return self.unconditional if negative is None or (negative == "" and self.empty_is_none) else {}
 
 
 @dataclass(frozen=True)
@@ -183,3 +226,15 @@ class Contract:
 def step_numbers(schedule: Schedule, k: int) -> dict[str, float]:
     """Returns the numbers that networks take at a step, by origin."""
     return {TIMESTEP: schedule.timesteps[k], **{f"{TIME}{name}": column[k] for name, column in schedule.times.items()}}
+
+
+def needed_before(components: Mapping[str, ComponentSpec], given: Collection[str]) -> list[str]:
+    """Returns the components before the loop whose outputs it wants, where the values of some origins are given."""
+    wanted = {origin for spec in components.values() if spec.phase == LOOP for origin in spec.bindings.values()}
+    needed: list[str] = []
+    for name, spec in reversed(components.items()):
+        made = {f"{name}.{output.name}" for output in spec.outputs}
+        if spec.phase == BEFORE and made & (wanted - set(given)):
+            needed.insert(0, name)
+            wanted |= set(spec.bindings.values())
+    return needed

@@ -23,7 +23,7 @@ from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.recipe import Limits
 from fewstep.references import golden_samples, known_floor, limits_of
-from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport, label
+from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport, label, trajectory_limits
 from fewstep.runtimes.quantized_parity import floor_checks_of
 from fewstep.verify import FLOOR_SAMPLES, GOLDEN
 
@@ -31,7 +31,7 @@ from fewstep.verify import FLOOR_SAMPLES, GOLDEN
 WEB_RUNTIME = "onnxruntime"
 # A check of 1,000 comparisons has some 250 kB.
 MOST_BYTES = 1 << 20
-_COMPUTED = ("golden", "tokenizer", WEB_RUNTIME)
+_COMPUTED = ("golden", "guidance", "tokenizer", WEB_RUNTIME)
 _HINT = "run the device check again, and give the file as the page saved it"
 
 
@@ -144,8 +144,9 @@ def _expected(bundle: Bundle, golden: Sequence[Sample], limits: Limits) -> Itera
             for name in feed.outputs:
                 tensor = name if feed.branch == "cond" else f"{name} ({feed.branch})"
                 yield Check(LOWERING, "component", feed.component, feed.step, where, tensor, "SQNR dB", math.nan, own)
-        for k in range(len(sample.latents)):
-            yield Check(LOWERING, "trajectory", "denoiser", k, where, "latent", "SQNR dB", math.nan, limit)
+        start = bundle.manifest.schedule(sample.steps).init_scale
+        for k, own in enumerate(trajectory_limits(limit, sample.latents, start)):
+            yield Check(LOWERING, "trajectory", "denoiser", k, where, "latent", "SQNR dB", math.nan, own)
         metric = "PSNR dB" if sample.kind == "picture" else "SQNR dB"
         yield Check(LOWERING, "picture", sample.kind, None, where, None, metric, math.nan, limit)
         yield Check(LOWERING, "picture", "picture", None, where, None, "spread (std)", math.nan, FLAT)

@@ -81,7 +81,7 @@ class Sample:
 
     ``latents`` are float32 [1, ...]. ``output`` is float32, a picture as [H, W, C] in [0, 1], as the generator's own
     pipeline returns it before rounding to 8 bits; other kinds as their networks have them. ``inputs`` are what was
-    given beside the prompt.
+    given beside the prompt, except the text ``negative``.
     """
 
     prompt: str
@@ -93,11 +93,14 @@ class Sample:
     output: Array
     kind: str = "picture"
     inputs: Mapping[str, Array] = field(default_factory=dict)
+    negative: str | None = None
+    """The negative prompt, where one was given."""
 
     @property
     def label(self) -> str:
         """What a report calls this sample."""
-        return f"{self.prompt} #{self.seed}"
+        without = "" if self.negative is None else f", without {self.negative}"
+        return f"{self.prompt} #{self.seed}{without}"
 
     @property
     def picture_HWC(self) -> Array:
@@ -123,6 +126,8 @@ def save_sample(sample: Sample, path: Path, *, with_feeds: bool = True) -> None:
         "kind": sample.kind,
         "calls": calls,
     }
+    if sample.negative is not None:
+        head["negative"] = sample.negative
     save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, path, metadata={"fewstep": json.dumps(head)})
 
 

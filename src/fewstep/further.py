@@ -108,6 +108,12 @@ def _described(generator: Generator, like: Programs, recipe: Recipe) -> Programs
     from fewstep.export import describe, programs_of
 
     described = describe(generator, sorted(like.described.schedules))
+    ours, theirs = like.described.guided.values, described.guided.values
+    if ours.keys() != theirs.keys() or not all(np.allclose(ours[o], theirs[o], rtol=1e-4, atol=1e-5) for o in ours):
+        raise ExportError(
+            f"the unconditional branch of {generator.name} is another at another size or batch, expected the same",
+            hint="build a bundle for each shape",
+        )
     if generator.batch > 1:  # the same table, to the last digit
         described = replace(described, schedules=like.described.schedules)
     return programs_of(generator, described, recipe)

@@ -107,6 +107,7 @@ def live_references(
     else:
         requests = SampleRequest.grid(original, manifest.prompts[:prompts], range(seeds), manifest.default_steps, w)
         requests += [replace(requests[0], steps=n) for n in manifest.schedules if n != manifest.default_steps]
+        requests += requests[0].beside(manifest.contract.guidance, off=quantized is None)
     advance = progress.task("run the reference", len(requests) * (2 if changed else 1))
 
     def run(generator: Generator) -> list[Sample]:

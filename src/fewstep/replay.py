@@ -231,7 +231,10 @@ class _Replay:
             advance()
         references = self._golden[: len(self.results)]
         self.checks += compare_samples(
-            references, self.results, None if self._integers else self._limits.picture_psnr_db
+            references,
+            self.results,
+            None if self._integers else self._limits.picture_psnr_db,
+            schedules=self._manifest.schedules,
         )
         if self._integers:
             found = {
@@ -260,4 +263,5 @@ class _Kept:
 
 def _draw(bundle: Bundle, sampler: Sampler, sample: Sample) -> Sample:
     schedule = bundle.manifest.schedule(sample.steps)
-    return sampler(sample.prompt, sample.seed, schedule, guidance=sample.guidance, inputs=sample.inputs)
+    w, negative = sample.guidance, sample.negative
+    return sampler(sample.prompt, sample.seed, schedule, guidance=w, negative=negative, inputs=sample.inputs)

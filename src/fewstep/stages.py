@@ -44,6 +44,7 @@ def draw(
     inputs: Sequence[Mapping[str, Array]],
     steps: int | None,
     guidance: float | None,
+    negative: str | None,
     runtime: str | None,
     progress: Progress,
 ) -> list[Sample]:
@@ -64,6 +65,7 @@ def draw(
                 seeds[rows],
                 schedule,
                 guidance=guidance,
+                negative=negative,
                 inputs=inputs[rows],
                 on_step=lambda _, __: advance(),
             )

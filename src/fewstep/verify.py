@@ -275,7 +275,8 @@ def verify_against(
         results = _drawn(sampler, manifest, references, advance)
     finally:
         sampler.close()
-    checks += compare_samples(references, results, None if integers else limits.picture_psnr_db)
+    limit = None if integers else limits.picture_psnr_db
+    checks += compare_samples(references, results, limit, schedules=manifest.schedules)
     exact = results
     narrower = get_runtime(name).open_exact is not None and any(a.compute != "fp32" for a in artifacts.values())
     if narrower:
@@ -320,6 +321,7 @@ def _drawn(
             [r.seed for r in rows],
             manifest.schedule(rows[0].steps),
             guidance=rows[0].guidance,
+            negative=rows[0].negative,
             inputs=[r.inputs for r in rows],
         )
         for _ in rows:
@@ -389,5 +391,5 @@ def _compare_shipped(
     finally:
         sampler.close()
     limit = None if integers else FP16_LIMITS.picture_psnr_db
-    checks += compare_samples(references, results, limit, error=LOWERING_FP16)
+    checks += compare_samples(references, results, limit, error=LOWERING_FP16, schedules=manifest.schedules)
     return checks, results

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from fewstep import noise
 from fewstep.contract import Guidance
-from fewstep.guidance import guidance_embedding
+from fewstep.guidance import combine, guidance_embedding, guidance_value
 from fewstep.manifest import TokenizerSpec
 from fewstep.recipe import Limits
-from fewstep.runtimes.parity import Floor
+from fewstep.runtimes.parity import Floor, trajectory_limits
 from fewstep.runtimes.quantized_parity import agreement_of, floor_checks_of
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
@@ -234,7 +234,41 @@ def guidance_vectors() -> dict[str, Any]:
     cases = [
         {"scale": w, "values": _hex(guidance_embedding(guidance, w))} for w in (0.0, 1.0, 1.5, 3.0, 7.5, 8.4, 14.9)
     ]
-    return {"about": "fewstep.guidance.guidance_embedding.", "guidance": asdict(guidance), "cases": cases}
+    scalars = [
+        Guidance("scalar", 1.0, factor=factor, shift=shift) for factor, shift in ((1.0, 0.0), (0.1, 0.0), (-3.0, 0.7))
+    ]
+    told = [
+        {"guidance": asdict(scalar), "scale": w, "values": _hex(guidance_value(scalar, w))}
+        for scalar in scalars
+        for w in (0.0, 0.3, 3.5, 7.1)
+    ]
+    return {
+        "about": "fewstep.guidance: guidance_embedding, guidance_value, combine; fewstep.contract.Guidance.",
+        "guidance": asdict(guidance),
+        "cases": cases,
+        "scalars": told,
+        "passes": _passes(),
+        "combined": _combined(),
+    }
+
+
+def _passes() -> list[dict[str, Any]]:
+    """Returns which scales have two passes, around thresholds that are exact in double precision."""
+    above = Guidance("two_pass", 0.0, threshold=1.0)
+    found = [
+        above,
+        replace(above, threshold=math.nextafter(1, 0)),
+        replace(above, threshold=None),
+        Guidance("none", 0.0),
+    ]
+    scales = (-1.0, 0.0, 0.5, math.nextafter(1, 0), 1.0, math.nextafter(1, 2), 7.5)
+    return [{"guidance": asdict(g), "scale": w, "two": g.two_passes(w)} for g in found for w in scales]
+
+
+def _combined() -> list[dict[str, Any]]:
+    """Returns combined passes."""
+    u, c = (noise.normal(3, offset, (1, 8)) for offset in (0, 1))
+    return [{"scale": w, "u": _hex(u), "c": _hex(c), "values": _hex(combine(u, c, w))} for w in (1.5, 3.3, 7.5)]
 
 
 def floor_vectors() -> dict[str, Any]:
@@ -259,7 +293,15 @@ def floor_vectors() -> dict[str, Any]:
         verdicts = [{**asdict(check), "passed": check.passed} for check in checks]
         stated = [{**v, "value": None if math.isnan(v["value"]) else v["value"]} for v in verdicts]
         cases.append({"floor": asdict(floor), "most_db": most_db, "values": values, "checks": stated})
-    return {"about": "fewstep.runtimes.quantized_parity.floor_checks_of; a value of null is NaN.", "cases": cases}
+    latents = [noise.normal(5, k, (1, 16)) * np.float32(size) for k, size in enumerate((1.8, 0.6, 0.1))]
+    starts = [(start, trajectory_limits(80.0, latents, start)) for start in (1.0, 14.6, 4096.0)]
+    return {
+        "about": "fewstep.runtimes.quantized_parity.floor_checks_of, a value of null is NaN; parity.trajectory_limits.",
+        "cases": cases,
+        "trajectories": [
+            {"start": start, "latents": [_hex(x) for x in latents], "limits": limits} for start, limits in starts
+        ],
+    }
 
 
 def byte_tokenizer() -> dict[str, Any]:

@@ -12,11 +12,11 @@ import { externalDataFiles } from "../src/lib/onnx";
 import { normal } from "../src/lib/noise";
 import { bind, checkOrigins, rowOf, setStep, type Origins } from "../src/lib/origins";
 import { readSafetensors } from "../src/lib/safetensors";
-import type { Session } from "../src/lib/runtime";
+import type { Session, Tensors } from "../src/lib/runtime";
 import { Sampler } from "../src/lib/sampler";
 import { firstSchemaError } from "../src/lib/schema";
 import { sha256, sha256InScript } from "../src/lib/sha256";
-import { cast, float32, fromFloat16, toFloat16 } from "../src/lib/tensor";
+import { cast, float32, fromFloat16, toFloat16, type Tensor } from "../src/lib/tensor";
 
 const random = (count: number): Uint8Array<ArrayBuffer> => {
   let state = 1;
@@ -101,6 +101,11 @@ const table = (steps: number): object => ({
 
 const spec = (name: string, dtype: string, shape: number[]): object => ({ name, dtype, shape });
 
+const unguided = {
+  ...{ kind: "none", scale: 1, frequencies: [], factor: 1000, shift: 0, threshold: null, negative: "" },
+  ...{ unconditional: {}, takes_negative: false, empty_is_none: false, own: null, reason: "" },
+};
+
 function manifest(bindings: { [input: string]: string } = {}, more: object = {}): Manifest {
   const denoiser = {
     inputs: [spec("x", "float32", [1, 2]), spec("t", "int64", [3])],
@@ -118,7 +123,7 @@ function manifest(bindings: { [input: string]: string } = {}, more: object = {})
       latent_scale: 1,
       latent_shift: 0,
       prediction_type: "epsilon",
-      guidance: { kind: "none", scale: 1, frequencies: [], factor: 1000, negative: "" },
+      guidance: unguided,
       initial: "noise:0",
       anchor: null,
       inputs: [],
@@ -188,6 +193,70 @@ describe("steps that call different networks", () => {
     [["denoiser", "denoiser_large"], "names denoiser_large, which is no network of the loop"],
     [["denoiser"], "names 1 networks"],
   ])("are refused where it names %j", (networks, text) => expect(() => two(networks)).toThrow(text));
+});
+
+describe("guidance with two passes", () => {
+  const guidance = { ...unguided, kind: "two_pass", scale: 2, threshold: 1, unconditional: { "encoder.c": "zeros" }, takes_negative: true };
+  const guided = (more: object = {}): Manifest => {
+    const { components, contract } = manifest({ c: "encoder.c", m: "mask:words" });
+    components.denoiser!.inputs.push(spec("c", "float32", [1, 2]) as never, spec("m", "int64", [1, 1]) as never);
+    const encoder = { inputs: [spec("ids", "int64", [1, 1])], outputs: [spec("c", "float32", [1, 2])], bindings: { ids: "tokens:words" }, phase: "before" };
+    Object.assign(contract.output, { kind: "depth" });
+    Object.assign(contract, { guidance: { ...guidance, ...more } });
+    const words = { folder: "words", length: 1, pad_id: 0, padding_side: "right", prefix: "", suffix: "", clean: false, input: "prompt" };
+    return parsed(manifest({}, { components: { encoder, ...components }, contract, tokenizers: { words }, schedules: { "2": { ...table(2), g: [0, 0] } } }));
+  };
+
+  /** Returns what networks were given: encodings are the text's length, the denoiser's output is its condition. */
+  async function drawn(value: Manifest, request: object, held: Map<string, Tensor> = new Map()) {
+    const seen: string[] = [];
+    const open = async (component: string): Promise<Session> => ({
+      run: async ({ ids, c }): Promise<Tensors> => {
+        seen.push(component === "encoder" ? `encoder ${(ids!.data as BigInt64Array)[0]}` : `denoiser ${(c!.data as Float32Array)[0]}`);
+        return component === "encoder"
+          ? { c: float32([1, 2], new Float32Array(2).fill(Number((ids!.data as BigInt64Array)[0]))) }
+          : { y: float32([1, 2], Float32Array.from(c!.data as Float32Array)) };
+      },
+      close: async () => {},
+    });
+    const words = { encode: (text: string) => ({ ids: BigInt64Array.of(BigInt(text.length)), mask: BigInt64Array.of(1n) }) };
+    const sampler = new Sampler(value, new Map([["words", words as never]]), open, true, held);
+    const { output } = await sampler.sample({ prompt: "four", seed: 1n, schedule: value.schedules["2"]!, ...request });
+    return { seen, output: [...(output.data as Float32Array)] };
+  }
+
+  it("gives the unconditional one what the bundle says, and encodes nothing for it", async () => {
+    const { seen } = await drawn(guided(), {});
+    expect(seen).toEqual(["encoder 4", "denoiser 0", "denoiser 4", "denoiser 0", "denoiser 4"]);
+    const held = new Map([["encoder.c", float32([1, 2], Float32Array.of(7, 7))]]);
+    const inFile = guided({ unconditional: { "encoder.c": "guidance/unconditional.safetensors" } });
+    expect((await drawn(inFile, {}, held)).seen).toEqual(["encoder 4", "denoiser 7", "denoiser 4", "denoiser 7", "denoiser 4"]);
+  });
+
+  it("encodes a negative prompt, also an empty one unless that is none", async () => {
+    expect((await drawn(guided(), { negativePrompt: "no" })).seen.slice(0, 4)).toEqual(["encoder 2", "encoder 4", "denoiser 2", "denoiser 4"]);
+    expect((await drawn(guided(), { negativePrompt: "" })).seen[0]).toEqual("encoder 0");
+    expect((await drawn(guided({ empty_is_none: true }), { negativePrompt: "" })).seen[0]).toEqual("encoder 4");
+    await expect(drawn(guided({ takes_negative: false }), { negativePrompt: "no" })).rejects.toThrow("this generator takes none");
+  });
+
+  it("makes one pass at the threshold and below", async () => {
+    for (const scale of [1, 0.5, 0]) expect((await drawn(guided(), { guidance: scale })).seen).toEqual(["encoder 4", "denoiser 4", "denoiser 4"]);
+    expect((await drawn(guided({ threshold: null }), { guidance: 0 })).seen.length).toBe(5);
+  });
+
+  it("weighs by the scale, plus one where the pipeline does", async () => {
+    // F = w 4 against F = (w + 1) 4: that of the next scale.
+    const next = await drawn(guided(), { guidance: 3 });
+    expect((await drawn(guided({ shift: 1 }), { guidance: 2 })).output).toEqual(next.output);
+  });
+
+  it("refuses an origin that is not known, a path that leaves, and scales of a bundle for one alone", async () => {
+    expect(() => checkOrigins(guided({ unconditional: { "moon.c": "zeros" } }))).toThrow("the unconditional pass is bound to");
+    expect(() => guided({ unconditional: { "encoder.c": "../x" } })).toThrow("leaves the bundle");
+    const fixed = guided({ kind: "fixed", threshold: null, unconditional: {}, takes_negative: false, reason: "it rescales" });
+    await expect(drawn(fixed, { guidance: 3 })).rejects.toThrow("guidance is 3, but this bundle is made for 2 alone");
+  });
 });
 
 describe("origins", () => {

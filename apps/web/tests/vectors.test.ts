@@ -3,8 +3,8 @@
 import { readFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { describe, expect, it } from "vitest";
-import { floorChecks, floorOf } from "../src/lib/floor";
-import { guidanceEmbedding } from "../src/lib/guidance";
+import { floorChecks, floorOf, trajectoryLimits } from "../src/lib/floor";
+import { combine, guidanceEmbedding, guidanceValue, twoPasses } from "../src/lib/guidance";
 import type { Manifest, Schedule } from "../src/lib/manifest";
 import { normal, philox4x32 } from "../src/lib/noise";
 import { sampleLoop, scaled } from "../src/lib/schedule";
@@ -134,8 +134,25 @@ describe("noise floor", () => {
   });
 });
 
+describe("limits of a trajectory", () => {
+  it.each(vectors("floor").trajectories as any[])("from $start", ({ start, latents, limits }) => {
+    const found = trajectoryLimits(80, latents.map(floatsOf), start);
+    found.forEach((limit, k) => expect(limit).toBeCloseTo(limits[k], 9));
+    expect(trajectoryLimits(null, latents.map(floatsOf), start)).toEqual([null, null, null]);
+  });
+});
+
 describe("guidance", () => {
-  const { guidance, cases } = vectors("guidance");
+  const { guidance, cases, scalars, passes, combined } = vectors("guidance");
+  it("is a number for some networks", () => {
+    for (const { guidance, scale, values } of scalars) expect(guidanceValue(guidance, scale)).toEqual(floatsOf(values));
+  });
+  it("makes two passes above a threshold", () => {
+    for (const { guidance, scale, two } of passes) expect([scale, twoPasses(guidance, scale)]).toEqual([scale, two]);
+  });
+  it("combines them", () => {
+    for (const { scale, u, c, values } of combined) expect(combine(floatsOf(u), floatsOf(c), scale)).toEqual(floatsOf(values));
+  });
   it.each(cases as any[])("w = $scale", ({ scale, values }) => {
     const found = guidanceEmbedding(guidance, scale);
     // sin of an angle in the thousands: one bit of float64 in it is nothing to float32, unless right at a boundary.

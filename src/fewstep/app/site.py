@@ -85,7 +85,7 @@ def _static_files() -> list[str]:
 
 
 def _bundle_files(bundle: Bundle) -> Iterator[tuple[str, Path]]:
-    """Yields what a browser reads of a bundle: manifest, networks, tokenizers, golden pack."""
+    """Yields what a browser reads of a bundle: manifest, networks, tokenizers, golden pack, guidance's tensors."""
     manifest = bundle.manifest
     folders = {
         PurePosixPath(manifest.artifact(WEB_RUNTIME, component).path).parent for component in manifest.components
@@ -97,7 +97,7 @@ def _bundle_files(bundle: Bundle) -> Iterator[tuple[str, Path]]:
     for name in manifest.files:
         path = PurePosixPath(name)
         network = path.parent in folders and path.suffix != ".json"
-        if network or path in tokenizers or path.parts[0] == "golden":
+        if network or path in tokenizers or path.parts[0] in ("golden", "guidance"):
             yield name, bundle.file(name)
 
 

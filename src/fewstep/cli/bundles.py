@@ -25,6 +25,7 @@ from fewstep.cli.options import (
 )
 from fewstep.devices import read_device_report
 from fewstep.executed import stand_in_notes
+from fewstep.guidance import guidance_text, unguided_notes
 from fewstep.inputs import example_inputs
 from fewstep.quantization import parse_size, with_budget
 from fewstep.recipe import FORMS, load_recipe
@@ -95,8 +96,10 @@ def build(
             progress=progress,
         )
     if as_json:
-        return print_json({"bundle": str(out), "parity": bundle.manifest.parity})
+        told = guidance_text(bundle.manifest.contract.guidance)
+        return print_json({"bundle": str(out), "parity": bundle.manifest.parity, "guidance": told})
     print_parity(bundle.manifest.parity or {}, bundle.manifest.caveats)
+    OUT.print(f"guidance  {guidance_text(bundle.manifest.contract.guidance)}", markup=False, soft_wrap=True)
     OUT.print(f"bundle  {out}", markup=False)
     OUT.print(f"report  {out / 'report' / 'index.html'}", markup=False)
 
@@ -117,6 +120,9 @@ def build(
     help="Draw so many at once, of SEED and the seeds after it; the file's name gets the seed.",
 )
 @guidance_option
+@click.option(
+    "--negative-prompt", metavar="TEXT", help="What to keep away from; none unless given, as in the pipeline."
+)
 @runtime_option
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="PNG, WAV, GIF or NPY file.")
 @click.option("--rate", type=click.IntRange(1), help="Samples a second of a WAV file; the bundle's unless given.")
@@ -131,6 +137,7 @@ def generate(
     shape: str | None,
     batch: int,
     guidance: float | None,
+    negative_prompt: str | None,
     runtime: str | None,
     out: Path,
     rate: int | None,
@@ -154,11 +161,20 @@ def generate(
     inputs = [example_inputs(contract.inputs, i) for i in range(len(prompts))]
     if given or not grid:
         inputs = [media.read_inputs(contract.inputs, given)] * len(prompts)
-    for note in stand_in_notes(runtime or opened.manifest.runtimes[0]):
+    notes = stand_in_notes(runtime or opened.manifest.runtimes[0])
+    for note in [*notes, *unguided_notes(contract.guidance, guidance, negative_prompt)]:
         ERR.print(f"note: {note}", markup=False)
     with progress_bars() as progress:
         samples = stages.draw(
-            opened, prompts, seeds, inputs=inputs, steps=steps, guidance=guidance, runtime=runtime, progress=progress
+            opened,
+            prompts,
+            seeds,
+            inputs=inputs,
+            steps=steps,
+            guidance=guidance,
+            negative=negative_prompt,
+            runtime=runtime,
+            progress=progress,
         )
     paths = [out]
     if grid:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewstep.feeds import Sample
+from fewstep.guidance import guidance_text
 from fewstep.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
 from fewstep.report import images
 from fewstep.report.bought import Account, bought_of
@@ -202,7 +203,7 @@ def _contract(manifest: Manifest) -> list[Section]:
         Section("latent", f"float32 {[1, *contract.latent_shape]}"),
         Section("decoder input", f"latent / {contract.latent_scale:g} + {contract.latent_shift:g}"),
         Section("prediction type", contract.prediction_type),
-        Section("guidance", f"{guidance.kind}, w = {guidance.scale:g}"),
+        Section("guidance", guidance_text(guidance)),
         Section("noise", contract.noise),
     ]
     for component, spec in manifest.components.items():

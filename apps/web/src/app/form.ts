@@ -69,6 +69,7 @@ export class Form {
     byId("suggestions").replaceChildren(...bundle.prompts.map(suggest));
     byId("guidance-field").hidden = bundle.guidance === null;
     if (bundle.guidance !== null) {
+      this.guidance.min = bundle.guidance < 1 ? "0" : "1"; // 0 where the bundle's own is none
       this.guidance.max = String(Math.max(8, 2 * bundle.guidance));
       this.guidance.value = String(this.settings.guidance ?? bundle.guidance);
       this.showGuidance();

@@ -80,7 +80,7 @@ async function load(bundle: string, choice: EngineChoice): Promise<void> {
     inputs,
     stepCounts: stepCounts(manifest),
     defaultSteps: manifest.default_steps,
-    guidance: guidance.kind === "none" ? null : guidance.scale,
+    guidance: guidance.kind === "none" || guidance.kind === "fixed" ? null : guidance.scale,
     prompts: manifest.prompts,
     licences: manifest.licences,
     caveats: manifest.caveats,

@@ -3,10 +3,13 @@
 import { FewstepError } from "./errors.js";
 import { BundleFiles, fetchOrExplain, type OnBytes } from "./files.js";
 import { artifactOf, parseManifest, RUNTIME, scheduleOf, type Manifest } from "./manifest.js";
+import { ZEROS } from "./guidance.js";
 import { ortSessions, type Ort, type Provider } from "./runtime.js";
 import { Sampler, type Request, type Sample } from "./sampler.js";
 import { checkSeal, checkSignature } from "./seal.js";
 import { sha256 } from "./sha256.js";
+import { readSafetensors } from "./safetensors.js";
+import type { Tensor } from "./tensor.js";
 import { Tokenizer } from "./tokenizer.js";
 
 export interface OpenOptions {
@@ -90,12 +93,25 @@ export async function openSampler(manifest: Manifest, files: BundleFiles, option
   }
   const bytes = Object.keys(manifest.components).reduce((sum, name) => sum + artifactOf(manifest, name).bytes, 0);
   const open = ortSessions(options.ort, options.provider ?? "wasm", manifest, files);
-  return new Sampler(manifest, tokenizers, open, options.keepOpen ?? bytes < KEPT_BYTES);
+  const unconditional = await readUnconditional(manifest, files);
+  return new Sampler(manifest, tokenizers, open, options.keepOpen ?? bytes < KEPT_BYTES, unconditional);
+}
+
+/** Returns the tensors of the unconditional pass that are more than zeros, by origin. */
+async function readUnconditional(manifest: Manifest, files: BundleFiles): Promise<Map<string, Tensor>> {
+  const found = new Map<string, Tensor>();
+  for (const [origin, path] of Object.entries(manifest.contract.guidance.unconditional)) {
+    if (path === ZEROS) continue;
+    const tensor = readSafetensors(await files.read(path), path).tensors.get(origin);
+    if (tensor === undefined) throw new FewstepError("bundle", `${path} does not hold ${origin}`, "build the bundle again");
+    found.set(origin, tensor);
+  }
+  return found;
 }
 
 /** Returns one hash for what a bundle computes: its networks, tokenizer and golden pack, and not its reports. */
 export async function contentId(manifest: Manifest): Promise<string> {
-  const paths = Object.keys(manifest.files).filter((path) => /^(golden|tokenizer|onnxruntime)\//.test(path));
+  const paths = Object.keys(manifest.files).filter((path) => /^(golden|guidance|tokenizer|onnxruntime)\//.test(path));
   if (!paths.some((path) => path.startsWith(`${RUNTIME}/`))) {
     throw new FewstepError("bundle", `the bundle has nothing for ${RUNTIME}`, `build it with --target ${RUNTIME}`);
   }

@@ -7,7 +7,7 @@
 
 import { FewstepError } from "./errors.js";
 import type { BundleFiles } from "./files.js";
-import { floorChecks, floorOf, median, type Floor } from "./floor.js";
+import { floorChecks, floorOf, median, trajectoryLimits, type Floor } from "./floor.js";
 import { goldenPaths, readGolden, type GoldenSample } from "./golden.js";
 import { artifactOf, scheduleOf, type Manifest } from "./manifest.js";
 import { psnrDb, spread, sqnrDb } from "./metrics.js";
@@ -142,7 +142,8 @@ function checkFloor(floor: Floor, mostDb: number, integers: readonly string[], c
   return found.map((check) => judged({ ...check, step: null, sample: null, tensor: null }));
 }
 
-const labelOf = (golden: GoldenSample): string => `${golden.prompt} #${golden.seed}, ${golden.steps} steps`;
+const labelOf = ({ prompt, seed, negative, steps }: GoldenSample): string =>
+  `${prompt} #${seed}${negative === undefined ? "" : `, without ${negative}`}, ${steps} steps`;
 
 function judged(check: Omit<Check, "error" | "passed">): Check {
   const passed = !Number.isNaN(check.value) && (check.limit === null || check.value >= check.limit);
@@ -173,17 +174,19 @@ async function checkSample(
   limit: number | null,
   cancelled: () => boolean,
 ): Promise<{ checks: Check[]; calls: Call[] }> {
-  const { prompt, guidance, inputs, kind } = golden;
+  const { prompt, guidance, negative, inputs, kind } = golden;
   const schedule = scheduleOf(manifest, golden.steps);
   const { output, latents, calls } = await sampler.sample({
     prompt,
     seed: BigInt(golden.seed),
     guidance,
+    ...(negative === undefined ? {} : { negativePrompt: negative }),
     inputs,
     schedule,
     cancelled,
   });
   const sample = labelOf(golden);
+  const limits = trajectoryLimits(limit, golden.latents, schedule.init_scale);
   const checks = golden.latents.map((reference, step) =>
     judged({
       level: "trajectory",
@@ -193,7 +196,7 @@ async function checkSample(
       tensor: "latent",
       metric: "SQNR dB",
       value: sqnrDb(reference, latents[step] ?? []),
-      limit,
+      limit: limits[step]!,
     }),
   );
   const [reference, result] = [numbers(golden.output), numbers(output)];

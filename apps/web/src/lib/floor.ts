@@ -92,3 +92,20 @@ export function median(values: readonly number[]): number {
   if (sorted.length === 0) return NaN;
   return sorted.length % 2 ? sorted[middle]! : (sorted[middle - 1]! + sorted[middle]!) / 2;
 }
+
+/**
+ * Returns the limit of the latent after each step: the given one, or what float32 lets the reference itself keep.
+ *
+ * As `fewstep.runtimes.parity.trajectory_limits`: of a latent that is thousands of times larger than the next, float32
+ * keeps 2^-24. `start` is how large the first latent's noise is.
+ */
+export function trajectoryLimits(limit: number | null, latents: readonly Float32Array[], start: number): (number | null)[] {
+  let before = Math.abs(start);
+  let squared = 0;
+  return latents.map((latent) => {
+    const size = Math.sqrt(latent.reduce((sum, v) => sum + v * v, 0) / latent.length);
+    if (size > 0) squared += ((2 ** -24 * before) / size) ** 2;
+    before = size;
+    return limit === null ? null : Math.min(limit, -10 * Math.log10(squared));
+  });
+}

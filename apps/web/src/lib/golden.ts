@@ -19,6 +19,7 @@ export interface GoldenSample {
   seed: number;
   steps: number;
   guidance: number;
+  negative?: string;
   kind: string;
   inputs: Tensors;
   calls: GoldenCall[];

@@ -22,11 +22,21 @@ export interface Component {
 }
 
 export interface Guidance {
-  kind: "none" | "embedded" | "two_pass";
+  kind: "none" | "fixed" | "embedded" | "scalar" | "two_pass";
   scale: number;
   frequencies: number[];
   factor: number;
+  shift: number;
+  /** Two passes above it; null where there are two at every scale. */
+  threshold: number | null;
+  /** The text of the unconditional pass where the user gives no negative prompt. */
   negative: string;
+  /** Origins whose values are given in that pass: `zeros`, or the safetensors file that holds the tensor. */
+  unconditional: { [origin: string]: string };
+  takes_negative: boolean;
+  empty_is_none: boolean;
+  own: number | null;
+  reason: string;
 }
 
 export interface InputSpec {
@@ -160,7 +170,7 @@ export function parseManifest(text: string): Manifest {
   }
   const manifest = value as Manifest;
   refuseUnknown(manifest);
-  Object.keys(manifest.files).forEach(refuseOutside);
+  [...Object.keys(manifest.files), ...Object.values(manifest.contract.guidance.unconditional)].forEach(refuseOutside);
   checkConsistent(manifest);
   return manifest;
 }
@@ -168,7 +178,7 @@ export function parseManifest(text: string): Manifest {
 /** The entries that this library reads (or knows to mean nothing to it), of every part that decides the picture. */
 const KNOWN = {
   contract: "latent_shape latent_scale latent_shift prediction_type guidance initial anchor inputs output noise form rows batch",
-  guidance: "kind scale frequencies factor negative",
+  guidance: "kind scale frequencies factor shift threshold negative unconditional takes_negative empty_is_none own reason",
   input: "name kind shape count",
   output: "kind scale shift clip rate",
   component: "inputs outputs bindings phase",
@@ -225,6 +235,20 @@ function refuseOutside(path: string): void {
   if (/[\\:?#%\x00-\x1f\x7f]/.test(path) || parts.some((part) => ["", ".", ".."].includes(part))) {
     throw new FewstepError("bundle", `path ${JSON.stringify(path)} leaves the bundle`, "do not use this bundle");
   }
+}
+
+/** Returns the components before the loop whose outputs it wants, where the values of some origins are given. */
+export function neededBefore(components: Manifest["components"], given: ReadonlySet<string>): string[] {
+  const entries = Object.entries(components);
+  const wanted = new Set(entries.flatMap(([, c]) => (c.phase === "loop" ? Object.values(c.bindings) : [])));
+  const needed: string[] = [];
+  for (const [name, c] of entries.reverse()) {
+    const made = c.outputs.map((output) => `${name}.${output.name}`);
+    if (c.phase !== "before" || !made.some((origin) => wanted.has(origin) && !given.has(origin))) continue;
+    needed.unshift(name);
+    Object.values(c.bindings).forEach((origin) => wanted.add(origin));
+  }
+  return needed;
 }
 
 /** Returns the table for a number of steps. */

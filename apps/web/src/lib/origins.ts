@@ -1,7 +1,7 @@
 /** Where the value of a component's input comes from: the one place that knows the names of origins. */
 
 import { FewstepError } from "./errors.js";
-import { guidanceEmbedding } from "./guidance.js";
+import { guidanceValue } from "./guidance.js";
 import type { Contract, Manifest, Schedule, TensorSpec } from "./manifest.js";
 import { normal } from "./noise.js";
 import { cast, numbers, sizeOf, type Tensor } from "./tensor.js";
@@ -63,7 +63,7 @@ function stepNumbers(schedule: Schedule, k: number): { [origin: string]: number 
 export function bind(values: Origins, origin: string, spec: TensorSpec, contract: Contract): Tensor {
   const value = values.get(origin);
   if (value === undefined) throw unknownOrigin(origin, spec.name);
-  const given = origin === GUIDANCE ? guidanceEmbedding(contract.guidance, value as number) : value;
+  const given = origin === GUIDANCE ? guidanceValue(contract.guidance, value as number) : value;
   const data = typeof given === "number" ? [given] : given instanceof Float32Array ? given : valuesOf(given);
   const count = sizeOf(spec.shape);
   const same = data.length === count;
@@ -110,6 +110,7 @@ export function checkOrigins(manifest: Manifest): void {
   }
   check(contract.initial, "the first latent");
   if (contract.anchor !== null) check(contract.anchor, "the anchor");
+  for (const origin of Object.keys(contract.guidance.unconditional)) check(origin, "the unconditional pass");
 }
 
 function unknownOrigin(origin: string | undefined, name: string): FewstepError {

@@ -1,8 +1,8 @@
 /** Prompt and seed in, picture out: the counterpart of `fewstep.runtimes.sampler` in Python. */
 
 import { FewstepError } from "./errors.js";
-import { combine } from "./guidance.js";
-import { isDenoiser, networkOf, type Contract, type InputSpec, type Manifest, type Phase, type Schedule } from "./manifest.js";
+import { checkGuidance, combine, replacedOrigins, twoPasses } from "./guidance.js";
+import { isDenoiser, neededBefore, networkOf, type Contract, type InputSpec, type Manifest, type Phase, type Schedule } from "./manifest.js";
 import { normal } from "./noise.js";
 import {
   bind,
@@ -32,6 +32,8 @@ export interface Request {
   schedule: Schedule;
   /** The guidance scale; the generator's own unless given. */
   guidance?: number;
+  /** What to keep away from; without it the pipeline's own way, which may be another than an empty text. */
+  negativePrompt?: string;
   /** What the generator takes beside the prompt, by name. */
   inputs?: { [name: string]: Tensor };
   /** Called after each step with the latent and x0; sampling goes on when it has ended. */
@@ -79,6 +81,8 @@ export class Sampler {
     private readonly tokenizers: ReadonlyMap<string, Tokenizer>,
     private readonly openSession: OpenSession,
     private readonly keepOpen: boolean,
+    /** The tensors of the unconditional pass that are more than zeros, by origin. */
+    private readonly unconditional: ReadonlyMap<string, Tensor> = new Map(),
   ) {
     checkOrigins(manifest);
     this.contract = manifest.contract;
@@ -87,17 +91,14 @@ export class Sampler {
   async sample(request: Request): Promise<Sample> {
     const { contract } = this;
     const { schedule, seed } = request;
-    const guidance = contract.guidance.scale;
-    const w = request.guidance ?? guidance;
-    if (contract.guidance.kind === "none" && w !== guidance) {
-      throw new FewstepError("contract", `guidance is ${w}, but this generator takes none`, "leave the guidance out");
-    }
+    const { guidance } = contract;
+    const w = checkGuidance(guidance, request.guidance, request.negativePrompt);
     checkInputs(contract.inputs, request.inputs ?? {});
     if (contract.form === "table") schedule.timesteps.forEach((_, k) => rowOf(contract, schedule, k)); // before any work
     const calls: Call[] = [];
     const shape = [1, ...contract.latent_shape];
     const size = sizeOf(shape);
-    const branches: Branch[] = contract.guidance.kind === "two_pass" ? ["uncond", "cond"] : ["cond"];
+    const branches: Branch[] = twoPasses(guidance, w) ? ["uncond", "cond"] : ["cond"];
     const run = async (component: string, values: Origins, step: number | null, branch: Branch): Promise<Tensors> => {
       if (request.cancelled?.()) throw new DOMException("cancelled", "AbortError");
       const start = performance.now();
@@ -108,12 +109,17 @@ export class Sampler {
 
     const known = new Map<Branch, Origins>();
     for (const branch of branches) {
-      const values = this.given(branch === "cond" ? request.prompt : contract.guidance.negative, request);
+      const values = this.given(branch === "cond" ? request.prompt : (request.negativePrompt ?? guidance.negative), request);
+      const fixed = this.fixed(branch === "cond" ? [] : replacedOrigins(guidance, request.negativePrompt));
       setGuidance(values, w);
       known.set(branch, values);
-      for (const component of this.phase("before")) {
+      const keep = (): void => fixed.forEach((value, origin) => values.set(origin, value));
+      keep();
+      const components = fixed.size === 0 ? this.phase("before") : neededBefore(this.manifest.components, new Set(fixed.keys()));
+      for (const component of components) {
         this.drawNoise(component, values, seed);
         await run(component, values, null, branch);
+        keep();
       }
     }
     const last = known.get("cond")!;
@@ -137,7 +143,7 @@ export class Sampler {
       }
       const unconditional = outputs.get("uncond");
       const conditional = outputs.get("cond")!;
-      return unconditional === undefined ? conditional : combine(unconditional, conditional, w);
+      return unconditional === undefined ? conditional : combine(unconditional, conditional, w + guidance.shift);
     };
     const latents: Float32Array[] = [];
     const steps = schedule.timesteps.length;
@@ -204,6 +210,11 @@ export class Sampler {
       values.set(maskOf(name), { dtype: "int64", shape: [1, mask.length], data: mask });
     }
     return values;
+  }
+
+  /** Returns the values of origins that are not computed in the unconditional pass: zeros, or what the bundle holds. */
+  private fixed(origins: readonly string[]): Origins {
+    return new Map(origins.map((origin) => [origin, this.unconditional.get(origin) ?? 0]));
   }
 
   private drawNoise(component: string, values: Origins, seed: bigint): void {
