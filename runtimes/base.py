@@ -94,6 +94,8 @@ class Runtime:
     """What runs artifacts here, where that is not the runtime itself."""
     stored: Callable[[Path], Stored] | None = None
     """(artifact path) -> what its file holds, for comparing integers exactly; None where the format cannot be read."""
+    run_cut: Callable[[Path, Mapping[str, Array], Mapping[str, Array], Sequence[str]], dict[str, Array]] | None = None
+    """(artifact path, inputs, quantized tensors to give to their readers, names of those wanted) -> these by name."""
     image_outputs: bool = False
     """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
 

@@ -96,6 +96,21 @@ def stored(path: Path) -> Stored:
     return Stored(lambda: _constants(graph, path), _grids(graph, path, names))
 
 
+def multiplies_unsigned(path: Path) -> bool:
+    """Returns whether a model's activations go onto unsigned grids."""
+    data = path.read_bytes()
+    if b"QuantizeLinear" not in data:
+        return False
+    graph, _ = _graph_and_names(data)
+    packed = {name for node in _nodes(graph) if b"MatMulNBits" in node for name in _texts(node, _NODE_INPUT)}
+    for number, _, payload in fields(graph):
+        if number == _INITIALIZER:
+            kinds = [_varint(p, 0)[0] for n, _, p in fields(payload) if n == _TYPE]
+            if kinds == [_ELEMENTS["uint8"]] and _texts(payload, _NAME)[0] not in packed:
+                return True
+    return False
+
+
 def _graph_and_names(data: bytes) -> tuple[bytes, Mapping[str, str]]:
     graph, entries = b"", {}
     for number, _, payload in fields(data):
@@ -258,15 +273,14 @@ class Cut:
             _link(file, folder / file.name)
         return target
 
+    @staticmethod
+    def stored_name(path: Path, name: str) -> str:
+        """Returns what a model calls a value that the program has another name for."""
+        return results_of(path)[name]
+
     def feeds(self) -> dict[str, Array]:
         """Returns what the cut model takes beside the inputs of the model."""
         return {f"{name}.given": values for name, values in self.given.items()}
-
-
-def inputs_used(path: Path) -> list[str]:
-    """Returns the names of a model's inputs."""
-    graph, _ = _graph_and_names(path.read_bytes())
-    return [_texts(payload, 1)[0] for number, _, payload in fields(graph) if number == _INPUT]
 
 
 def results_of(path: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ def run_here(
     path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, settings: Mapping[str, str] | None = None
 ) -> dict[str, Array]:
     """Returns a model's outputs by name, on this machine; ``settings`` as in `fewstep.runtimes.ort.open_session`."""
-    options = session_options(None)
+    options = session_options(None, path=path)
     for name, value in (settings or {}).items():
         options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -98,6 +98,9 @@ def floor_checks_of(
 # Right executions of the built-in generator scatter by 1.9 dB in a call of its denoiser and by 2 to 3 in a picture.
 # From eight values on, a spread of their own is known to a third.
 _USUAL_DB, _ENOUGH = 2.0, 8
+# A spread beyond that of right executions is not theirs: some calls had no rounding that fell the other way, others
+# one. It says nothing of how far below the median another right execution may be.
+MOST_SPREAD_DB = 3.0
 
 
 def floor_limit(floor: Agreement, count: int, most_db: float) -> float:
@@ -107,8 +110,24 @@ def floor_limit(floor: Agreement, count: int, most_db: float) -> float:
     medians (a median's is 1.2533 times a mean's) are what so few values leave unsure. The spread is that of the floor
     alone: values that scatter more than right ones would be no excuse for themselves.
     """
-    unsure = 2 * _MEDIAN_TO_MEAN * floor.spread_db * math.sqrt(1 / floor.count + 1 / count)
+    unsure = 2 * _MEDIAN_TO_MEAN * min(floor.spread_db, MOST_SPREAD_DB) * math.sqrt(1 / floor.count + 1 / count)
     return min(floor.median_db - BELOW_FLOOR_DB - unsure, most_db)
+
+
+def recorded_floor_checks(recorded: Floor, measured: Floor, limits: Limits) -> list[Check]:
+    """Returns the checks of the floor in a manifest, which a device reads, against one measured now.
+
+    One far below would let a wrong artifact pass. Both are medians of right executions and differ as such.
+    """
+    named = {**{name: (floor, measured.components.get(name)) for name, floor in recorded.components.items()}}
+    pairs = {**named, "picture": (recorded.picture, measured.picture)}
+    checks = []
+    for name, (kept, now) in pairs.items():
+        if now is not None:
+            limit = floor_limit(now, kept.count, limits.picture_psnr_db)
+            value = min(kept.median_db, _EQUAL_DB)
+            checks.append(Check(LOWERING, "manifest", name, None, None, None, "recorded floor dB", value, limit))
+    return checks
 
 
 def floor_of(

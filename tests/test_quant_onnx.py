@@ -25,7 +25,7 @@ from fewstep.optimize.quantize import ComponentPlan, quantize
 from fewstep.program import Program
 from fewstep.quantization import Quantization, SiteChoice
 from fewstep.runtimes.base import PointResult
-from fewstep.runtimes.ort import session_options
+from fewstep.runtimes.ort import EXACT_PRODUCTS, session_options
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_lower import lower
 from fewstep.runtimes.ort_pack import pack_int4, widen_weights
@@ -40,6 +40,8 @@ Array = np.ndarray[Any, Any]
 def ort_run(model: ir.Model | onnx.ModelProto, inputs: dict[str, Array]) -> list[Array]:
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     session_of = session_options(1)
+    if any(v.dtype == ir.DataType.UINT8 for v in ir.from_proto(proto).graph.initializers.values()):
+        session_of.add_session_config_entry(*EXACT_PRODUCTS)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), session_of, providers=["CPUExecutionProvider"])
     return list(session.run(None, inputs))
 

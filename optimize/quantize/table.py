@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from fewstep.manifest import PLAN_FOLDER
 from fewstep.program import Program
 from fewstep.runtimes.integers import DEQUANTIZE, QUANTIZE, attribute
 from fewstep.runtimes.module_paths import module_path, path_of_parameter
-from fewstep.runtimes.stored_parity import TABLE, digest
+from fewstep.runtimes.parity import LOWERING, Check
+from fewstep.runtimes.stored_parity import STORED, TABLE, digest
 
 _aten, _ops = torch.ops.aten, torch.ops.quantized_decomposed
 _CONSTANT = (DEQUANTIZE, _ops.dequantize_per_channel.default)
@@ -52,6 +54,23 @@ def write_table(programs: Mapping[str, Program], folder: Path) -> None:
     """Writes the table of every component beside the plan of a bundle in ``folder``."""
     table = {name: integer_table(program) for name, program in programs.items()}
     (folder / PLAN_FOLDER / TABLE).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def table_checks(kept: Mapping[str, Any], programs: Mapping[str, Program]) -> list[Check]:
+    """Returns the checks that a bundle's table is the one of its quantized programs, made again from the source."""
+    checks = []
+    for component, program in programs.items():
+        now, known = json.loads(json.dumps(integer_table(program))), kept.get(component, {})
+        for kind, entries in now.items():
+            pairs = zip_longest(known.get(kind, ()), entries)
+            wrong = [_path_of(old if new is None else new, kind) for old, new in pairs if old != new]
+            where = (LOWERING, STORED, component, None, None, ", ".join(dict.fromkeys(wrong[:3])) or None)
+            checks.append(Check(*where, f"{kind} of the table", float(not wrong), 1.0))
+    return checks
+
+
+def _path_of(entry: Any, kind: str) -> str:
+    return str(entry["path"]) if isinstance(entry, dict) and "path" in entry else kind
 
 
 def _constant(module: GraphModule, node: Node) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def bisect_failures(
     from fewstep.export import load
 
     manifest = bundle.manifest
-    original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
+    original = load(source, guidance=manifest.recipe.get("guidance"), eager=True)
     _, programs, quantized, _ = prepare(bundle, as_built(original, manifest))
     found: dict[str, Departure | None] = {}
     for component in sorted({check.component for check in failures if check.level in _LEVELS}):

@@ -12,10 +12,13 @@ from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.executed import compute_notes, executor_text, stand_in_notes
 from fewstep.feeds import Sample
 from fewstep.further import batches
+from fewstep.golden import compare_golden, token_checks
+from fewstep.golden_operations import golden_operation_checks
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import (
+    Live,
     golden_samples,
     known_floor,
     live_references,
@@ -23,6 +26,7 @@ from fewstep.references import (
     usable_source,
 )
 from fewstep.runtimes import get_runtime
+from fewstep.runtimes.host import first_place, host_checks
 from fewstep.runtimes.levels import compare_levels
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -37,17 +41,19 @@ from fewstep.runtimes.parity import (
     fold,
     label,
 )
-from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
-from fewstep.runtimes.sampler import Sampler, open_sampler
+from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks, recorded_floor_checks
+from fewstep.runtimes.sampler import Sampler, open_sampler, open_tokenizers
+from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec
+from fewstep.ties import check_limits, contract_ties, golden_ties
 
 if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
     from fewstep.runtimes.departure import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
-# How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
-FLOOR_SAMPLES = 8
+# How many samples are run with other kernels to learn the noise floor: its median is then known to about 1 dB.
+FLOOR_SAMPLES = 16
 GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
 
 
@@ -62,8 +68,14 @@ class Verification:
     departures: dict[str, Departure | None] = field(default_factory=dict)
     uncompressed: tuple[Sample, ...] | None = None
     """The samples of the original network, where the recipe changed it."""
+    place: str | None = None
+    """Which part of the host departs first, such as ``tokenizer`` or ``schedule step 2``; None where none does."""
     each: dict[str, Verification] = field(default_factory=dict)
     """The verifications of each runtime, where there are several; ``results`` are those of the first."""
+
+    def with_checks(self, checks: Sequence[Check]) -> Verification:
+        """Returns the verification with checks that are of no runtime."""
+        return replace(self, report=replace(self.report, checks=self.report.checks + tuple(checks)))
 
     def and_at(self, shape: str, other: Verification) -> Verification:
         """Returns the verification with the checks of another shape's."""
@@ -81,6 +93,7 @@ def verify(
     prompts: int = 8,
     seeds: int = 2,
     bisect: bool = False,
+    trust_limits: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Returns a fresh comparison of a bundle with its reference.
@@ -93,17 +106,19 @@ def verify(
         prompts: how many of the generator's prompts, with live references.
         seeds: how many seeds of each.
         bisect: for every component that fails, name its first departing tensor (needs the source).
+        trust_limits: takes the bundle's limits as they are, also where its recipe's kind needs more.
         progress: told where the verification is.
 
     Raises:
         SourceError: ``against`` cannot be loaded.
-        ContractError: ``against`` is not the generator that the bundle was built from.
+        ContractError: ``against`` is not the generator that the bundle was built from, or the bundle's limits are below
+            what its recipe's kind needs.
         RuntimeMissingError: one of the runtimes cannot run here.
     """
     progress = progress or Silent()
     runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**bundle.manifest.recipe["limits"])
+    limits = Limits(**bundle.manifest.recipe["limits"]) if trust_limits else check_limits(bundle.manifest)
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
@@ -113,21 +128,30 @@ def verify(
         verified = verify_targets(
             bundle, golden, None, limits, runtimes=runtimes, reference=GOLDEN, caveats=caveats, progress=progress
         )
+        verified = verified.with_checks(recorded_checks(bundle, golden))
         for shape in bundle.manifest.shapes:
             at, golden = bundle.shaped(shape), golden_samples(bundle, shape)
             found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
-            verified = verified.and_at(shape, found)
-        return verified
+            verified = verified.and_at(shape, found.with_checks(_host(at, golden)))
+        return replace(verified, place=first_place(verified.report.checks))
     original = load_original(bundle, source, progress)
-    quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
+    live = live_references(bundle, original, prompts, seeds, progress)
     verified = verify_targets(
-        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+        bundle,
+        live.samples,
+        live.uncompressed,
+        limits,
+        quantized=live.quantized,
+        runtimes=runtimes,
+        progress=progress,
     )
+    verified = _with_source(verified, bundle, live, limits)
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
-        _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
-        found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
-        verified = verified.and_at(shape, found)
+        there = live_references(at, original, 1, 1, progress)
+        found = verify_targets(at, there.samples, there.uncompressed, limits, runtimes=runtimes, progress=progress)
+        verified = verified.and_at(shape, found.with_checks(_host(at, there.recorded)))
+    verified = replace(verified, place=first_place(verified.report.checks))
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
             if name not in BISECTED:
@@ -139,6 +163,45 @@ def verify(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
             )
     return verified
+
+
+def recorded_checks(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
+    """Returns the checks that take no network: how samples were recorded, and what the host makes of them."""
+    tokenizers = open_tokenizers(bundle.path, bundle.manifest.tokenizers)
+    return [*golden_ties(bundle.manifest, samples), *_host(bundle, samples), *token_checks(bundle, tokenizers)]
+
+
+def _host(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
+    manifest = bundle.manifest
+    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
+    return host_checks(manifest, tokenizers, samples, manifest.recipe["limits"]["picture_psnr_db"])
+
+
+def _with_source(verified: Verification, bundle: Bundle, live: Live, limits: Limits) -> Verification:
+    """Returns a verification with what the source says of the contract, the golden pack and the plan."""
+    manifest = bundle.manifest
+    golden = golden_samples(bundle, "")
+    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
+    checks = [*_host(bundle, live.recorded), *contract_ties(manifest, live.programs), *golden_ties(manifest, golden)]
+    checks += _host(bundle, golden)
+    checks += token_checks(bundle, tokenizers)
+    pack, compared = compare_golden(golden, live.samples, limits, verified.report.floor)
+    checks += pack
+    if live.quantized is not None:
+        from fewstep.optimize.quantize import table_checks
+
+        made = {name: live.quantized.make(name) for name in live.quantized.components}
+        checks += table_checks(load_table(bundle) or {}, made)
+    if verified.report.floor is not None:
+        checks += recorded_floor_checks(known_floor(bundle), verified.report.floor, limits)
+    left = len(golden) - compared
+    caveats = verified.caveats
+    if left:
+        caveats = (
+            *caveats,
+            f"{left} of the golden pack's {len(golden)} samples were not drawn again: give more prompts",
+        )
+    return replace(verified.with_checks(checks), caveats=caveats)
 
 
 def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
@@ -255,7 +318,11 @@ def verify_against(
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, exact[: len(some)])
         if quantized is None:
-            notes.append("quantized operations were not compared one by one: that needs the source")
+            inside, why = golden_operation_checks(bundle, name)
+            checks += inside
+            notes += [
+                "quantized operations were compared one by one at those of the golden pack" if why is None else why
+            ]
         else:
             checks += _compare_operations(bundle, name, integers, quantized, references[0], progress)
     if uncompressed is not None:
@@ -264,6 +331,9 @@ def verify_against(
             checks.append(mean_check(uncompressed, references, exact))
         if integers and narrower:
             checks.append(replace(mean_check(uncompressed, references, results), error=LOWERING_FP16))
+    stored, unread = stored_checks(bundle, name, load_table(bundle))
+    checks += stored
+    notes += unread
     executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),
