@@ -52,9 +52,12 @@ class _Playback(Sampler):
         self, component: str, inputs: Mapping[str, Array], step: int | None, branch: str
     ) -> Mapping[str, Array]:
         feed = self._recorded.get((component, step, branch))
-        if feed is None:
-            raise _NotRecordedError(component, step, branch)
-        return feed.outputs
+        if feed is not None:
+            return feed.outputs
+        for (name, at, _), other in self._recorded.items():  # the reference asks once for what is the same twice
+            if (name, at) == (component, step) and _same(other.inputs, inputs):
+                return other.outputs
+        raise _NotRecordedError(component, step, branch)
 
 
 class _NotRecordedError(Exception):
@@ -120,7 +123,8 @@ def _calls(
     """Yields the comparison of every call's inputs and, behind the last call of each step, of the latent after it."""
     calls = ours[0].feeds
     for i, feed in enumerate(calls):
-        theirs = recorded[feed.component, feed.step, feed.branch].inputs
+        known = recorded.get((feed.component, feed.step, feed.branch))
+        theirs = known.inputs if known is not None else feed.inputs
         for name, values in feed.inputs.items():
             place = _place(manifest.components[feed.component].bindings[name], feed.step)
             tensor = f"{feed.component}.{name}" + ("" if feed.branch == "cond" else f" ({feed.branch})")
@@ -152,7 +156,7 @@ def _place(origin: str, step: int | None) -> str:
 def _noise_or_scale(theirs: Array, ours: Array) -> str:
     """Returns what is wrong with the first latent: a multiple of the right one has the right noise."""
     a, b = theirs.astype(np.float64).ravel(), ours.astype(np.float64).ravel()
-    factor = float(a @ b / max(b @ b, 1e-300))
+    factor = float(a @ b) / max(float(b @ b), 1e-300)
     return "schedule init_scale" if sqnr_db(a, factor * b) >= 60.0 else "noise"
 
 
@@ -163,6 +167,10 @@ def _closeness_db(theirs: Array | None, ours: Array) -> float:
     if ours.dtype.kind != "f":
         return math.inf if np.array_equal(theirs, ours) else _WRONG_DB
     return sqnr_db(theirs, ours)
+
+
+def _same(theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> bool:
+    return theirs.keys() == ours.keys() and all(np.array_equal(values, theirs[name]) for name, values in ours.items())
 
 
 def _no_session(component: str) -> CheckedSession:

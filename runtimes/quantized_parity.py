@@ -124,7 +124,9 @@ def recorded_floor_checks(recorded: Floor, measured: Floor, limits: Limits) -> l
     checks = []
     for name, (kept, now) in pairs.items():
         if now is not None:
-            limit = floor_limit(now, kept.count, limits.picture_psnr_db)
+            # Of fewer values measured now, one mode of two may be all that is seen.
+            enough = now.count >= _ENOUGH
+            limit = floor_limit(now, kept.count, limits.picture_psnr_db) if enough else None
             value = min(kept.median_db, _EQUAL_DB)
             checks.append(Check(LOWERING, "manifest", name, None, None, None, "recorded floor dB", value, limit))
     return checks

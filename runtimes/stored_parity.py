@@ -26,7 +26,10 @@ from fewstep.runtimes.parity import LOWERING, Check
 STORED = "stored"
 TABLE = "integers.json"
 # Orders of axes that kernels are known to want come first: im2col, channels last.
-_ORDERS = {2: [(0, 1), (1, 0)], 4: [(0, 1, 2, 3), (2, 3, 1, 0), (0, 2, 3, 1), (1, 2, 3, 0)]}
+_ORDERS: Mapping[int, Sequence[tuple[int, ...]]] = {
+    2: [(0, 1), (1, 0)],
+    4: [(0, 1, 2, 3), (2, 3, 1, 0), (0, 2, 3, 1), (1, 2, 3, 0)],
+}
 _NIBBLES_ZERO = 8
 _NOTHING: Mapping[str, Any] = {"weights": (), "biases": (), "grids": (), "zero_points": ()}
 
@@ -108,13 +111,15 @@ def _artifact(artifact: Artifact, found: Stored, expected: Mapping[str, Any] | N
 
 def _same_grid(grid: Mapping[str, Any], use: tuple[float, int]) -> bool:
     scale, zero = use
-    return np.float32(scale) == np.float32(grid["scale"]) and zero == grid["zero_point"]
+    return bool(np.float32(scale) == np.float32(grid["scale"]) and zero == grid["zero_point"])
 
 
 def _finite(values: Array) -> bool:
-    """Returns whether constants are numbers; a mask of zeros and minus infinities is one."""
+    """Returns whether constants are numbers; a mask of zeros and minus infinities is one, and so is a bound."""
     if values.dtype.kind != "f" or bool(np.isfinite(values).all()):
         return True
+    if values.size == 1:
+        return not bool(np.isnan(values).any())
     others = values[~np.isneginf(values)]
     return bool((others == 0).all())
 
@@ -174,7 +179,11 @@ class _Wanted:
                 if (found := digest(candidate.astype(np.int8))) in self._known:
                     self._integers.add(found)
                     return
-        if values.size and not set(np.unique(values).tolist()) <= self._zeros and values.size not in self._shapes:
+        if (
+            values.size
+            and not {int(value) for value in np.unique(values)} <= self._zeros
+            and values.size not in self._shapes
+        ):
             self._strangers.append(name)
 
     def _see_floats(self, values: Array) -> None:

@@ -35,7 +35,9 @@ def integer_table(program: Program) -> dict[str, Any]:
     """
     module = program.exported.module()
     assert isinstance(module, GraphModule)
-    weights, biases, grids = [], [], []
+    weights: list[dict[str, Any]] = []
+    biases: list[dict[str, Any]] = []
+    grids: list[dict[str, Any]] = []
     for node in module.graph.nodes:
         if node.target in _CONSTANT and node.args[0].op == "get_attr":
             entry = _constant(module, node)
@@ -76,13 +78,15 @@ def _path_of(entry: Any, kind: str) -> str:
 def _constant(module: GraphModule, node: Node) -> dict[str, Any]:
     users = list(node.users)
     last = users[0] if len(users) == 1 and users[0].target is _aten.reshape.default else node
-    integers = attribute(module, node.args[0])
+    source = node.args[0]
+    assert isinstance(source, Node)
+    integers = attribute(module, source)
     scale = attribute(module, node.args[1])
     scale = scale if isinstance(scale, torch.Tensor) else torch.tensor([scale])
     shape = tuple(last.meta["val"].shape) if last is not node else tuple(integers.shape)
     q, s = integers.reshape(shape).numpy(), scale.float().numpy()
     entry = {
-        "path": path_of_parameter(str(node.args[0].target).removesuffix(_SUFFIX), node),
+        "path": path_of_parameter(str(source.target).removesuffix(_SUFFIX), node),
         "dtype": str(q.dtype),
         "shape": list(shape),
         "integers": digest(q),

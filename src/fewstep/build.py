@@ -27,6 +27,7 @@ from fewstep.golden import write_tokens
 from fewstep.golden_operations import save_operations
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, Silent, stage
+from fewstep.proof import recorded_checks
 from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
@@ -110,7 +111,7 @@ def build(
     from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
-    from fewstep.verify import recorded_checks, verify_targets
+    from fewstep.verify import verify_targets
 
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     options, progress, out = options or Options(), progress or Silent(), Path(out)

@@ -33,7 +33,6 @@ and a ``[quantization]`` table: see `fewstep.quantization`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import tomllib
 from collections.abc import Collection, Mapping
@@ -195,18 +194,6 @@ PRESETS = {
         "palette-mixed", weights="fp16", palette=4, palette_mean_bits=4.5, limits=Limits(compression_psnr_db=15.0)
     ),
 }
-
-
-def needed_limits(recipe: Mapping[str, Any]) -> Limits:
-    """Returns the least limits of recipes of a kind, from a recipe as a manifest has it.
-
-    Lowering follows from how weights are stored: what is multiplied from a grid keeps 80 and 60 dB, what is in float
-    100 and 80. How much a recipe compresses is its own choice, known for presets by their name.
-    """
-    kind = PRESETS["w8"] if recipe.get("quantization") is not None else PRESETS["fp32"]
-    preset = PRESETS.get(recipe.get("name", ""))
-    least = preset.limits.compression_psnr_db if preset is not None else -math.inf
-    return dataclasses.replace(kind.limits, compression_psnr_db=least)
 
 
 def load_recipe(name_or_path: str) -> Recipe:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample
 from fewstep.manifest import Manifest
-from fewstep.recipe import Limits, needed_limits
+from fewstep.recipe import PRESETS, Limits
 from fewstep.runtimes.parity import LOWERING, Check, label
 from fewstep.schedule import Schedule
 
@@ -43,6 +43,18 @@ def check_limits(manifest: Manifest) -> Limits:
                 hint="--limits bundle takes the bundle's word for it, where its recipe asked for less",
             )
     return limits
+
+
+def needed_limits(recipe: Mapping[str, Any]) -> Limits:
+    """Returns the least limits of recipes of a kind, from a recipe as a manifest has it.
+
+    Lowering follows from how weights are stored: what is multiplied from a grid keeps 80 and 60 dB, what is in float
+    100 and 80. How much a recipe compresses is its own choice, known for presets by their name.
+    """
+    kind = PRESETS["w8"] if recipe.get("quantization") is not None else PRESETS["fp32"]
+    preset = PRESETS.get(recipe.get("name", ""))
+    least = preset.limits.compression_psnr_db if preset is not None else -math.inf
+    return replace(kind.limits, compression_psnr_db=least)
 
 
 def golden_ties(manifest: Manifest, golden: Sequence[Sample]) -> list[Check]:

@@ -12,13 +12,12 @@ from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.executed import compute_notes, executor_text, stand_in_notes
 from fewstep.feeds import Sample
 from fewstep.further import batches
-from fewstep.golden import compare_golden, token_checks
 from fewstep.golden_operations import golden_operation_checks
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.progress import Progress, Silent, stage
+from fewstep.proof import host_of, recorded_checks, source_checks
 from fewstep.recipe import Limits
 from fewstep.references import (
-    Live,
     golden_samples,
     known_floor,
     live_references,
@@ -26,7 +25,7 @@ from fewstep.references import (
     usable_source,
 )
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.host import first_place, host_checks
+from fewstep.runtimes.host import first_place
 from fewstep.runtimes.levels import compare_levels
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -41,11 +40,11 @@ from fewstep.runtimes.parity import (
     fold,
     label,
 )
-from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks, recorded_floor_checks
-from fewstep.runtimes.sampler import Sampler, open_sampler, open_tokenizers
+from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
+from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec
-from fewstep.ties import check_limits, contract_ties, golden_ties
+from fewstep.ties import check_limits
 
 if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
@@ -132,7 +131,7 @@ def verify(
         for shape in bundle.manifest.shapes:
             at, golden = bundle.shaped(shape), golden_samples(bundle, shape)
             found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
-            verified = verified.and_at(shape, found.with_checks(_host(at, golden)))
+            verified = verified.and_at(shape, found.with_checks(host_of(at, golden)))
         return replace(verified, place=first_place(verified.report.checks))
     original = load_original(bundle, source, progress)
     live = live_references(bundle, original, prompts, seeds, progress)
@@ -145,12 +144,13 @@ def verify(
         runtimes=runtimes,
         progress=progress,
     )
-    verified = _with_source(verified, bundle, live, limits)
+    checks, notes = source_checks(bundle, live, limits, verified.report.floor)
+    verified = replace(verified.with_checks(checks), caveats=(*verified.caveats, *notes))
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
         there = live_references(at, original, 1, 1, progress)
         found = verify_targets(at, there.samples, there.uncompressed, limits, runtimes=runtimes, progress=progress)
-        verified = verified.and_at(shape, found.with_checks(_host(at, there.recorded)))
+        verified = verified.and_at(shape, found.with_checks(host_of(at, there.recorded)))
     verified = replace(verified, place=first_place(verified.report.checks))
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
@@ -163,45 +163,6 @@ def verify(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
             )
     return verified
-
-
-def recorded_checks(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
-    """Returns the checks that take no network: how samples were recorded, and what the host makes of them."""
-    tokenizers = open_tokenizers(bundle.path, bundle.manifest.tokenizers)
-    return [*golden_ties(bundle.manifest, samples), *_host(bundle, samples), *token_checks(bundle, tokenizers)]
-
-
-def _host(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
-    manifest = bundle.manifest
-    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    return host_checks(manifest, tokenizers, samples, manifest.recipe["limits"]["picture_psnr_db"])
-
-
-def _with_source(verified: Verification, bundle: Bundle, live: Live, limits: Limits) -> Verification:
-    """Returns a verification with what the source says of the contract, the golden pack and the plan."""
-    manifest = bundle.manifest
-    golden = golden_samples(bundle, "")
-    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    checks = [*_host(bundle, live.recorded), *contract_ties(manifest, live.programs), *golden_ties(manifest, golden)]
-    checks += _host(bundle, golden)
-    checks += token_checks(bundle, tokenizers)
-    pack, compared = compare_golden(golden, live.samples, limits, verified.report.floor)
-    checks += pack
-    if live.quantized is not None:
-        from fewstep.optimize.quantize import table_checks
-
-        made = {name: live.quantized.make(name) for name in live.quantized.components}
-        checks += table_checks(load_table(bundle) or {}, made)
-    if verified.report.floor is not None:
-        checks += recorded_floor_checks(known_floor(bundle), verified.report.floor, limits)
-    left = len(golden) - compared
-    caveats = verified.caveats
-    if left:
-        caveats = (
-            *caveats,
-            f"{left} of the golden pack's {len(golden)} samples were not drawn again: give more prompts",
-        )
-    return replace(verified.with_checks(checks), caveats=caveats)
 
 
 def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:

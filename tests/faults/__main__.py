@@ -133,8 +133,9 @@ def write_table(rows: list[Seen]) -> None:
     lines = [
         BEGIN,
         "",
-        f"{len(rows)} faults, seeded into verified bundles of `stickers` with the hashes made to fit. Noticed with the source:",
-        f"{count['live']}; by the golden pack alone, without PyTorch: {count['golden']}; named by place: {count['localised']}.",
+        f"{len(rows)} faults, seeded into verified bundles of `stickers` with the hashes made to fit. Noticed:",
+        f"{count['live']} with the source, {count['golden']} by the golden pack alone (without PyTorch);",
+        f"{count['localised']} were named by their place.",
         "The app's device check was not run on them.",
         "",
         "| fault | recipe | live | golden pack | named |",
