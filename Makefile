@@ -94,6 +94,9 @@ test-hostile: $(VENV)/.dev ## Reads 10,000 hostile bundles, recipes, plans and t
 	$(BIN)/python -W ignore -m tests.hostile --count $$(( $(HOSTILE) * 8 / 10 )) --bundles build/hostile/lcm build/hostile/plain
 	$(BIN)/python -W ignore -m tests.hostile --count $$(( $(HOSTILE) * 2 / 10 )) --bundles build/hostile/lcm --kinds plan reference
 	$(BIN)/python -W ignore -m tests.hostile --count $(HOSTILE_SOURCES) --sources build/hostile/source --kinds source
+.PHONY: test-faults
+test-faults: $(VENV)/.dev ## Seeds faults into verified bundles and writes what notices them into docs/parity.md (goes on where it was interrupted)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults
 
 .PHONY: families
 families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md

@@ -97,7 +97,7 @@ def test_without_a_golden_pack_sizes_are_small(tmp_path: Path) -> None:
     values = json.loads((bundle.path / "manifest.json").read_text())
     grown = json.loads(json.dumps(values).replace("8, 12]", "8192, 8192]"))
     grown["files"] = {path: entry for path, entry in grown["files"].items() if not path.startswith("golden/")}
-    from fewstep.golden import check_golden
+    from fewstep.golden_headers import check_golden
 
     with pytest.raises(BundleError, match="the latent has 201326592 values, and the bundle has no golden sample"):
         check_golden(bundle.path, Manifest.from_json(grown, where="m"))

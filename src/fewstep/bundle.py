@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fewstep.consistency import is_inside
 from fewstep.disk import check_place, replacing
 from fewstep.errors import BundleError
-from fewstep.golden import check_golden
+from fewstep.golden_headers import check_golden
 from fewstep.hashing import file_sha256
 from fewstep.manifest import FileEntry, Manifest
 from fewstep.seal import MANIFEST as MANIFEST

@@ -1,84 +1,121 @@
-"""Holds the golden pack of a bundle against its manifest when the bundle is opened, by the headers of its files alone.
-
-It is what bounds a manifest's sizes: a tensor of a network is as large as what was recorded of it.
-"""
+"""The golden pack beside its samples: token ids of odd texts, so that padding and truncation are looked at anywhere."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from fewstep.contract import TensorSpec
+from fewstep.bundle import Bundle
 from fewstep.errors import BundleError
-from fewstep.feeds import Header, read_header
-from fewstep.manifest import Manifest
+from fewstep.feeds import Sample
+from fewstep.metrics import sqnr_db
+from fewstep.recipe import Limits
+from fewstep.runtimes.host import HOST
+from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label, largest_check
+from fewstep.runtimes.quantized_parity import floor_limit
+from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.texts import PROBES
 
+FOLDER, TOKENS = "golden", "tokens.json"
 GOLDEN = "golden"
-# Values of a tensor that is made before any network has seen it, where no recorded one says that it is larger.
-_UNRECORDED = 1 << 21
-_REBUILD = "build the bundle again; golden packs are not edited"
+# One for each thing that can go wrong on the way to ids: case, blanks, marks, the end of the text (padding), none at
+# all, words that merge, other alphabets, texts beyond any length (truncation).
+TEXTS = (
+    *PROBES[:4],
+    "",
+    " ",
+    "a",
+    "unbelievable extraordinary misunderstandings",
+    PROBES[22],
+    PROBES[24],
+    *PROBES[-4:],
+)
 
 
-def golden_paths(manifest: Manifest, shape: str = "") -> list[str]:
-    """Returns the listed files of the golden pack in order: of one of the further shapes, or of the first."""
-    folder = PurePosixPath(GOLDEN) / shape
-    return sorted(
-        path
-        for path in manifest.files
-        if PurePosixPath(path).parent == folder and PurePosixPath(path).suffix == ".safetensors"
-    )
+def write_tokens(folder: Path, tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Writes ids and masks of the texts beside the golden samples of a bundle's folder."""
+    if not tokenizers:
+        return
+    values = {name: _tokens(tokenizer) for name, tokenizer in tokenizers.items()}
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / FOLDER / TOKENS).write_text(json.dumps({"texts": TEXTS, "tokenizers": values}) + "\n")
 
 
-def check_golden(folder: Path, manifest: Manifest) -> None:
-    """Raises BundleError unless every golden sample is one that the manifest's components could have computed."""
-    recorded = 0
-    for shape in ("", *manifest.shapes):
-        at = manifest.shaped(shape) if shape else manifest
-        for path in golden_paths(manifest, shape):
-            header = read_header(folder / path)
-            _check_sample(f"{folder}: {path}", header, at)
-            recorded += 1
-    if not recorded:
-        _check_unrecorded(folder, manifest)
+def token_checks(bundle: Bundle, tokenizers: Mapping[str, Tokenizer]) -> list[Check]:
+    """Returns the checks of every recorded text's ids and mask against a bundle's tokenizers.
+
+    Raises:
+        BundleError: the golden pack has no ids of a tokenizer.
+    """
+    if not tokenizers:
+        return []
+    path = bundle.file(f"{FOLDER}/{TOKENS}")
+    checks = []
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        for name, tokenizer in tokenizers.items():
+            for text, expected in zip(recorded["texts"], recorded["tokenizers"][name], strict=True):
+                ids, mask = tokenizer(text)
+                same = [ids.tolist(), mask.tolist()] == [[expected["ids"]], [expected["mask"]]]
+                checks.append(_tokens_check(name, text, same))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} has no token ids: {error}", hint="build the bundle again") from error
+    return checks
 
 
-def _check_sample(where: str, header: Header, manifest: Manifest) -> None:
-    """Raises BundleError unless the tensors of a sample have the types and shapes of the manifest."""
-    head, contract = header.head, manifest.contract
-    if head["steps"] not in manifest.schedules:
-        raise BundleError(f"{where} has {head['steps']} steps, which the manifest has no schedule for", hint=_REBUILD)
-    latent = TensorSpec("latent", "float32", (1, *contract.latent_shape))
-    for k in range(head["steps"]):
-        _check_tensor(where, header, f"latents/{k}", latent)
-    for i, call in enumerate(head["calls"]):
-        spec = manifest.components.get(call["component"])
-        if spec is None:
-            raise BundleError(f"{where} calls {call['component']!r}, which is no component", hint=_REBUILD)
-        for kind, specs in (("in", spec.inputs), ("out", spec.outputs)):
-            for tensor in specs:
-                _check_tensor(where, header, f"feeds/{i}/{kind}/{tensor.name}", tensor)
-    if "output" not in header.tensors:
-        raise BundleError(f"{where} has no output", hint=_REBUILD)
+def compare_golden(
+    golden: Sequence[Sample], live: Sequence[Sample], limits: Limits, floor: Floor | None
+) -> tuple[list[Check], int]:
+    """Returns the checks of golden samples against live references of the same prompts and seeds, and how many.
+
+    Where the network computes with integers, two machines agree to the noise floor alone.
+    """
+    by_label = {label(sample): sample for sample in live}
+    checks: list[Check] = []
+    compared = 0
+    for recorded in golden:
+        fresh = by_label.get(label(recorded))
+        if fresh is not None and fresh.output.shape == recorded.output.shape:
+            compared += 1
+            checks += _sample(recorded, fresh, limits, floor)
+    return checks, compared
 
 
-def _check_tensor(where: str, header: Header, name: str, spec: TensorSpec) -> None:
-    found = header.tensors.get(name)
-    if found != (spec.dtype, spec.shape):
-        what = "is missing" if found is None else f"is {found[0]} {list(found[1])}"
-        raise BundleError(f"{where}: {name} {what}, the manifest says {spec.dtype} {list(spec.shape)}", hint=_REBUILD)
+def _sample(recorded: Sample, fresh: Sample, limits: Limits, floor: Floor | None) -> list[Check]:
+    where = label(recorded)
+
+    def check(component: str, step: int | None, tensor: str | None, value: float, limit: float | None) -> Check:
+        return Check(LOWERING, GOLDEN, component, step, where, tensor, "agreement dB", value, limit)
+
+    most = limits.picture_psnr_db
+    limit = most if floor is None else floor_limit(floor.picture, 1, most)
+    checks = [check(recorded.kind, None, "output", agreement_db(fresh, recorded), limit)]
+    if floor is None:
+        checks += largest_check(fresh, recorded, limits.picture_psnr_db, level=GOLDEN)
+        for k, (theirs, ours) in enumerate(zip(fresh.latents, recorded.latents, strict=False)):
+            checks.append(check("denoiser", k, "latent", sqnr_db(theirs, ours), limit))
+    calls = {(feed.component, feed.step, feed.branch): feed for feed in fresh.feeds}
+    for feed in recorded.feeds:
+        other = calls.get((feed.component, feed.step, feed.branch))
+        for kind in ("inputs", "outputs") if other is not None else ():
+            for name, theirs in getattr(other, kind).items():
+                ours = getattr(feed, kind).get(name)
+                same = ours is not None and ours.shape == theirs.shape
+                value = sqnr_db(theirs, ours) if same else float("nan")
+                own = None if floor is not None else min(limits.component_sqnr_db, limits.picture_psnr_db)
+                checks.append(check(feed.component, feed.step, name, value, own))
+    return checks
 
 
-def _check_unrecorded(folder: Path, manifest: Manifest) -> None:
-    for shape in ("", *manifest.shapes):
-        at = manifest.shaped(shape) if shape else manifest
-        sizes: Mapping[str, tuple[int, ...]] = {
-            "the latent": at.contract.latent_shape,
-            **{f"{name}.{t.name}": t.shape for name, spec in at.components.items() for t in spec.inputs},
-        }
-        for name, sides in sizes.items():
-            if math.prod(sides) > _UNRECORDED:
-                raise BundleError(
-                    f"{folder}: {name} has {math.prod(sides)} values, and the bundle has no golden sample of that size",
-                    hint=_REBUILD,
-                )
+def _tokens(tokenizer: Tokenizer) -> list[dict[str, list[int]]]:
+    found = []
+    for text in TEXTS:
+        ids, mask = tokenizer(text)
+        found.append({"ids": ids[0].tolist(), "mask": mask[0].tolist()})
+    return found
+
+
+def _tokens_check(name: str, text: str, same: bool) -> Check:
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    return Check(LOWERING, HOST, "tokenizer", None, repr(shown), name, "same ids and mask", float(same), 1.0)

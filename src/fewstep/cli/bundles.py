@@ -207,6 +207,13 @@ def generate(
     "--key", type=click.Path(path_type=Path), help="Public key (PEM) that the bundle must be signed with; see sign."
 )
 @click.option(
+    "--limits",
+    type=click.Choice(["recipe", "bundle"]),
+    default="recipe",
+    show_default=True,
+    help="bundle: take its limits also where they are below what its kind of recipe needs.",
+)
+@click.option(
     "--device-result",
     "device_results",
     multiple=True,
@@ -237,6 +244,7 @@ def verify(
     seeds: int,
     bisect: bool,
     key: Path | None,
+    limits: str,
     device_results: tuple[Path, ...],
     executor: str | None,
     minutes: float,
@@ -262,12 +270,14 @@ def verify(
                 prompts=prompts,
                 seeds=seeds,
                 bisect=bisect,
+                trust_limits=limits == "bundle",
                 progress=progress,
             )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
         values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
-        print_json({**values, "signed_by": signed, "devices": [device.to_json() for device in devices]})
+        values |= {"signed_by": signed, "host": result.place}
+        print_json({**values, "devices": [device.to_json() for device in devices]})
     else:
         if executor is not None:
             OUT.print(f"executor  {result.report.executor}", markup=False)
@@ -276,6 +286,8 @@ def verify(
         print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             OUT.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
+        if result.place is not None:
+            OUT.print(f"first departure on the host: {result.place}", markup=False)
         for component, departure in departures.items():
             OUT.print(f"first departure in {component}: {departure or 'none found on this feed'}", markup=False)
         for device in devices:
