@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
 from fewstep.export.embedding import read_guidance
 from fewstep.export.generator import Generator
-from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
 from fewstep.export.reference import run
 from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run
 from fewstep.export.specs import read_specs, without_glue
+from fewstep.export.text_reading import read_tokenizers
 from fewstep.export.tiled_decoder import tiles_of
 from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs, stacked
@@ -54,6 +54,7 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     if guidance.kind == "two_pass":
         plain = 0.0
         recorded = run(generator, prompt, 0, steps=count, guidance=plain, inputs=inputs, stubs=stubs)
+    tokenizers = read_tokenizers(generator, recorded, count, inputs)
     others = [probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})]
     reader = Reader(generator, recorded, guidance, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
@@ -64,6 +65,9 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     specs = read_specs(generator, recorded, reader.anatomy, wirings)
     if tiles is not None:
         specs[DECODER] = replace(specs[DECODER], tiles=tiles)
-    tokenizers = read_tokenizers(generator, recorded, prompt if isinstance(prompt, str) else prompt[0])
     contract = replace(contract, batch=generator.batch)
-    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)
+    described = Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)
+    from fewstep.export.text_check import check_texts  # it records runs by a description
+
+    check_texts(generator, described, recorded, inputs)
+    return described

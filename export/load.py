@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import SourceError
-from fewstep.export.checks import PICKLES, check_complete, check_weights_file, check_weights_folder
+from fewstep.export.checks import (
+    PICKLES,
+    check_complete,
+    check_tokenizer_folder,
+    check_weights_file,
+    check_weights_folder,
+)
 from fewstep.export.generator import Generator
 from fewstep.export.hub import download, is_hub_id
 from fewstep.export.overlay import lay_over
@@ -214,6 +220,7 @@ def check_folder(folder: Path) -> None:
                 hint="copy the whole checkpoint; model_index.json lists its parts",
             )
         check_weights_folder(folder / name)
+        check_tokenizer_folder(folder / name)
     check_complete(folder, _model_index(folder))
 
 

@@ -11,6 +11,7 @@ import torch
 from fewstep.contract import AFTER, BEFORE, INPUT, LATENT, LOOP, MASK, NOISE, SAMPLE, TIMESTEP, TOKENS
 from fewstep.export.describe import Description
 from fewstep.export.generator import Generator
+from fewstep.export.listening import Stub
 from fewstep.export.recorded import Call, Run
 from fewstep.export.reference import run
 from fewstep.export.sampling import refuse
@@ -33,8 +34,9 @@ def record(
     steps: int,
     guidance: float,
     inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    stubs: Mapping[str, Stub] | None = None,
 ) -> Sample:
-    """Returns one sample of the reference as arrays.
+    """Returns one sample of the reference as arrays; ``stubs`` stand in for its networks, see `run`.
 
     Raises:
         ExportError: this run gives the networks other conditions than the description computes.
@@ -46,6 +48,7 @@ def record(
         steps=steps,
         guidance=guidance,
         inputs=inputs,
+        stubs=stubs,
         clips=described.anatomy.clips,
     )
     feeds = tuple(_Reader(generator, described, recorded).feeds(steps))

@@ -28,8 +28,9 @@ INTEGERS = "int8"
 class TokenizerSpec:
     """A tokenizer folder (``tokenizer.json`` beside the transformers files), padded to ``length`` with ``pad_id``.
 
-    The text is stripped of outer blanks and put in lower case where ``clean`` says so, then put between ``prefix`` and
-    ``suffix``.
+    A text first goes through ``operations`` in order (`fewstep.text_operations`). Then each token of ``expansions``
+    that the tokenizer finds in it is replaced, wherever its letters stand: an embedding of several vectors (textual
+    inversion) has a token for each. Last it is put between ``prefix`` and ``suffix``.
     """
 
     folder: str
@@ -38,7 +39,8 @@ class TokenizerSpec:
     padding_side: str = "right"
     prefix: str = ""
     suffix: str = ""
-    clean: bool = False
+    operations: tuple[str, ...] = ()
+    expansions: Mapping[str, str] = field(default_factory=dict)
     input: str = "prompt"
 
 
@@ -208,7 +210,7 @@ class Manifest:
             pipeline=values["pipeline"],
             contract=_contract(values["contract"]),
             components=_components(values["components"]),
-            tokenizers={name: TokenizerSpec(**value) for name, value in values["tokenizers"].items()},
+            tokenizers={name: _tokenizer(value) for name, value in values["tokenizers"].items()},
             schedules=_schedules(values["schedules"]),
             default_steps=values["default_steps"],
             artifacts=tuple(Artifact(**value) for value in values["artifacts"]),
@@ -249,6 +251,10 @@ def _check_networks(values: Any, where: str) -> None:
                     f"{', '.join(sorted(filter(is_denoiser, loop)))}",
                     hint="build the bundle again; manifests are not edited",
                 )
+
+
+def _tokenizer(values: Any) -> TokenizerSpec:
+    return TokenizerSpec(**{**values, "operations": tuple(values["operations"])})
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:

@@ -14,7 +14,7 @@ from fewstep.bundle import MANIFEST, Bundle
 from fewstep.devices import WEB_RUNTIME
 from fewstep.errors import BundleError, ContractError
 from fewstep.hashing import file_sha256, value_sha256
-from fewstep.runtimes.tokenizer import FILE as TOKENIZER
+from fewstep.tokens import FILE as TOKENIZER
 
 STATIC = Path(__file__).parent / "static"
 SERVICE_WORKER = "sw.js"
