@@ -151,12 +151,13 @@ def _draws(generator: Generator) -> bool:
     """Returns whether a pipeline gets as far as its denoiser with a generator's inputs."""
     from fewstep.export.reference import run
     from fewstep.export.sampling import example_prompts
+    from fewstep.export.stored_networks import shape_stand_ins
     from fewstep.inputs import example_inputs
 
     def reached(_: int, __: Any) -> Any:
         raise _ReachedError
 
-    stubs = {} if generator.stored is None else generator.stored.shapes(generator)
+    stubs = {} if generator.stored is None else shape_stand_ins(generator)
     prompts, given = example_prompts(generator), example_inputs(generator.inputs, 0)
     count = generator.default_steps
     stubs = {**stubs, **{name: reached for name in generator.parts if is_denoiser(name)}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,20 @@ def check_weights_folder(folder: Path) -> None:
         raise SourceError(f"{folder} has no weights, expected a safetensors file", hint="download the component again")
     for path in weights:
         read_header(path)
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Raises SourceError if a tokenizer is there as a SentencePiece model alone, and nothing here reads those.
+
+    transformers would go on and ask for tiktoken, which does not read them.
+    """
+    models = sorted(p.name for p in folder.glob("*.model") if p.name != "tiktoken.model")
+    if models and not (folder / "tokenizer.json").is_file() and importlib.util.find_spec("sentencepiece") is None:
+        raise SourceError(
+            f"{folder} has {models[0]} and no tokenizer.json: reading it takes the package sentencepiece, which is "
+            "not installed",
+            hint="pip install 'fewstep[sentencepiece]'",
+        )
 
 
 def check_complete(folder: Path, index: Mapping[str, Any]) -> None:

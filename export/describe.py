@@ -11,13 +11,13 @@ from fewstep.export.fingerprint import fingerprint, is_own_code, with_outputs
 from fewstep.export.generator import Generator
 from fewstep.export.guidance_probe import Probe
 from fewstep.export.guided import Guided, read_two_passes
-from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
 from fewstep.export.recorded import Run
 from fewstep.export.reference import run
 from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run, refuse
 from fewstep.export.specs import read_specs, without_glue
 from fewstep.export.stored_networks import shape_stand_ins
+from fewstep.export.text_reading import read_tokenizers
 from fewstep.export.tiled_decoder import tiles_of
 from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs, stacked
@@ -65,6 +65,7 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     plain = recorded.guidance
     probe = Probe(generator, recorded, min([n for n in (*steps, count) if n > 1] or [count]), plain, stubs)
     scale = read_scale(probe)
+    tokenizers = read_tokenizers(generator, recorded, count, inputs)
     others = [probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})]
     reader = Reader(generator, recorded, scale, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule
@@ -78,9 +79,12 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     specs = read_specs(generator, recorded, reader.anatomy, wirings)
     if tiles is not None:
         specs[DECODER] = replace(specs[DECODER], tiles=tiles)
-    tokenizers = read_tokenizers(generator, recorded, prompt if isinstance(prompt, str) else prompt[0])
     contract = replace(contract, batch=generator.batch, guidance=guided.guidance)
-    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy, guided, mark)
+    described = Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy, guided, mark)
+    from fewstep.export.text_check import check_texts  # it records runs by a description
+
+    check_texts(generator, described, recorded, inputs)
+    return described
 
 
 def one_pass(generator: Generator, at: Callable[[float], Run]) -> Run:

@@ -5,43 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from fewstep.contract import TEXT
 from fewstep.export.generator import Generator
-from fewstep.export.recorded import Run, Text
-from fewstep.export.sampling import refuse
 from fewstep.manifest import TokenizerSpec
-
-
-def read_tokenizers(generator: Generator, recorded: Run, prompt: str) -> dict[str, TokenizerSpec]:
-    """Returns the tokenizers whose ids go into a network, with what the pipeline does to the text first."""
-    found = {}
-    for name, tokenizer in generator.tokenizers.items():
-        text = next((t for t in recorded.texts if t.tokenizer == name), None)
-        if text is None:
-            continue
-        prefix, suffix, clean = _around(text, prompt)
-        spec = next((i.name for i in generator.inputs if i.kind == TEXT), "prompt")
-        found[name] = TokenizerSpec(
-            folder=name,
-            length=text.ids.shape[1],
-            pad_id=int(tokenizer.pad_token_id),
-            padding_side=str(getattr(tokenizer, "padding_side", "right")),
-            prefix=prefix,
-            suffix=suffix,
-            clean=clean,
-            input=spec,
-        )
-    return found
-
-
-def _around(text: Text, prompt: str) -> tuple[str, str, bool]:
-    for clean, version in ((False, prompt), (True, prompt.lower().strip())):
-        prefix, found, suffix = text.text.partition(version)
-        if found:
-            return prefix, suffix, clean
-    raise refuse(f"the pipeline changes the prompt {prompt!r} to {text.text!r} before its tokenizer")
 
 
 def write_tokenizers(generator: Generator, tokenizers: Mapping[str, TokenizerSpec], folder: Path) -> None:
@@ -50,13 +18,25 @@ def write_tokenizers(generator: Generator, tokenizers: Mapping[str, TokenizerSpe
         tokenizer = generator.tokenizers[name]
         target = folder / spec.folder
         tokenizer.save_pretrained(target)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:  # a slow tokenizer of transformers 4
-            from transformers import AutoTokenizer
-
-            backend = AutoTokenizer.from_pretrained(target, use_fast=True).backend_tokenizer
+        backend = _backend(tokenizer)
         backend.save(str(target / "tokenizer.json"))
         backend.model.save(str(target))
+
+
+def tokenizer_json(tokenizer: Any) -> str:
+    """Returns the text of ``tokenizer.json``, as `write_tokenizers` writes it."""
+    return str(_backend(tokenizer).to_str())
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow tokenizer of transformers 4
+        from transformers import AutoTokenizer
+
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            backend = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
+    return backend
 
 
 def diffusers_files(generator: Generator) -> dict[str, str]:

@@ -98,7 +98,13 @@ def listen_to_tokenizer(name: str, tokenizer: Any, recorded: Run) -> Iterator[No
             recorded.tape.leaf(f"{TOKENS}{name}", ids)
             if mask is not None:
                 recorded.tape.leaf(f"{MASK}{name}", mask)
-            recorded.texts.append(Text(name, text if isinstance(text, str) else text[0], ids, mask))
+
+            def again(other: str) -> Mapping[str, torch.Tensor]:
+                row: Mapping[str, torch.Tensor] = original(self, other if is_one else [other], *args, **kwargs)
+                return row
+
+            is_one = isinstance(text, str)
+            recorded.texts.append(Text(name, text if is_one else text[0], ids, mask, again))
         return result
 
     with mock.patch.object(type(tokenizer), "__call__", listen):

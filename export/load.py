@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import SourceError
-from fewstep.export.checks import PICKLES, check_complete, check_weights_file, check_weights_folder
+from fewstep.export.checks import (
+    PICKLES,
+    check_complete,
+    check_tokenizer_folder,
+    check_weights_file,
+    check_weights_folder,
+)
 from fewstep.export.configs import check_config, check_files
 from fewstep.export.embedding import decided
 from fewstep.export.generator import Generator
@@ -273,6 +279,7 @@ def check_folder(folder: Path) -> None:
             )
         check_config(folder / name)
         check_weights_folder(folder / name)
+        check_tokenizer_folder(folder / name)
     check_complete(folder, index)
 
 

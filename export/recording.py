@@ -24,6 +24,7 @@ from fewstep.contract import (
 )
 from fewstep.export.describe import Description
 from fewstep.export.generator import Generator
+from fewstep.export.listening import Stub
 from fewstep.export.recorded import Call, Run
 from fewstep.export.reference import run
 from fewstep.export.sampling import refuse
@@ -48,8 +49,9 @@ def record(
     guidance: float,
     negative: str | None = None,
     inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    stubs: Mapping[str, Stub] | None = None,
 ) -> Sample:
-    """Returns one sample of the reference as arrays.
+    """Returns one sample of the reference as arrays; ``stubs`` stand in for its networks, see `run`.
 
     Raises:
         ExportError: this run gives the networks other conditions than the description computes.
@@ -62,6 +64,7 @@ def record(
         guidance=guidance,
         negative=negative,
         inputs=inputs,
+        stubs=stubs,
         clips=described.anatomy.clips,
     )
     feeds = tuple(_Reader(generator, described, recorded, negative).feeds(steps))

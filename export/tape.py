@@ -26,7 +26,9 @@ MADE = "made."
 # Another object of the same numbers: not worth a step.
 _ALIASES = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default})
 
-
+_READ, _CAT = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.cat.default
+_SLICE = torch.ops.aten.slice.Tensor
+_ZEROS = frozenset({torch.ops.aten.new_zeros.default, torch.ops.aten.zeros_like.default})
 _CLAMPS = frozenset({torch.ops.aten.clamp.default, torch.ops.aten.clip.default})
 
 
@@ -125,6 +127,7 @@ class Tape(TorchDispatchMode):
         self._kept: list[Any] = []  # the id of a tensor is its own while the tensor lives
         self._paused = 0
         self._nodes: list[_Node] = []
+        self._reads: list[tuple[int, torch.Tensor]] = []
         self.replacements: dict[int, torch.Tensor] = {}
         """What stands for the result of the operation at a position."""
 
@@ -182,6 +185,12 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """Runs an operation, and records it if what goes in matters."""
         kwargs = kwargs or {}
+        if func is _READ and not self._paused and self.varies(args[0]):
+            value = func(*args)
+            self._reads += [(value, args[0])] if isinstance(value, int) else []
+            return value
+        if func is _CAT and not self._paused and (whole := self._zeroed(*args)) is not None:
+            return whole
         if self._paused or not any(map(self.varies, _tensors((args, kwargs)))):
             return func(*args, **kwargs)
         op = func
@@ -208,6 +217,38 @@ class Tape(TorchDispatchMode):
         for tensor in results:
             self._made_by.setdefault(self._key(tensor), node)
         return result
+
+    def _zeroed(self, parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+        """Returns what ``cat((x[:n], zeros))`` gives, as operations on ``n`` too; None where it is something else.
+
+        Pipelines cut a text's states after the last token that is no padding, and fill up with zeros. They read the
+        number of tokens off a tensor, as a number of Python: one that would stay that of the first text.
+        """
+        if len(parts) != 2 or not self.varies(parts[0]) or not self._is_zeros(parts[1]):
+            return None
+        kept, dim = parts[0].shape[dim], dim % parts[0].ndim
+        read = next((tensor for value, tensor in reversed(self._reads) if value == kept), None)
+        x = self._before_cutting(parts[0], dim)
+        if read is None or x.shape[dim] != kept + parts[1].shape[dim]:
+            return None
+        places = torch.arange(x.shape[dim]).reshape(-1, *[1] * (x.ndim - dim - 1))
+        inside = self.__torch_dispatch__(torch.ops.aten.gt.Tensor, (), (read, places))
+        zeros = torch.zeros((), dtype=x.dtype)
+        whole: torch.Tensor = self.__torch_dispatch__(torch.ops.aten.where.self, (), (inside, x, zeros))
+        return whole
+
+    def _is_zeros(self, tensor: torch.Tensor) -> bool:
+        made = self._made_by.get(self._key(tensor))
+        return made.op in _ZEROS if made is not None else not (self.varies(tensor) or bool(tensor.any()))
+
+    def _before_cutting(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Returns what a tensor is the first part of; itself where that is all of it, for which nothing is recorded."""
+        made = self._made_by.get(self._key(tensor))
+        if made is None or made.op is not _SLICE:
+            return tensor
+        x, along, start = (*made.args, 0, 0)[:3]
+        whole: torch.Tensor = x.tensor
+        return whole if along % whole.ndim == dim and not start else tensor
 
     def _key(self, tensor: torch.Tensor) -> tuple[int, int]:
         return id(tensor), self._versions.get(id(tensor), 0)

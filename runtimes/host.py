@@ -22,7 +22,7 @@ from fewstep.metrics import sqnr_db
 from fewstep.runtimes.base import Array, CheckedSession
 from fewstep.runtimes.parity import LOWERING, Check, agreement_db, label
 from fewstep.runtimes.sampler import Sampler
-from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.tokens import Tokenizer
 
 HOST = "host"
 # Decibels of numbers that are equal or not: token ids and rows of the table.

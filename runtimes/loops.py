@@ -14,8 +14,8 @@ from fewstep.guidance import guidance_embedding
 from fewstep.manifest import Manifest
 from fewstep.runtimes import coreml, ort
 from fewstep.runtimes.base import Array
-from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.runtimes.unroll import input_name
+from fewstep.tokens import Tokenizer
 
 Feeds = Mapping[str, Array]
 _PACKAGE = ".mlpackage"

@@ -44,8 +44,8 @@ from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import CheckedSession, Runtime
 from fewstep.runtimes.rows import RowSession, has_rows, row_spec, row_variant
 from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
-from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
+from fewstep.tokens import Tokenizer
 
 Array = npt.NDArray[Any]
 OpenSession = Callable[[str], CheckedSession]

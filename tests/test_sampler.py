@@ -19,7 +19,7 @@ from fewstep.feeds import Sample, StepFeed, load_sample, save_sample
 from fewstep.guidance import combine, guidance_embedding
 from fewstep.manifest import Manifest, TokenizerSpec
 from fewstep.output import to_output
-from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.tokens import Tokenizer
 from tests import tiny
 from tests.bundles import built
 

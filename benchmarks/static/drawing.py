@@ -23,7 +23,7 @@ from fewstep.recipe import load_recipe
 from fewstep.runtimes.base import CheckedSession
 from fewstep.runtimes.pytorch_reference import open_program
 from fewstep.runtimes.sampler import Sampler, open_tokenizers
-from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fewstep.feeds import Sample
 from fewstep.metrics import ssim
 from fewstep.runtimes.base import Array, CheckedSession
 from fewstep.runtimes.sampler import Sampler
-from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.tokens import Tokenizer
 
 Weights = Mapping[tuple[str, str], torch.Tensor]
 """Values in the place of weights, by component and parameter name."""

@@ -31,7 +31,7 @@ from fewstep.profiles import TargetProfile, get_profile
 from fewstep.program import Program
 from fewstep.progress import Progress, Silent
 from fewstep.quantization import FLOAT_BITS, Quantization
-from fewstep.runtimes.tokenizer import Tokenizer
+from fewstep.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from fewstep.calibration import CalibrationSet

@@ -25,8 +25,8 @@ from fewstep.runtimes.pytorch_double import open_double
 from fewstep.runtimes.pytorch_reference import open_program
 from fewstep.runtimes.quantized_parity import floor_of
 from fewstep.runtimes.sampler import Sampler
-from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule
+from fewstep.tokens import Tokenizer
 
 # Of two values in two modes the middle says nothing: with sixteen, the larger of both modes decides.
 LEAST_CALLS = 16

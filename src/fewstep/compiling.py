@@ -19,6 +19,7 @@ from fewstep.manifest import Artifact
 from fewstep.progress import Progress
 from fewstep.recipe import Recipe
 from fewstep.runtimes.parity import label
+from fewstep.text_cleaners import cleaners
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
@@ -205,7 +206,7 @@ def check_size(artifacts: Sequence[Artifact], recipe: Recipe) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of everything that shapes a bundle, and the machine that built it."""
+    """Returns the versions of everything that shapes a bundle, what is absent if it does, and the machine."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in (
         "fewstep",
@@ -229,4 +230,4 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | cleaners()

@@ -14,8 +14,8 @@ from fewstep.recipe import Limits
 from fewstep.runtimes.host import HOST
 from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label, largest_check
 from fewstep.runtimes.quantized_parity import floor_limit
-from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.texts import PROBES
+from fewstep.tokens import Tokenizer
 
 FOLDER, TOKENS = "golden", "tokens.json"
 GOLDEN = "golden"

@@ -33,8 +33,9 @@ _ERRORS = 50
 class TokenizerSpec:
     """A tokenizer folder (``tokenizer.json`` beside the transformers files), padded to ``length`` with ``pad_id``.
 
-    The text is stripped of outer blanks and put in lower case where ``clean`` says so, then put between ``prefix`` and
-    ``suffix``.
+    A text first goes through ``operations`` in order (`fewstep.text_operations`). Then each token of ``expansions``
+    that the tokenizer finds in it is replaced, wherever its letters stand: an embedding of several vectors (textual
+    inversion) has a token for each. Last it is put between ``prefix`` and ``suffix``.
     """
 
     folder: str
@@ -43,7 +44,8 @@ class TokenizerSpec:
     padding_side: str = "right"
     prefix: str = ""
     suffix: str = ""
-    clean: bool = False
+    operations: tuple[str, ...] = ()
+    expansions: Mapping[str, str] = field(default_factory=dict)
     input: str = "prompt"
 
 
@@ -228,7 +230,7 @@ class Manifest:
             pipeline=values["pipeline"],
             contract=_contract(values["contract"]),
             components=_components(values["components"]),
-            tokenizers={name: TokenizerSpec(**value) for name, value in values["tokenizers"].items()},
+            tokenizers={name: _tokenizer(value) for name, value in values["tokenizers"].items()},
             schedules=_schedules(values["schedules"]),
             default_steps=values["default_steps"],
             artifacts=tuple(Artifact(**value) for value in values["artifacts"]),
@@ -257,6 +259,10 @@ def _validate(values: Any, where: str) -> None:
     if error is not None:
         path = "/".join(str(part) for part in error.absolute_path) or "(top)"
         raise BundleError(f"{where}: {path[:500]}: {error.message[:1000]}", hint=HINT)
+
+
+def _tokenizer(values: Any) -> TokenizerSpec:
+    return TokenizerSpec(**{**values, "operations": tuple(values["operations"])})
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:

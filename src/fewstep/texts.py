@@ -104,9 +104,25 @@ _ALPHABETS: tuple[str, ...] = (
 _OF_EACH = 14
 
 
+# Of `PROBES`, those whose edges or whole matter to what may be done to a text; the others are in one mixture.
+_WHOLE = (0, 1, 2, 3, 5, 6, 9, 14, 15, 18, 21)
+_LONGEST_OF_MIXTURE = 200
+# Tells apart what the others leave alike: every order of `fewstep.text_operations` that makes a difference.
+_ORDERS = "&amp;amp;nbsp;&AMP;nbsp;&AMP;lt;&amp;nbsp;"
+
+
+def path_texts() -> tuple[str, ...]:
+    """Returns the few texts that are put through the whole of a pipeline: a plain one first, one without end last.
+
+    The last but one is all short probes in one, so that each of their characters meets what happens to it.
+    """
+    together = " ".join(text for text in PROBES if len(text) < _LONGEST_OF_MIXTURE)
+    return (*(PROBES[i] for i in _WHOLE), _ORDERS, together, PROBES[-1])
+
+
 def odd_texts() -> tuple[str, ...]:
     """Returns more than two hundred texts: those of `PROBES` first, then plain ones, then mixtures of odd alphabets."""
-    return tuple(dict.fromkeys((*PROBES, *_PLAIN, *_mixtures())))
+    return tuple(dict.fromkeys((*PROBES, *_PLAIN, *_mixtures(), _ORDERS)))
 
 
 def _mixtures() -> Iterator[str]:

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
-from tests.web.vectors import FOLDER, files, texts
+from tests.web.vectors import ENTITIES, FOLDER, entities, files, texts
 
 
 @pytest.mark.parametrize(("name", "content"), [pytest.param(*file, id=file[0]) for file in files()])
 def test_vectors_are_current(name: str, content: dict[str, Any]) -> None:
     found = json.loads((FOLDER / name).read_text(encoding="utf-8"))
     assert found == json.loads(json.dumps(content)), f"tests/vectors/{name}: python -m tests.web.vectors"
+
+
+def test_entities_are_those_of_python() -> None:
+    assert json.loads(ENTITIES.read_text(encoding="utf-8")) == entities()
 
 
 def test_verdicts_of_both_kinds_are_there() -> None:

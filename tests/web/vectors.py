@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import html
 import json
 import math
 import random
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from html.entities import html5
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,30 @@ from fewstep.manifest import TokenizerSpec
 from fewstep.recipe import Limits
 from fewstep.runtimes.parity import Floor, trajectory_limits
 from fewstep.runtimes.quantized_parity import agreement_of, floor_checks_of
-from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
+from fewstep.text_operations import OPERATIONS, apply_operations
+from fewstep.texts import odd_texts
+from fewstep.tokens import Tokenizer
 from tests.web.hostile import PATTERNS, hostile_manifests, signature_vectors
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "tests" / "vectors"
 STICKERS = "apps/stickers/weights/tokenizer"
 BYTES = "tests/vectors/byte-tokenizer"
+INVERTED = "tests/vectors/inverted-tokenizer"
+ENTITIES = REPOSITORY / "apps/web/src/lib/entities.json"
 
 PLAIN = TokenizerSpec(STICKERS, length=24, pad_id=2047)
 SPECS = {
     "stickers": PLAIN,
     "long": replace(PLAIN, length=77),
-    "around": replace(PLAIN, length=40, prefix="Sticker: ", suffix=" END", clean=True),
+    "around": replace(PLAIN, length=40, prefix="Sticker: ", suffix=" END", operations=("lower", "strip")),
     "left": replace(PLAIN, length=16, padding_side="left", pad_id=0),
     "bytes": TokenizerSpec(BYTES, length=77, pad_id=513),
+    "html": replace(PLAIN, operations=("unescape_html", "unescape_html", "collapse_unicode_whitespace", "strip")),
+    "several vectors": TokenizerSpec(
+        INVERTED, 32, 513, expansions={"<cat>": "<cat> <cat>_1 <cat>_2", "<Dog>": "<Dog> <Dog>_1"}
+    ),
 }
 
 TEXTS = (
@@ -125,7 +135,25 @@ TEXTS = (
     "ゔ か\u3099",
     "क\u093c",
     "\u0958",
+    "a <cat> on a table",
+    "<cat><cat>, <CAT> <dog> <Dog>",
+    "<cat>_1 <cat>_2 <cat>_3",
+    "<cat> and <cat>_1",
+    "<ca t> <cat<Dog>_1x",
 )
+# Letters with another case that came to Unicode after Python 3.11's edition of it: they depend on the machine.
+_LATER = {
+    0x1C89,
+    0xA7CB,
+    0xA7CC,
+    0xA7DA,
+    0xA7DC,
+    *range(0x10D50, 0x10D66),
+    *range(0x16EA0, 0x16EC0),
+    0xA7CE,
+    0xA7D2,
+    0xA7D4,
+}
 
 
 def texts() -> list[str]:
@@ -155,8 +183,34 @@ def tokenizer_vectors() -> dict[str, Any]:
         encoded = [tokenizer(text) for text in texts()]
         ids = [values[0].tolist() for values, _ in encoded]
         cases.append({"name": name, "spec": asdict(spec), "ids": ids, "real": [int(mask.sum()) for _, mask in encoded]})
-    about = "Token ids by fewstep.runtimes.tokenizer; `real` counts the ids that are not padding."
+    about = "Token ids by fewstep.tokens; `real` counts the ids that are not padding."
     return {"about": about, "texts": texts(), "cases": cases}
+
+
+def text_vectors() -> dict[str, Any]:
+    """Returns what every operation makes of odd texts, letters with a case and HTML entities; null: no change."""
+    anything = (chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000 and c not in _LATER)
+    changed = [c for c in anything if c.lower() != c or c.isspace() or c < "\u0300"]
+    names = [f"&{name}" for name in html5]
+    numbers = [f"&#{n};" for n in (*range(0x180), 0xFDD0, 0xFFFE, 0xD800, 0x10FFFF, 0x110000)]
+    runs = ["".join(some[i : i + 64]) for some in (changed, names, numbers) for i in range(0, len(some), 64)]
+    long = ["&" + "a" * 40, "&not" + "😀" * 40 + ";", "&#" + "9" * 400, "&#x" + "F" * 400]
+    every = [*odd_texts(), *TEXTS, *runs, *long]
+    several = ["unescape_html", "unescape_html", "collapse_whitespace", "strip", "lower"]
+    cases = []
+    for operations in [*([name] for name in OPERATIONS), several]:
+        made = [apply_operations(operations, text) for text in every]
+        differing = [m if m != t else None for m, t in zip(made, every, strict=True)]
+        cases.append({"operations": operations, "texts": differing})
+    return {"about": "fewstep.text_operations", "texts": every, "cases": cases}
+
+
+def entities() -> dict[str, Any]:
+    """Returns what `html.unescape` knows: names, numbers that stand for another character, and those for nothing."""
+    whole = range(0x110000)
+    plain = {n: html.unescape(f"&#{n};") for n in whole if not 0xD800 <= n < 0xE000}
+    other = {str(n): text for n, text in plain.items() if text not in (chr(n), "")}
+    return {"names": dict(sorted(html5.items())), "numbers": other, "nothing": [n for n, t in plain.items() if t == ""]}
 
 
 def _hex(values: npt.NDArray[np.float32]) -> str:
@@ -316,10 +370,21 @@ def byte_tokenizer() -> dict[str, Any]:
     return found
 
 
+def inverted_tokenizer() -> dict[str, Any]:
+    """Returns `byte_tokenizer` with tokens as diffusers adds them for embeddings of several vectors."""
+    found = byte_tokenizer()
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    added = ["<cat>", "<cat>_1", "<cat>_2", "<Dog>", "<Dog>_1"]
+    found["added_tokens"] += [{"id": 514 + i, "content": content, **plain} for i, content in enumerate(added)]
+    return found
+
+
 def files() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the names and contents of the files, each after those that it is made from."""
     yield "byte-tokenizer/tokenizer.json", byte_tokenizer()
+    yield "inverted-tokenizer/tokenizer.json", inverted_tokenizer()
     yield "tokenizer.json", tokenizer_vectors()
+    yield "text.json", text_vectors()
     yield "schedule.json", schedule_vectors()
     yield "guidance.json", guidance_vectors()
     yield "floor.json", floor_vectors()
@@ -337,6 +402,7 @@ def write() -> None:
         path = FOLDER / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, ensure_ascii=True, separators=(",", ":")) + "\n", encoding="utf-8")
+    ENTITIES.write_text(json.dumps(entities(), ensure_ascii=True, indent=0) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

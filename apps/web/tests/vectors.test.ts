@@ -8,6 +8,7 @@ import { combine, guidanceEmbedding, guidanceValue, twoPasses } from "../src/lib
 import type { Manifest, Schedule } from "../src/lib/manifest";
 import { normal, philox4x32 } from "../src/lib/noise";
 import { sampleLoop, scaled } from "../src/lib/schedule";
+import { applyOperations } from "../src/lib/text";
 import { Tokenizer } from "../src/lib/tokenizer";
 
 const repository = fileURLToPath(new URL("../../../", import.meta.url));
@@ -47,6 +48,14 @@ describe("noise", () => {
     expect(() => normal(-1n, 0, 1)).toThrow("seed is -1, expected 0 to 18446744073709551615");
     expect(() => normal(1n << 64n, 0, 1)).toThrow("seed is 18446744073709551616");
     expect(() => normal(0n, 2 ** 32, 1)).toThrow("offset is 4294967296, expected 0 to 4294967295");
+  });
+});
+
+describe("text", () => {
+  const { texts, cases } = vectors("text");
+  it.each(cases as any[])("$operations", ({ operations, texts: expected }) => {
+    const found = texts.map((text: string) => applyOperations(operations, text));
+    found.forEach((text: string, i: number) => expect({ from: texts[i], text }).toEqual({ from: texts[i], text: expected[i] ?? texts[i] }));
   });
 });
 

@@ -14,8 +14,8 @@ from fewstep.devices import WEB_RUNTIME
 from fewstep.disk import replacing
 from fewstep.errors import BundleError, ContractError
 from fewstep.hashing import file_sha256, value_sha256
-from fewstep.runtimes.tokenizer import FILE as TOKENIZER
 from fewstep.seal import UNLISTED
+from fewstep.tokens import FILE as TOKENIZER
 
 STATIC = Path(__file__).parent / "static"
 SERVICE_WORKER = "sw.js"

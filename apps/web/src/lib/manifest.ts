@@ -5,6 +5,7 @@ import { checkConsistent } from "./consistency.js";
 import { FewstepError } from "./errors.js";
 import { firstSchemaError } from "./schema.js";
 import { parseJson } from "./strict.js";
+import type { Operation } from "./text.js";
 
 export interface TensorSpec {
   name: string;
@@ -99,7 +100,8 @@ export interface TokenizerSpec {
   padding_side: "left" | "right";
   prefix: string;
   suffix: string;
-  clean: boolean;
+  operations: Operation[];
+  expansions: { [token: string]: string };
   input: string;
 }
 
@@ -183,7 +185,7 @@ const KNOWN = {
   output: "kind scale shift clip rate",
   component: "inputs outputs bindings phase",
   schedule: "timesteps timestep_dtype init_scale s p q a b c h clip source times g init_anchor networks",
-  tokenizer: "folder length pad_id padding_side prefix suffix clean input",
+  tokenizer: "folder length pad_id padding_side prefix suffix operations expansions input",
   artifact: "runtime component path weights compute bytes",
 } as const;
 

@@ -8,7 +8,8 @@
 import { BytePairs } from "./bpe.js";
 import { FewstepError } from "./errors.js";
 import type { TokenizerSpec } from "./manifest.js";
-import { compilePattern, strip } from "./unicode.js";
+import { applyOperations } from "./text.js";
+import { compilePattern } from "./unicode.js";
 
 export interface Tokens {
   ids: BigInt64Array;
@@ -26,6 +27,9 @@ const BYTE_LEVEL_PATTERN = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\
 
 export class Tokenizer {
   private readonly added: AddedToken[];
+  /** Those that are looked for in the normalized text. */
+  private readonly normalized: AddedToken[];
+  private readonly contents: ReadonlyMap<string, number>;
   private readonly normalize: Step;
   private readonly split: Splitter;
   private readonly pairs: BytePairs;
@@ -38,11 +42,13 @@ export class Tokenizer {
     private readonly spec: TokenizerSpec,
   ) {
     const config = JSON.parse(json);
-    this.added = config.added_tokens;
-    this.added.forEach(requirePlain);
-    // The longest of those that begin at a place wins.
-    this.added.sort((a, b) => b.content.length - a.content.length);
+    const added: AddedToken[] = config.added_tokens;
+    added.forEach(requirePlain);
+    this.contents = new Map(added.map(({ content, id }) => [content, id]));
     this.normalize = normalizer(config.normalizer);
+    this.added = longestFirst(added.filter((token) => !token.normalized));
+    const others = added.filter((token) => token.normalized);
+    this.normalized = longestFirst(others.map((token) => ({ ...token, content: this.normalize(token.content) })));
     this.split = preTokenizer(config.pre_tokenizer);
     this.pairs = new BytePairs(config.model);
     ({ first: this.first, last: this.last } = specialTokens(config.post_processor));
@@ -53,9 +59,9 @@ export class Tokenizer {
     const { spec } = this;
     // What cannot be written as UTF-8 could not come from Python either: half a pair becomes the replacement sign.
     const text = prompt.replace(/\p{Surrogate}/gu, "\ufffd");
-    const cleaned = spec.clean ? strip(text.toLowerCase()) : text;
+    const changed = this.expand(applyOperations(spec.operations, text));
     const room = spec.length - this.first.length - this.last.length;
-    const content = this.ids(`${spec.prefix}${cleaned}${spec.suffix}`).slice(0, Math.max(room, 0));
+    const content = this.ids(`${spec.prefix}${changed}${spec.suffix}`).slice(0, Math.max(room, 0));
     const ids = [...this.first, ...content, ...this.last];
     const padding = new Array<number>(Math.max(spec.length - ids.length, 0));
     const padded = (fill: number, of: number[]): BigInt64Array => {
@@ -65,26 +71,41 @@ export class Tokenizer {
     return { ids: padded(spec.pad_id, ids), mask: padded(0, ids.map(() => 1)) };
   }
 
+  /** Returns a text with each token of an embedding of several vectors replaced by a token for each vector. */
+  private expand(text: string): string {
+    const expansions = Object.entries(this.spec.expansions);
+    if (expansions.length === 0) return text;
+    const found = new Set(this.ids(text));
+    const idOf = (token: string): number | undefined => this.contents.get(token);
+    return expansions.reduce((t, [token, all]) => (found.has(idOf(token) ?? -1) ? t.replaceAll(token, () => all) : t), text);
+  }
+
   /** Returns the ids of a text without the tokens around it. */
   private ids(text: string): number[] {
-    const ids: number[] = [];
-    let plain = 0; // where the text that is no added token begins
-    const flush = (end: number): void => {
-      for (const piece of this.split(this.normalize(text.slice(plain, end)))) ids.push(...this.pairs.encode(piece));
-    };
-    for (let at = 0; at < text.length; ) {
-      const token = this.added.find(({ content }) => text.startsWith(content, at));
-      if (token === undefined) {
-        at++;
-        continue;
-      }
-      flush(at);
-      ids.push(token.id);
-      plain = at += token.content.length;
-    }
-    flush(text.length);
-    return ids;
+    return splitAt(text, this.added, (plain) =>
+      splitAt(this.normalize(plain), this.normalized, (rest) => this.split(rest).flatMap((piece) => this.pairs.encode(piece))),
+    );
   }
+}
+
+const longestFirst = (tokens: AddedToken[]): AddedToken[] => tokens.sort((a, b) => b.content.length - a.content.length);
+
+/** Returns the ids of a text: of the tokens in it, the longest of those that begin at a place, and of what is between. */
+function splitAt(text: string, tokens: AddedToken[], between: (text: string) => number[]): number[] {
+  const ids: number[] = [];
+  let plain = 0; // where the text that is no added token begins
+  for (let at = 0; at < text.length; ) {
+    const token = tokens.find(({ content }) => text.startsWith(content, at));
+    if (token === undefined) {
+      at++;
+      continue;
+    }
+    if (plain < at) ids.push(...between(text.slice(plain, at)));
+    ids.push(token.id);
+    plain = at += token.content.length;
+  }
+  if (plain < text.length) ids.push(...between(text.slice(plain)));
+  return ids;
 }
 
 const unsupported = (what: string): FewstepError =>
@@ -95,7 +116,7 @@ const unsupported = (what: string): FewstepError =>
   );
 
 function requirePlain(token: AddedToken): void {
-  const flag = ["single_word", "lstrip", "rstrip", "normalized"].find((name) => token[name] === true);
+  const flag = ["single_word", "lstrip", "rstrip"].find((name) => token[name] === true);
   if (flag !== undefined) throw unsupported(`the added token ${token.content} with ${flag}`);
 }
 

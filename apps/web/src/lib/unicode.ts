@@ -24,9 +24,13 @@ export function compilePattern(pattern: string): RegExp {
   return new RegExp(source, "gu");
 }
 
-// What Python's str.strip takes off: White_Space and the four separators of ASCII.
+// What Python's str.strip takes off and its `\s` means: White_Space and the four separators of ASCII.
 const BLANK = "[\\p{White_Space}\\x1c-\\x1f]+";
 const OUTER_BLANKS = new RegExp(`^${BLANK}|${BLANK}$`, "gu");
+const BLANKS = new RegExp(BLANK, "gu");
 
 /** Returns a text without its outer blanks, as Python's `str.strip` does. */
 export const strip = (text: string): string => text.replace(OUTER_BLANKS, "");
+
+/** Returns a text with one space for each run of blanks, as Python's `re.sub(r"\\s+", " ", text)` does. */
+export const collapseBlanks = (text: string): string => text.replace(BLANKS, " ");
