@@ -315,7 +315,7 @@ class TwoPass:
                 raise refuse(f"{name} fails with what the unconditional pass is given: {told}") from error
 
     def _with_empty(self, guidance: Guidance, replaced: Sequence[_Condition]) -> Guidance:
-        """Returns what is said of an empty negative prompt: it is a text, or as none; of another thing, none is taken."""
+        """Returns what is said of an empty negative prompt: a text, or as none; where it is neither, none is taken."""
         if (not replaced and guidance.negative == "") or self._is_text(""):
             return guidance
         found = self._probe.run(self._w, negative="")
