@@ -44,8 +44,7 @@ def own_scale(generator: Generator) -> float | None:
         return None
     parameters = inspect.signature(generator.pipeline.__call__).parameters
     default = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
-    known = isinstance(default, (int, float)) and not isinstance(default, bool)
-    return float(default) if known else None
+    return float(default) if isinstance(default, (int, float)) and not isinstance(default, bool) else None
 
 
 def decided(generator: Generator) -> Generator:

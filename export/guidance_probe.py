@@ -234,7 +234,7 @@ def branches(found: Run, single: Run, component: str, k: int) -> tuple[Branch, B
         ExportError: they are neither.
     """
     ours = [call for call in found.of(component) if call.steps_done == k]
-    (one,) = [call for call in single.of(component) if call.steps_done == k][:1] or [None]
+    one = next((call for call in single.of(component) if call.steps_done == k), None)
     if one is None or len(ours) not in (1, 2):
         raise refuse(f"{component} is called {len(ours)} times in step {k} with guidance, expected once or twice")
     if len(ours) == 2:

@@ -12,6 +12,7 @@ import torch
 
 from fewstep.contract import (
     BEFORE,
+    CONDITIONS,
     DRAW,
     GUIDANCE,
     LATENT,
@@ -26,6 +27,7 @@ from fewstep.errors import FewstepError, ScheduleError
 from fewstep.export.guidance_probe import Branch, Probe, branches, close, failing, passes
 from fewstep.export.recorded import Run
 from fewstep.export.sampling import Anatomy, coefficients, refuse
+from fewstep.export.tape import GlueModule
 from fewstep.export.wiring import Wiring
 from fewstep.guidance import combine
 from fewstep.schedule import Schedule, advance
@@ -83,6 +85,8 @@ class TwoPass:
         negative, replaced = self._unconditional()
         values = self._values(recorded, replaced)
         self._check_apart(replaced)
+        if any(value.any() for value in values.values()):
+            self._check_runs()  # zeros are in every network's range, a label may not be
         guidance = replace(
             self._guidance,
             shift=shift,
@@ -90,7 +94,8 @@ class TwoPass:
             unconditional={o: ZEROS if not v.any() else UNCONDITIONAL for o, v in values.items()},
             takes_negative=self._takes_negative(),
         )
-        guidance = replace(guidance, **self._empty(negative, replaced) if guidance.takes_negative else {})
+        if guidance.takes_negative:
+            guidance = self._with_empty(guidance, replaced)
         return Guided(guidance, {o: v for o, v in values.items() if v.any()}, self._conditional)
 
     # --- the formula
@@ -202,6 +207,11 @@ class TwoPass:
             of_text = [self._probe.run(which=i, prompt=self._probe.text(text)) for i in range(2)]
             left[text] = [c for c in given if c.origin is not None and not _same(given[c], of_text, c)]
         negative = min(left, key=lambda text: len(left[text]))
+        other = self._otherwise(
+            self._probe.run(prompt=self._probe.text(negative)), [c for c in given if c not in left[negative]]
+        )
+        if other is not None:
+            raise refuse(f"{other} is made otherwise of the text {negative!r} than of the prompt it is described with")
         for c in left[negative]:
             if not close(*given[c]):
                 raise refuse(
@@ -242,7 +252,7 @@ class TwoPass:
         """Raises ExportError if what is still computed for the unconditional pass is made of what is not."""
         given = {c.origin for c in replaced}
         kept = {c.origin for c in self._conditions} - given
-        for name, wiring in reversed(self._wirings.items()):
+        for name, wiring in reversed(list(self._wirings.items())):
             if wiring.phase != BEFORE or not any(f"{name}.{output}" in kept for output in wiring.outputs):
                 continue
             mixed = next((origin for origin in wiring.origins if origin in given), None)
@@ -264,6 +274,8 @@ class TwoPass:
     def _is_text(self, text: str) -> bool:
         """Returns whether a negative prompt gives the unconditional pass what the text gives as a prompt."""
         of_text = self._probe.run(prompt=self._probe.text(text))
+        if self._otherwise(of_text, self._conditions) is not None:
+            return False
         try:
             found = self._probe.run(self._w, negative=text)
             return all(
@@ -274,17 +286,43 @@ class TwoPass:
         except FewstepError:
             return False
 
-    def _empty(self, negative: str, replaced: Sequence[_Condition]) -> dict[str, bool]:
-        """Returns what an empty negative prompt is: a text, or none."""
-        if not replaced and negative == "":
-            return {}
-        if self._is_text(""):
-            return {"empty_is_none": False}
+    def _otherwise(self, found: Run, conditions: Sequence[_Condition]) -> str | None:
+        """Returns the first condition that the described operations do not make of a run's text as the run does."""
+        wiring = self._wirings.get(CONDITIONS)
+        if wiring is None:
+            return None
+        made = GlueModule(wiring.before)(*(found.tape.tensor(origin) for origin in wiring.origins))
+        by_origin = {f"{CONDITIONS}.{name}": tensor for name, tensor in zip(wiring.outputs, made, strict=True)}
+        for c in conditions:
+            if c.origin in by_origin and not close(by_origin[c.origin], _alone(found, c)):
+                return f"{c.component}.{c.argument}"
+        return None
+
+    def _check_runs(self) -> None:
+        """Raises ExportError if a network of the loop fails with what the unconditional pass is given."""
+        generator, found = self._probe.generator, self._default[0]
+        stored = None if generator.stored is None else generator.stored.loaded(generator)
+        for name in {c.component for c in self._conditions}:
+            part, arguments = generator.parts[name], found.of(name)[0].arguments
+            try:
+                with torch.no_grad():
+                    if stored is None:
+                        getattr(generator.module(name), part.method)(**arguments)
+                    else:
+                        stored[name](0, arguments)
+            except Exception as error:  # whatever a network raises
+                told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                raise refuse(f"{name} fails with what the unconditional pass is given: {told}") from error
+
+    def _with_empty(self, guidance: Guidance, replaced: Sequence[_Condition]) -> Guidance:
+        """Returns what is said of an empty negative prompt: a text, or as none; where it is neither, none is taken."""
+        if (not replaced and guidance.negative == "") or self._is_text(""):
+            return guidance
         found = self._probe.run(self._w, negative="")
         none = all(
             close(*(self._given(run, self._plain[0], c) for run in (found, self._default[0]))) for c in self._conditions
         )
-        return {"empty_is_none": True} if none else {"takes_negative": False}
+        return replace(guidance, empty_is_none=none, takes_negative=none)
 
 
 def read_two_passes(

@@ -181,23 +181,26 @@ class _Reader:
         """The tensor that the network itself was given, where it is this origin unchanged."""
         for argument, direct in zip(wiring.arguments, wiring.before.origins, strict=True):
             if direct == origin:
-                return self._half(call.inputs[argument], branch) if wiring.phase == LOOP else call.inputs[argument]
+                given = call.inputs[argument]
+                if wiring.phase != LOOP or wiring.call is None:
+                    return given
+                return self._half(given, wiring.call.inputs[argument], branch)
         return None
 
     def _outputs(self, wiring: Wiring, call: Call, branch: str) -> list[torch.Tensor]:
         results = [call.outputs[name] for name in wiring.results]
-        if wiring.phase == LOOP:
-            results = [self._half(tensor, branch) for tensor in results]
+        if wiring.phase == LOOP and wiring.call is not None:
+            alone = wiring.call.outputs
+            results = [self._half(t, alone[n], branch) for t, n in zip(results, wiring.results, strict=True)]
         if wiring.after is None:
             return results
         return list(GlueModule(wiring.after)(*results))
 
-    def _half(self, tensor: torch.Tensor, branch: str) -> torch.Tensor:
+    def _half(self, tensor: torch.Tensor, alone: torch.Tensor, branch: str) -> torch.Tensor:
         """Pipelines with two-pass guidance stack the branches in one batch of two, most the unconditional one first."""
-        if len(self._branches) == 1 or tensor.ndim == 0 or tensor.shape[0] != 2:
+        if len(self._branches) == 1 or tensor.ndim == 0 or tensor.shape[0] != 2 * alone.shape[0]:
             return tensor
-        i = self._which(branch)
-        return tensor[i : i + 1]
+        return tensor.chunk(2)[self._which(branch)]
 
     def _which(self, branch: str) -> int:
         conditional = self._described.guided.conditional

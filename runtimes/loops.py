@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fewstep import noise
 from fewstep.bundle import Bundle
 from fewstep.contract import GUIDANCE, INPUT, MASK, NOISE, TOKENS
 from fewstep.errors import BundleError, RuntimeMissingError
-from fewstep.guidance import guidance_embedding
+from fewstep.guidance import guidance_value
 from fewstep.manifest import Manifest
 from fewstep.runtimes import coreml, ort
 from fewstep.runtimes.base import Array
@@ -92,8 +94,9 @@ def loop_feeds(
     feeds: dict[str, Array] = {input_name(f"{INPUT}{name}"): array for name, array in given.items()}
     for name, tokenizer in tokenizers.items():
         feeds[input_name(f"{TOKENS}{name}")], feeds[input_name(f"{MASK}{name}")] = tokenizer(prompt)
-    if contract.guidance.kind == "embedded":
-        feeds[GUIDANCE] = guidance_embedding(contract.guidance, contract.guidance.scale)
+    if GUIDANCE in inputs:
+        told = guidance_value(contract.guidance, contract.guidance.scale)
+        feeds[GUIDANCE] = np.array(np.broadcast_to(told, tuple(inputs[GUIDANCE])))
     prefix = input_name(NOISE)
     for name, shape in inputs.items():
         if name.startswith(prefix):

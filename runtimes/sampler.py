@@ -277,12 +277,10 @@ class Sampler:
         if origin == GUIDANCE:
             value = guidance_value(self._contract.guidance, value)
         array = np.asarray(value, dtype=spec.dtype)
-        if origin == GUIDANCE:  # one row, or one for each sample
-            return np.broadcast_to(array, spec.shape)
-        if array.size == 1:  # a number of the step may be wanted once for every token
-            return np.full(spec.shape, array.reshape(-1)[0])
-        # Of the unconditional branch, one row for all samples.
-        return array.reshape(spec.shape) if array.size == math.prod(spec.shape) else np.broadcast_to(array, spec.shape)
+        if array.size == math.prod(spec.shape):
+            return array.reshape(spec.shape)
+        # A number of the step may be wanted once for every token; one row of guidance is for all samples.
+        return np.full(spec.shape, array.reshape(-1)[0]) if array.size == 1 else np.broadcast_to(array, spec.shape)
 
 
 def open_sampler(

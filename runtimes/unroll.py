@@ -31,7 +31,8 @@ def check_unrolls(manifest: Manifest) -> None:
     A bundle that guides with two passes needs tokens of the prompt and of the empty one at once; one of the specialized
     form has no graph that all steps could call; tiles are cut and blended outside of networks.
     """
-    if manifest.contract.guidance.kind == "two_pass":
+    guidance = manifest.contract.guidance
+    if guidance.two_passes(guidance.scale):
         raise ContractError(
             f"{manifest.name} is guided with two passes, expected a generator with one call in each step",
             hint="a loop of two passes is not written yet: sample with the components",

@@ -25,6 +25,7 @@ from fewstep.guidance import guidance_text, guidance_value, read_unconditional, 
 from fewstep.metrics import psnr_db, sqnr_db
 from fewstep.runtimes.base import CheckedSession
 from fewstep.runtimes.sampler import Sampler, open_tokenizers
+from fewstep.schedule import Schedule
 from fewstep.source import SourceInfo
 from tests import tiny
 from tests.zoo import dits, unets
@@ -106,7 +107,9 @@ def case(pipeline: Any, *, guidance: float = 2.0, **options: Any) -> Case:
 
 
 def _folder(write: Callable[..., Path], **options: Any) -> Any:
-    return DiffusionPipeline.from_pretrained(write(Path(tempfile.mkdtemp()) / "source", **options))
+    pipeline = DiffusionPipeline.from_pretrained(write(Path(tempfile.mkdtemp()) / "source", **options))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _euler() -> EulerDiscreteScheduler:
@@ -271,6 +274,33 @@ def test_the_default_is_the_pipelines_own_where_it_is_an_input(tmp_path: Path) -
     assert own.guidance == 3.5
     assert load(str(tiny.turbo_folder(tmp_path / "turbo"))).guidance == 0.0, "few steps are made for no guidance"
     assert load(str(tmp_path / "flux"), guidance=0.0).guidance == 0.0
+
+
+def test_faults_that_are_put_back_are_noticed() -> None:
+    # Two passes at every scale: with guidance 0 the prompt would count for nothing.
+    always = eager(sd().generator, sd().described, replace(sd().guidance, threshold=None))
+    assert psnr_db(sd().theirs(guidance_scale=0.0), always(PROMPT, 7, _schedule(), guidance=0.0).output) < 60
+    # One pass at every scale.
+    never = eager(sd().generator, sd().described, replace(sd().guidance, threshold=100.0))
+    assert psnr_db(sd().theirs(guidance_scale=3.0), never(PROMPT, 7, _schedule(), guidance=3.0).output) < 60
+    # A scale that is another number than the network is told.
+    contract = replace(flux().described.contract, guidance=replace(flux().guidance, factor=0.0))
+    with pytest.raises(
+        ExportError, match="denoiser: the cond branch is given another guidance than the bundle computes"
+    ):
+        record(flux().generator, replace(flux().described, contract=contract), PROMPT, 7, steps=STEPS, guidance=3.5)
+
+
+def _schedule() -> Schedule:
+    return sd().described.schedules[STEPS]
+
+
+def test_a_label_that_the_network_does_not_have_is_noticed() -> None:
+    pipeline = _folder(dits._dit)  # its unconditional label is 1000, of a table of 10
+    made = Generator.from_pipeline(pipeline, SourceInfo("t", "diffusers", "t"), name="t")
+    off = describe(replace(made, guidance=0.0), (STEPS,)).contract.guidance
+    assert off.kind == "fixed"
+    assert "denoiser fails with what the unconditional pass is given: IndexError" in off.reason
 
 
 def test_what_a_bundle_does_with_guidance_is_said() -> None:

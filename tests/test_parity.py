@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from fewstep.feeds import Sample
 from fewstep.recipe import Limits
-from fewstep.runtimes.parity import LOWERING, Check, ParityReport, compare_samples
+from fewstep.runtimes.parity import LOWERING, Check, ParityReport, compare_samples, trajectory_limits
 
 LIMITS = Limits()
 
@@ -72,3 +73,27 @@ def test_summary_names_the_worst_and_writes_infinity_as_text() -> None:
     summary = ParityReport((check(math.inf), check(101.0), check(130.0)), "r", "e").summary()
     assert summary["worst"]["lowering.component"]["value"] == 101.0
     assert ParityReport((check(math.inf),), "r", "e").to_json()["all"][0]["value"] == "inf"
+
+
+def test_trajectories_are_held_to_what_float32_lets_the_reference_keep() -> None:
+    latents = [np.full((1, 4), size, np.float32) for size in (0.35, 0.3)]
+    assert trajectory_limits(80.0, latents, 14.6) == [80.0, 80.0], "no sampler that starts at its own sigma is let off"
+    from_4096 = trajectory_limits(80.0, latents, 4096.0)
+    # Measured for diffusers' Euler scheduler with zero terminal SNR in one step, two executions of one table: 70.3 dB.
+    assert from_4096[0] == pytest.approx(20 * math.log10(0.35 * 2**24 / 4096)) and 60 < from_4096[0] < 70.3
+    assert from_4096[1] == pytest.approx(from_4096[0], abs=0.1), "later steps carry the error on"
+    assert trajectory_limits(None, latents, 4096.0) == [None, None]
+
+
+def test_a_wrong_coefficient_fails_from_sigma_4096_too() -> None:
+    rng = np.random.default_rng(0)
+    right = replace(sample(PICTURE), steps=1, latents=(rng.standard_normal((1, 64)).astype(np.float32),))
+    wrong = replace(right, latents=(right.latents[0] * np.float32(1.01),))
+    schedules = {1: SimpleNamespace(init_scale=4096.0)}
+    passed = [
+        check.passed
+        for result in (right, wrong)
+        for check in compare_samples([right], [result], LIMITS.picture_psnr_db, schedules=schedules)
+        if check.level == "trajectory"
+    ]
+    assert passed == [True, False]

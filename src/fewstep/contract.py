@@ -232,7 +232,7 @@ def needed_before(components: Mapping[str, ComponentSpec], given: Collection[str
     """Returns the components before the loop whose outputs it wants, where the values of some origins are given."""
     wanted = {origin for spec in components.values() if spec.phase == LOOP for origin in spec.bindings.values()}
     needed: list[str] = []
-    for name, spec in reversed(components.items()):
+    for name, spec in reversed(list(components.items())):
         made = {f"{name}.{output.name}" for output in spec.outputs}
         if spec.phase == BEFORE and made & (wanted - set(given)):
             needed.insert(0, name)
