@@ -40,6 +40,7 @@ from fewstep.runtimes.parity import (
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.source import SourceSpec
+from fewstep.text_cleaners import cleaner_notes
 
 if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
@@ -118,10 +119,18 @@ def verify(
             found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
             verified = verified.and_at(shape, found)
         return verified
+    cleaned = cleaner_notes(bundle.manifest.versions) if bundle.manifest.tokenizers else []
     original = load_original(bundle, source, progress)
     quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
     verified = verify_targets(
-        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+        bundle,
+        lowered_from,
+        uncompressed,
+        limits,
+        quantized=quantized,
+        runtimes=runtimes,
+        caveats=cleaned,
+        progress=progress,
     )
     for shape in bundle.manifest.shapes:
         at = bundle.shaped(shape)
