@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -99,12 +99,11 @@ def listen_to_tokenizer(name: str, tokenizer: Any, recorded: Run) -> Iterator[No
             if mask is not None:
                 recorded.tape.leaf(f"{MASK}{name}", mask)
 
-            def again(other: str) -> Mapping[str, torch.Tensor]:
-                row: Mapping[str, torch.Tensor] = original(self, other if is_one else [other], *args, **kwargs)
-                return row
+            def again(others: Sequence[str]) -> Mapping[str, torch.Tensor]:
+                rows: Mapping[str, torch.Tensor] = original(self, list(others), *args, **kwargs)
+                return rows
 
-            is_one = isinstance(text, str)
-            recorded.texts.append(Text(name, text if is_one else text[0], ids, mask, again))
+            recorded.texts.append(Text(name, text if isinstance(text, str) else text[0], ids, mask, again))
         return result
 
     with mock.patch.object(type(tokenizer), "__call__", listen):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Text:
-    """One call of a tokenizer; ``again`` makes the same call with another text."""
+    """One call of a tokenizer; ``again`` makes the same call with other texts, a row for each."""
 
     tokenizer: str
     text: str
     ids: torch.Tensor
     mask: torch.Tensor | None
-    again: Callable[[str], Mapping[str, torch.Tensor]]
+    again: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
 
 
 @dataclass

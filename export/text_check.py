@@ -19,8 +19,8 @@ from fewstep.texts import PROBES
 if TYPE_CHECKING:
     from fewstep.export.describe import Description
 
-# Short, with capitals and an entity, none, and longer than any model.
-_TEXTS = ("a", PROBES[2], "", PROBES[-1])
+# One token, none, and longer than any model.
+_TEXTS = ("a", "", PROBES[-1])
 _STUB_SEED = 1 << 41
 
 

@@ -262,13 +262,13 @@ def _texts_with(token: str, expansions: Mapping[str, str]) -> list[str]:
 
 def _check_tokens(name: str, tokenizer: Tokenizer, call: Text, texts: Sequence[str]) -> None:
     """Raises ExportError unless the bundle's tokenizer gives the ids and the mask of the pipeline's for every text."""
-    for text in texts:
-        theirs = call.again(tokenizer.text(text))
+    theirs = call.again([tokenizer.text(text) for text in texts])
+    for i, text in enumerate(texts):
         ids, mask = tokenizer(text)
-        pairs = [("ids", ids, theirs["input_ids"])]
-        pairs += [("mask", mask, theirs["attention_mask"])] if call.mask is not None else []
-        for what, ours, reference in pairs:
-            expected = reference.numpy()
+        pairs = [("ids", ids[0], theirs["input_ids"])]
+        pairs += [("mask", mask[0], theirs["attention_mask"])] if call.mask is not None else []
+        for what, ours, rows in pairs:
+            expected = rows[i].numpy()
             if ours.shape != expected.shape or not np.array_equal(ours, expected):
                 raise ExportError(
                     f"{name}: the {what} of the text {shortened(text)} are {_head(ours)}, expected {_head(expected)} "
@@ -280,7 +280,7 @@ def _check_tokens(name: str, tokenizer: Tokenizer, call: Text, texts: Sequence[s
 
 def _head(ids: np.ndarray[Any, Any]) -> str:
     """Returns the first numbers of a row, and how many there are."""
-    row = ids[0].tolist()
+    row = ids.tolist()
     return str(row) if len(row) <= _NUMBERS else f"[{', '.join(map(str, row[:_NUMBERS]))}, ...] ({len(row)} in all)"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib import util
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,13 @@ from fewstep.errors import BundleError, ContractError, SourceError
 from fewstep.feeds import Sample, load_sample
 from fewstep.further import batch_requests, batched_programs, restate
 from fewstep.golden_headers import golden_paths
-from fewstep.manifest import INTEGERS, PLAN_FOLDER, Manifest
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Manifest, TokenizerSpec
 from fewstep.progress import Progress, stage
 from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes.parity import Agreement, Floor
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import FUNCTION, PYTHON, SourceInfo, SourceSpec
+from fewstep.text_cleaners import cleaner_notes
 from fewstep.variants import parts
 
 if TYPE_CHECKING:
@@ -183,13 +185,29 @@ def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, Q
     manifest = bundle.manifest
     recipe = recipe_of(manifest)
     optimized, notes = optimize(original, recipe)
-    programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
+    described = describe(optimized, sorted(manifest.schedules))
+    _check_texts_read_alike(manifest, described.tokenizers)
+    programs = programs_of(optimized, described, recipe)
     changed = any(note.modified for note in notes)
     if manifest.recipe.get("quantization") is None:
         return optimized, programs, None, changed
     plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
     tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
     return optimized, programs, QuantizedPrograms(programs, plan, tokenizers, manifest.schedules), True
+
+
+def _check_texts_read_alike(manifest: Manifest, tokenizers: Mapping[str, TokenizerSpec]) -> None:
+    """Raises ContractError if a pipeline does something else to texts than its bundle was built to do."""
+    for name in sorted(manifest.tokenizers.keys() | tokenizers.keys()):
+        specs = manifest.tokenizers.get(name), tokenizers.get(name)
+        ours, theirs = ({} if spec is None else asdict(spec) for spec in specs)
+        for key in ours.keys() | theirs.keys():
+            if ours.get(key) != theirs.get(key):
+                raise ContractError(
+                    f"{name}: {key} is {ours.get(key)!r} in the bundle and {theirs.get(key)!r} in the pipeline, "
+                    "expected both to read prompts alike",
+                    hint="; ".join([*cleaner_notes(manifest.versions), "build the bundle again"]),
+                )
 
 
 def known_floor(bundle: Bundle) -> Floor:

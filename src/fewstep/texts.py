@@ -105,7 +105,7 @@ _OF_EACH = 14
 
 
 # Of `PROBES`, those whose edges or whole matter to what may be done to a text; the others are in one mixture.
-_WHOLE = (0, 1, 2, 3, 5, 6, 9, 14, 15, 18, 21)
+_WHOLE = (0, 1, 2, 3, 6, 9, 18, 21)
 _LONGEST_OF_MIXTURE = 200
 # Tells apart what the others leave alike: every order of `fewstep.text_operations` that makes a difference.
 _ORDERS = "&amp;amp;nbsp;&AMP;nbsp;&AMP;lt;&amp;nbsp;"

@@ -47,6 +47,7 @@ from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operatio
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec, source_notes
+from fewstep.text_cleaners import cleaner_notes
 from fewstep.ties import check_limits
 from fewstep.user_calls import Told, UserCalls
 
@@ -143,6 +144,7 @@ def verify(
             found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
             verified = verified.and_at(shape, found.with_checks(host_of(at, golden)))
         return replace(verified, place=first_place(verified.report.checks))
+    cleaned = cleaner_notes(manifest.versions) if manifest.tokenizers else []
     original = load_original(bundle, source, progress)
     told = Told.of(manifest.contract, manifest.default_steps, manifest.schedules, as_built(original, manifest))
     with closing(UserCalls.of(source, told)) as calls:
@@ -154,7 +156,7 @@ def verify(
             limits,
             quantized=live.quantized,
             runtimes=runtimes,
-            caveats=source_notes(manifest.source),
+            caveats=[*cleaned, *source_notes(manifest.source)],
             progress=progress,
         )
         checks, notes = source_checks(bundle, live, limits, verified.report.floor)
