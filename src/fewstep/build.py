@@ -29,7 +29,7 @@ from fewstep.progress import Progress, Silent, stage
 from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
-from fewstep.source import Lora, SourceSpec
+from fewstep.source import Lora, SourceSpec, source_notes
 from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
