@@ -58,6 +58,11 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path / "stage") == []
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGES = {
     "empty": lambda entry: (entry / "result").write_text(""),
     "flipped": lambda entry: (entry / "result").write_text("2"),
@@ -67,9 +72,7 @@ DAMAGES = {
     "no-index": lambda entry: (entry / INDEX).unlink(),
     "empty-index": lambda entry: (entry / INDEX).write_text(""),
     "list-index": lambda entry: (entry / INDEX).write_text("[]"),
-    "edited-index": lambda entry: (entry / INDEX).write_text(
-        (entry / INDEX).read_text().replace('"key": "', '"key": "0')
-    ),
+    "edited-index": lambda entry: edit(entry / INDEX, '"key": "', '"key": "0'),
     "link": lambda entry: (entry / "linked").symlink_to(entry / "result"),
     "only-the-folder": lambda entry: (shutil.rmtree(entry), entry.mkdir()),
 }

@@ -225,3 +225,13 @@ def test_cache_is_shown_verified_and_pruned(tmp_path: Path, monkeypatch: pytest.
     del cache
     assert "removed 1 entries" in runner.invoke(cli.cli, ["cache", "prune", "--damaged"]).stdout
     assert "removed 2 entries" in runner.invoke(cli.cli, ["cache", "prune", "--all"]).stdout
+
+
+def test_no_folder_for_temporary_files_is_a_sentence_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/x']")
+
+    monkeypatch.setattr(faults.tempfile, "gettempdir", nowhere)
+    status, _, err = run(OSError(errno.ENOSPC, "No space left on device"))
+    assert status == 2
+    assert "hint: set TMPDIR to a folder you can write" in err

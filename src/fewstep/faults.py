@@ -7,13 +7,14 @@ copied, an error of their own with a number in its text. One place reads them al
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
@@ -138,9 +139,11 @@ def _sentence(number: int, name: Path | None, places: Sequence[Place]) -> Storag
 def _fullest(places: Sequence[Place]) -> Place:
     """Returns the place with the least room; of those on one disk, the first."""
 
-    def free(place: Place) -> int:
-        folder = next(path for path in (place.path, *place.path.parents) if path.exists())
-        return shutil.disk_usage(folder).free
+    def free(place: Place) -> float:
+        for folder in (place.path, *place.path.parents):
+            with suppress(OSError):  # it is not there yet
+                return shutil.disk_usage(folder).free
+        return math.inf
 
     return min(places, key=free)
 

@@ -27,6 +27,7 @@ BUG = 3
 INTERRUPTED = "interrupted; nothing was written, finished stages are cached"
 _SIGNALS = signal.SIGINT, signal.SIGTERM
 _MOST_TEXT = 500
+_HERE = Place(Path(), "files", "free some space there, or choose another folder")
 
 
 class Interruptions:
@@ -87,8 +88,10 @@ def told(error: BaseException) -> FewstepError | None:
     """Returns what an error of a library or the system says to the user, None for a bug."""
     if isinstance(error, FewstepError):
         return error
-    here = Place(Path.cwd(), "files", "free some space there, or choose another folder")
-    found: FewstepError | None = storage_error(error, [cache_place(), here]) or out_of_memory(error)
+    try:
+        found: FewstepError | None = storage_error(error, [cache_place(), _HERE]) or out_of_memory(error)
+    except FewstepError as nowhere:  # there is not even a folder for temporary files
+        return nowhere
     if found is None and isinstance(error, ImportError):
         found = missing_package(error)
     if found is None and isinstance(error, OSError):
@@ -108,7 +111,7 @@ def of_a_bug(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0][:_MOST_TEXT]
     text = "".join(traceback.format_exception(error))
     summary = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    for folder in (None, cache_place().path, Path.cwd()):
+    for folder in (None, cache_place().path, _HERE.path):
         with suppress(OSError):
             number, name = tempfile.mkstemp(prefix="fewstep-traceback-", suffix=".txt", dir=folder)
             with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
