@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from fewstep.manifest import INTEGERS, Manifest
 from fewstep.progress import Progress, Silent, stage
 from fewstep.recipe import Limits
 from fewstep.references import (
+    as_built,
     golden_samples,
     known_floor,
     limits_of,
@@ -41,6 +43,7 @@ from fewstep.runtimes.parity import (
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.source import SourceSpec
+from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
@@ -102,15 +105,15 @@ def verify(
         RuntimeMissingError: one of the runtimes cannot run here.
         BundleError: there is a file in the bundle that the manifest does not list.
     """
-    progress = progress or Silent()
-    bundle.refuse_unlisted()
-    runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
+    progress, manifest = progress or Silent(), bundle.manifest
+    runtimes = manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = limits_of(bundle.manifest)
+    limits = Limits(**manifest.recipe["limits"])
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
+        caveats.append("not compared with the untouched pipeline (level call): that needs the source")
         if bisect:
             caveats.append("not bisected: that needs the source")
         verified = verify_targets(
@@ -122,15 +125,18 @@ def verify(
             verified = verified.and_at(shape, found)
         return verified
     original = load_original(bundle, source, progress)
-    quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
-    verified = verify_targets(
-        bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
-    )
-    for shape in bundle.manifest.shapes:
-        at = bundle.shaped(shape)
-        _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
-        found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
-        verified = verified.and_at(shape, found)
+    told = Told.of(manifest.contract, manifest.default_steps, manifest.schedules, as_built(original, manifest))
+    with closing(UserCalls.of(source, told)) as calls:
+        quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
+        verified = verify_targets(
+            bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+        )
+        for shape in manifest.shapes:
+            at = bundle.shaped(shape)
+            _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
+            found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
+            verified = verified.and_at(shape, found)
+        verified = with_calls(verified, calls, bundle, runtimes, limits, progress)
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
             if name not in BISECTED:
@@ -142,6 +148,21 @@ def verify(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
             )
     return verified
+
+
+def with_calls(
+    verified: Verification,
+    calls: UserCalls,
+    bundle: Bundle,
+    runtimes: Sequence[str],
+    limits: Limits,
+    progress: Progress,
+) -> Verification:
+    """Returns a verification with the checks of the level *call*, which waits for the untouched pipeline's answer."""
+    with stage(progress, "compare with the untouched pipeline"):
+        checks, notes = calls.checks(bundle, runtimes, limits, changed=verified.uncompressed is not None)
+    report = replace(verified.report, checks=(*verified.report.checks, *checks))
+    return replace(verified, report=report, caveats=(*verified.caveats, *notes))
 
 
 def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:
