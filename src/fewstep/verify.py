@@ -106,9 +106,10 @@ def verify(
         BundleError: there is a file in the bundle that the manifest does not list.
     """
     progress, manifest = progress or Silent(), bundle.manifest
+    bundle.refuse_unlisted()
     runtimes = manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**manifest.recipe["limits"])
+    limits = limits_of(manifest)
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
