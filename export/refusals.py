@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fewstep.contract import DENOISER, DRAWS_OF_A_STEP, EARLY_DRAWS, NOISE, draw_offset
+from fewstep.contract import DENOISER, NOISE
 from fewstep.errors import ExportError
 from fewstep.export.post import Post
 from fewstep.export.recorded import Run
+from fewstep.noise import DRAWS_OF_A_STEP, EARLY_DRAWS, draw_offset
 
 
 def refuse_other_networks(run: Run, inside: Sequence[str], others: Sequence[Run]) -> None:

@@ -1,4 +1,4 @@
-"""The one harness that compares results: three levels, two errors, and nothing compared is a failure.
+"""The one harness that compares results: levels, two errors, and nothing compared is a failure.
 
 *Compression* is the optimized PyTorch network against the original; *lowering* is the artifact against the optimized
 PyTorch network that it was compiled from. They are never mixed in one number.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import math
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -46,6 +50,9 @@ class Row:
     output_db: float | None
     checks: int
     seconds: float
+    default_db: float | None = None
+    """The level *call*: the pipeline's default call; of kinds with a prompt, also that of odd characters."""
+    capitals_db: float | None = None
     error: str = ""
     hint: str = ""
     note: str = ""
@@ -84,6 +91,21 @@ def generator_of(family: Family, folder: Path) -> Generator:
     return replace(made, inputs=inputs, steps=family.steps, default_steps=family.steps[-1], guidance=guidance)
 
 
+def __getattr__(name: str) -> Callable[[], Generator]:
+    """Returns a function that returns a family's generator: ``tests.families:sd_turbo`` is a source like any user's."""
+    for family in zoo.FAMILIES:
+        if family.name.replace("-", "_") == name:
+            return lambda: generator_of(family, _kept_folder() / "source")
+    raise AttributeError(name)
+
+
+def _kept_folder() -> Path:
+    """Returns a folder that is there until the process ends: tokenizers copy files of theirs when they are saved."""
+    folder = mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def word_tokenizer(length: int, size: int) -> object:
     """Returns a tokenizer of single letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -103,22 +125,24 @@ def build_family(family: Family, *, recipe: str = "fp32") -> Row:
     started = time.perf_counter()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        generator = generator_of(family, folder / "source")
+        told = family.load(folder / "told")
         loop = "its loop in plain PyTorch"
         row: dict[str, Any] = {
             "family": family.name,
             "group": family.group,
-            "reference": loop if generator.is_loop else type(generator.pipeline).__name__,
+            "reference": loop if family.kind == "loop" else type(told).__name__,
             "steps": family.steps,
             "note": family.note,
         }
         options = fewstep.Options(prompts=2, seeds=1, cache_root=folder / "cache", profile=False)
+        source = f"{__name__}:{family.name.replace('-', '_')}"
         try:
-            bundle = fewstep.build(generator, recipe, out=folder / "bundle", options=options)
+            bundle = fewstep.build(source, recipe, out=folder / "bundle", options=options)
         except FewstepError as error:
             nothing = Row(**row, components=(), guidance="", sqnr_db=None, output_db=None, checks=0, seconds=0.0)
             seconds = time.perf_counter() - started
-            return replace(nothing, seconds=seconds, error=error.message, hint=error.hint or "")
+            called = _called(folder / "bundle.failed")
+            return replace(nothing, seconds=seconds, error=error.message, hint=error.hint or "", **called)
         assert bundle.manifest.contract.output.kind == family.output
         parity = bundle.manifest.parity
         assert parity is not None
@@ -130,7 +154,16 @@ def build_family(family: Family, *, recipe: str = "fp32") -> Row:
             output_db=float(parity["worst"]["lowering.picture"]["value"]),
             checks=parity["checks"],
             seconds=time.perf_counter() - started,
+            **_called(folder / "bundle"),
         )
+
+
+def _called(bundle: Path) -> dict[str, float]:
+    """Returns the figures of the level *call* in a bundle's report."""
+    report = bundle / "report" / "parity.json"
+    checks = json.loads(report.read_text(encoding="utf-8"))["all"] if report.is_file() else []
+    found = {c["sample"].partition(",")[0]: float(c["value"]) for c in checks if c["level"] == "call" and c["sample"]}
+    return {f"{name}_db": found[name] for name in ("default", "capitals") if name in found}
 
 
 def family_code(row: Row) -> int:
@@ -142,17 +175,23 @@ def family_code(row: Row) -> int:
 
 def table(rows: Sequence[Row]) -> str:
     """Returns the families as a table in Markdown."""
-    head = "family", "group", "reference", "steps", "components", "guidance", "SQNR dB", "output dB", "own lines"
+    figures = "SQNR dB", "output dB", "call dB", "own lines"
+    head = "family", "group", "reference", "steps", "components", "guidance", *figures
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         told = [row.family, row.group, row.reference, ", ".join(map(str, row.steps))]
         if row.error:
-            told += [f"refused: {row.error}", "", "", "", ""]
+            told += [f"refused: {row.error}", "", "", "", _calls(row), ""]
         else:
-            figures = [f"{row.sqnr_db:.0f}", f"{row.output_db:.0f}", str(family_code(row))]
-            told += [", ".join(row.components), row.guidance.replace("_", "-"), *figures]
+            told += [", ".join(row.components), row.guidance.replace("_", "-")]
+            told += [f"{row.sqnr_db:.0f}", f"{row.output_db:.0f}", _calls(row), str(family_code(row))]
         lines.append("| " + " | ".join(told) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _calls(row: Row) -> str:
+    found = [value for value in (row.default_db, row.capitals_db) if value is not None]
+    return ", ".join("not a number" if math.isnan(value) else f"{value:.0f}" for value in found)
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -163,9 +202,11 @@ def page(rows: Sequence[Row]) -> str:
 Written by `make families`: do not edit. {built} of {len(rows)} kinds of few-step generators build and verify, the
 others are refused with a reason. Each is a tiny one with random weights (`tests/zoo`), run by its own diffusers
 pipeline or by a sampling loop in plain PyTorch, and the bundle is compared with that run. Figures are the worst of
-all step counts, in dB (limits: 100 for each component on the same inputs, 80 for the output). *Own lines* counts the
-lines of the compiler and the sampler that name the family or its pipeline class. Tiny networks show that the
-arithmetic is right; they show nothing of quality.
+all step counts, in dB (limits: 100 for each component on the same inputs, 80 for the output). *Call* is the level that
+knows nothing of the compiler ([parity.md](parity.md#the-call)): the output for the pipeline's default call and, of
+kinds with a prompt, for `A Red, Apple &amp; "Pear"`; limit 80. *Own lines* counts the lines of the compiler and the
+sampler that name the family or its pipeline class. Tiny networks show that the arithmetic is right; they show nothing
+of quality.
 
 {table(rows)}
 *Guidance*: `embedded`, the scale is an input of the network; `two-pass`, two calls a step; `none`, neither.
@@ -173,15 +214,23 @@ arithmetic is right; they show nothing of quality.
 """
 
 
-def main(names: Iterable[str]) -> None:
-    """Builds the named families, or all, and prints the page of them; what was built so far goes to stderr."""
+def main(names: Sequence[str]) -> None:
+    """Builds the named families, or all that have no record, and prints the page of all records."""
+    records = ROOT / "build" / "families"
+    records.mkdir(parents=True, exist_ok=True)
     rows = []
     for family in zoo.FAMILIES:
-        if not names or family.name in names:
-            rows.append(build_family(family))
-            sys.stderr.write(f"{family.name}: {rows[-1].error or 'verified'}, {rows[-1].seconds:.0f} s\n")
+        record = records / f"{family.name}.json"
+        if family.name in names or not (names or record.is_file()):
+            row = build_family(family)
+            record.write_text(json.dumps(asdict(row)), encoding="utf-8")
+            sys.stderr.write(f"{family.name}: {row.error or 'verified'}, {_calls(row)}, {row.seconds:.0f} s\n")
+        if record.is_file():
+            rows.append(Row.of(json.loads(record.read_text(encoding="utf-8"))))
     sys.stdout.write(page(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from tests.families import main as as_imported  # the sources are functions of the module of that name
+
+    as_imported(sys.argv[1:])

@@ -24,6 +24,7 @@ from fewstep.runtimes.coreml_precision import choose_fp32_operations
 from fewstep.runtimes.mil import open_package
 from fewstep.runtimes.mil.program import Constant
 from fewstep.runtimes.parity import COMPRESSION, LOWERING, LOWERING_FP16
+from fewstep.user_calls import WHOLE
 from tests import tiny
 
 with quiet_coremltools() as ct:
@@ -506,7 +507,7 @@ def test_a_bundle_in_table_form_decodes_in_tiles_and_is_verified(tmp_path: Path)
     assert manifest.artifact("coreml", "decoder", "tile-8x8").path.startswith("coreml/VAEDecoder")
     verified = fewstep.verify(fewstep.Bundle.open(out), prompts=1, seeds=1)
     assert verified.report
-    assert {check.error for check in verified.report.checks} == {LOWERING, LOWERING_FP16, COMPRESSION}
+    assert {check.error for check in verified.report.checks} == {LOWERING, LOWERING_FP16, COMPRESSION, WHOLE}
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_every_shape_is_verified_and_drawn(several: fewstep.Bundle, tmp_path: Pa
         height, width = map(int, shape.split("x"))
         assert several.shaped(shape).generate("cat", seed=1).output.shape == (height, width, 3)
     verified = fewstep.verify(several, prompts=1, seeds=1)
-    assert verified.report and len({c.sample for c in verified.report.checks}) == 4
+    assert verified.report and len({c.sample for c in verified.report.checks if "#" in str(c.sample)}) == 4
     out = tmp_path / "cat.png"
     result = CliRunner().invoke(cli, ["generate", str(several.path), "cat", "--shape", "16x24", "-o", str(out)])
     assert result.exit_code == 0

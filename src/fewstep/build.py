@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import Lora, SourceSpec
+from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
@@ -111,7 +113,7 @@ def build(
     from fewstep.runtimes import get_runtime
     from fewstep.runtimes.coreml_resources import write_resources
     from fewstep.runtimes.measure import profile
-    from fewstep.verify import verify_targets
+    from fewstep.verify import verify_targets, with_calls
 
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     options, progress, out = options or Options(), progress or Silent(), Path(out)
@@ -153,7 +155,9 @@ def build(
         programs = programs_of(optimized, described, recipe)
         others = further_programs(programs, recipe)
 
-    with writing(out) as folder:
+    told = Told.of(described.contract, optimized.default_steps, described.schedules, original)
+    called = spec if isinstance(source, (str, SourceSpec)) else original
+    with closing(UserCalls.of(called, told)) as calls, writing(out) as folder:
         write_tokenizers(optimized, described.tokenizers, folder)
         quantized = quantize_programs(programs, recipe, folder, cache, progress)
         check_comparable(targets, quantized)
@@ -224,6 +228,7 @@ def build(
         for name, references in beside.items():
             found = verify_targets(Bundle(folder, manifest.shaped(name)), *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
+        verified = with_calls(verified, calls, Bundle(folder, manifest), manifest.runtimes, recipe.limits, progress)
         timed = [t for t in targets if get_runtime(t).availability().runs] if options.profile else []
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in timed]
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fewstep.errors import ContractError
+from fewstep.noise import draw_offset as draw_offset
 from fewstep.schedule import DENOISER as DENOISER
 from fewstep.schedule import Schedule
 from fewstep.tiles import Tiles
@@ -36,9 +37,6 @@ BEFORE, LOOP, AFTER = "before", "loop", "after"
 # Kinds of inputs.
 TEXT, CLASS, IMAGE = "text", "class", "image"
 
-# Offsets of draws beside the initial noise and the one that a step's sampler adds; the steps of any sampler stay below.
-EARLY_DRAWS, DRAWS_OF_A_STEP = 1 << 31, 1 << 16
-
 
 def is_denoiser(component: str) -> bool:
     """Returns whether a network of the loop makes F: `DENOISER`, or ``denoiser_...`` in the steps that call another."""
@@ -48,11 +46,6 @@ def is_denoiser(component: str) -> bool:
 def called_in_step(component: str, schedule: Schedule, k: int) -> bool:
     """Returns whether a network of the loop is called in step k: of those that make F, one is."""
     return not is_denoiser(component) or component == schedule.network(k)
-
-
-def draw_offset(k: int, number: int) -> int:
-    """Returns the offset of a further draw before network call k, numbered from 1."""
-    return EARLY_DRAWS + DRAWS_OF_A_STEP * k + number - 1
 
 
 @dataclass(frozen=True)

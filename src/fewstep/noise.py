@@ -25,6 +25,9 @@ _ROUNDS = 10
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
 
+# Offsets of draws beside the initial noise and the one that a step's sampler adds; the steps of any sampler stay below.
+EARLY_DRAWS, DRAWS_OF_A_STEP = 1 << 31, 1 << 16
+
 
 def philox4x32(counter_N4: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray[np.uint32]:
     """Returns the 10-round Philox4x32 block of every counter, uint32 [N, 4].
@@ -89,3 +92,8 @@ def rows(seeds: Sequence[int], offset: int, shape: tuple[int, ...]) -> npt.NDArr
     """
     own = (shape[0] // len(seeds), *shape[1:])
     return np.concatenate([normal(seed, offset, own) for seed in seeds])
+
+
+def draw_offset(k: int, number: int) -> int:
+    """Returns the offset of a further draw before network call k, numbered from 1."""
+    return EARLY_DRAWS + DRAWS_OF_A_STEP * k + number - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from fewstep.progress import Progress, Silent, stage
 from fewstep.proof import host_of, recorded_checks, source_checks
 from fewstep.recipe import Limits
 from fewstep.references import (
+    as_built,
     golden_samples,
     known_floor,
     live_references,
@@ -44,7 +46,7 @@ from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operatio
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec
-from fewstep.ties import check_limits
+from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
     from fewstep.optimize.quantize import QuantizedPrograms
@@ -114,14 +116,15 @@ def verify(
             what its recipe's kind needs.
         RuntimeMissingError: one of the runtimes cannot run here.
     """
-    progress = progress or Silent()
-    runtimes = bundle.manifest.runtimes if runtime is None else (runtime,)
+    progress, manifest = progress or Silent(), bundle.manifest
+    runtimes = manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**bundle.manifest.recipe["limits"]) if trust_limits else check_limits(bundle.manifest)
+    limits = Limits(**manifest.recipe["limits"])
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
+        caveats.append("not compared with the untouched pipeline (level call): that needs the source")
         if bisect:
             caveats.append("not bisected: that needs the source")
         verified = verify_targets(
@@ -134,24 +137,18 @@ def verify(
             verified = verified.and_at(shape, found.with_checks(host_of(at, golden)))
         return replace(verified, place=first_place(verified.report.checks))
     original = load_original(bundle, source, progress)
-    live = live_references(bundle, original, prompts, seeds, progress)
-    verified = verify_targets(
-        bundle,
-        live.samples,
-        live.uncompressed,
-        limits,
-        quantized=live.quantized,
-        runtimes=runtimes,
-        progress=progress,
-    )
-    checks, notes = source_checks(bundle, live, limits, verified.report.floor)
-    verified = replace(verified.with_checks(checks), caveats=(*verified.caveats, *notes))
-    for shape in bundle.manifest.shapes:
-        at = bundle.shaped(shape)
-        there = live_references(at, original, 1, 1, progress)
-        found = verify_targets(at, there.samples, there.uncompressed, limits, runtimes=runtimes, progress=progress)
-        verified = verified.and_at(shape, found.with_checks(host_of(at, there.recorded)))
-    verified = replace(verified, place=first_place(verified.report.checks))
+    told = Told.of(manifest.contract, manifest.default_steps, manifest.schedules, as_built(original, manifest))
+    with closing(UserCalls.of(source, told)) as calls:
+        quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
+        verified = verify_targets(
+            bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+        )
+        for shape in manifest.shapes:
+            at = bundle.shaped(shape)
+            _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
+            found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
+            verified = verified.and_at(shape, found)
+        verified = with_calls(verified, calls, bundle, runtimes, limits, progress)
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
             if name not in BISECTED:
@@ -163,6 +160,21 @@ def verify(
                 {f"{component} ({name})" if verified.each else component: d for component, d in departed.items()}
             )
     return verified
+
+
+def with_calls(
+    verified: Verification,
+    calls: UserCalls,
+    bundle: Bundle,
+    runtimes: Sequence[str],
+    limits: Limits,
+    progress: Progress,
+) -> Verification:
+    """Returns a verification with the checks of the level *call*, which waits for the untouched pipeline's answer."""
+    with stage(progress, "compare with the untouched pipeline"):
+        checks, notes = calls.checks(bundle, runtimes, limits, changed=verified.uncompressed is not None)
+    report = replace(verified.report, checks=(*verified.report.checks, *checks))
+    return replace(verified, report=report, caveats=(*verified.caveats, *notes))
 
 
 def _check_runtimes(bundle: Bundle, runtimes: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ LONGEST_EDGE = 384
 """Pictures with a longer edge, in pixels, are shown at 1/2, 1/3, ... of their size, to keep the page small."""
 
 ERRORS = ("lowering", "compression")
-LEVELS = ("component", "trajectory", "picture")
+LEVELS = ("component", "trajectory", "picture", "call")
 
 _MINUS = "\N{MINUS SIGN}"
 

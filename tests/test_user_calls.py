@@ -1,0 +1,218 @@
+"""The level call: a bundle against the untouched pipeline; what makes it fail, and what it says when it cannot run."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import fewstep
+from fewstep.bundle import Bundle
+from fewstep.contract import Contract
+from fewstep.export import load
+from fewstep.manifest import Manifest
+from fewstep.recipe import Limits
+from fewstep.runtimes.parity import Check
+from fewstep.source import SourceSpec
+from fewstep.untouched.request import Answer, Request, Source, UserCall
+from fewstep.user_calls import CALL, WHOLE, Told, UserCalls, compare_calls, source_of
+from fewstep.user_process import Asked
+from tests import loras, tiny
+from tests.bundles import built, plain, plain_generator
+
+TOKENIZER = "tokenizer"
+Change = Callable[[Manifest], Manifest]
+
+
+def told(manifest: Manifest) -> Told:
+    return Told(manifest.contract, manifest.default_steps, tuple(manifest.schedules))
+
+
+@functools.cache
+def asked(kind: str) -> tuple[Request, Answer]:
+    """Returns what the untouched pipeline of a tiny folder answers; several tests compare with it."""
+    it = built(kind)
+    request = told(it.bundle.manifest).request(source_of(SourceSpec(str(it.source))))
+    with closing(Asked(request)) as running:
+        return request, running.answer()
+
+
+def checks_of(kind: str, change: Change | None = None, *, changed: bool = False) -> list[Check]:
+    """Returns the checks of a tiny bundle, spoilt or not, against its untouched pipeline."""
+    bundle = built(kind).bundle
+    manifest = bundle.manifest if change is None else change(bundle.manifest)
+    return compare_calls(Bundle(bundle.path, manifest), ("onnxruntime",), *asked(kind), Limits(), changed=changed)
+
+
+def failing(checks: list[Check]) -> set[str]:
+    return {check.tensor or str(check.sample).partition(",")[0] for check in checks if not check.passed}
+
+
+def checks_against(kind: str, source: str) -> tuple[list[Check], list[str]]:
+    """Returns checks and notes of a tiny bundle against another source, with few texts."""
+    bundle = built(kind).bundle
+    with closing(UserCalls.of(SourceSpec(source), told(bundle.manifest))) as calls:
+        return calls.checks(bundle, ("onnxruntime",), Limits(), changed=False)
+
+
+def test_a_right_bundle_passes_every_call() -> None:
+    checks = checks_of("lcm")
+    assert not failing(checks)
+    assert {check.level for check in checks} == {CALL}
+    names = {str(check.sample).partition(",")[0] for check in checks if check.metric == "PSNR dB"}
+    assert names == {"default", "capitals", "over-long", "guidance 1", "guidance 2.5"}
+    texts = {check.tensor: check.sample for check in checks if check.component == TOKENIZER}
+    assert texts == {"token ids": "216 texts", "masks": "216 texts"}
+
+
+def test_a_build_and_a_live_verification_have_the_level() -> None:
+    lcm = built("lcm").bundle
+    assert lcm.manifest.parity is not None
+    assert lcm.manifest.parity["worst"]["lowering.call"]["passed"]
+    assert "call" in {check.level for check in fewstep.verify(lcm, prompts=1, seeds=1).report.checks}
+
+
+def test_the_process_imports_nothing_of_the_compiler() -> None:
+    _, answer = asked("lcm")
+    assert "fewstep.untouched.calling" in answer.modules
+    assert not [name for name in answer.modules if name.startswith(("fewstep.export", "fewstep.calibration"))]
+
+
+def _tokenizer(**changes: Any) -> Change:
+    def change(manifest: Manifest) -> Manifest:
+        tokenizers = {name: replace(spec, **changes) for name, spec in manifest.tokenizers.items()}
+        return replace(manifest, tokenizers=tokenizers)
+
+    return change
+
+
+def _contract(change: Callable[[Contract], Contract]) -> Change:
+    return lambda manifest: replace(manifest, contract=change(manifest.contract))
+
+
+def _guidance(**changes: Any) -> Change:
+    return _contract(lambda contract: replace(contract, guidance=replace(contract.guidance, **changes)))
+
+
+IMAGES = {"default", "capitals", "over-long", "guidance 1", "guidance 2.5"}
+
+
+@pytest.mark.parametrize(
+    ("change", "fails"),
+    [
+        pytest.param(_tokenizer(prefix="a photo of "), {"token ids", "masks", *IMAGES}, id="text around the prompt"),
+        # Every prompt of an image fills the tiny encoder's 16 tokens: only the ids of shorter texts can tell.
+        pytest.param(_tokenizer(pad_id=0), {"token ids"}, id="padding"),
+        pytest.param(_tokenizer(padding_side="left"), {"token ids", "masks"}, id="side of the padding"),
+        pytest.param(_guidance(factor=0.0), IMAGES - {"guidance 1"}, id="a scale that is compiled in: 1"),
+        pytest.param(_guidance(factor=1010.0), IMAGES - {"guidance 1"}, id="embedding of the scale"),
+        pytest.param(_contract(lambda c: replace(c, latent_scale=1.05 * c.latent_scale)), IMAGES, id="latent scale"),
+    ],
+)
+def test_a_spoilt_manifest_fails(change: Change, fails: set[str]) -> None:
+    assert failing(checks_of("lcm", change)) == fails
+
+
+def test_other_weights_than_the_files_fail(tmp_path: Path) -> None:
+    checks, _ = checks_against("lcm", str(tiny.lcm_folder(tmp_path / "other", seed=1)))
+    assert failing(checks) == IMAGES
+
+
+def test_what_python_changed_since_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = f"""
+from fewstep.export import load
+
+def make():
+    generator = load({str(built("lcm").source)!r})
+    generator.pipeline.vae.register_to_config(scaling_factor=2.0)
+    return generator
+"""
+    (tmp_path / "changed_since.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    checks, notes = checks_against("lcm", "changed_since:make")
+    assert failing(checks) == IMAGES
+    assert notes == []
+
+
+def test_a_process_that_dies_is_a_failure_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dying.py").write_text("def make():\n    raise SystemExit('no more')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    checks, notes = checks_against("lcm", "dying:make")
+    assert [(check.metric, check.passed) for check in checks] == [("calls made", False)]
+    assert "no more" in notes[0]
+
+
+def test_a_call_that_the_pipeline_refuses_fails_in_its_words() -> None:
+    request, _ = asked("lcm")
+    refused = replace(request, calls=(UserCall("default", "cat", 1000, 7),), texts=())
+    with closing(Asked(refused)) as running:
+        answer = running.answer()
+    assert isinstance(answer.outputs[0], str)
+    assert answer.outputs[0].startswith("ValueError: ")
+
+
+def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = built("lcm")
+    little = type("Memory", (), {"available": 1 << 20})()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    checks, notes = checks_against("lcm", str(it.source))
+    assert checks == []
+    assert "not compared with the untouched pipeline" in notes[0]
+    assert "1 MiB are free" in notes[0]
+
+
+def test_a_generator_of_python_is_called_here_and_says_so() -> None:
+    bundle = plain()
+    assert any("process of the compiler" in caveat for caveat in bundle.manifest.caveats)
+    with closing(UserCalls.of(plain_generator(), told(bundle.manifest))) as calls:
+        checks, notes = calls.checks(bundle, ("onnxruntime",), Limits(), changed=False)
+    assert [check.sample for check in checks] == ["default, 2 steps"]
+    assert not failing(checks)
+    assert "process of the compiler" in notes[0]
+
+
+def test_a_changed_network_is_held_to_its_recipes_limit() -> None:
+    checks = checks_of("lcm", changed=True)
+    images = [check for check in checks if check.component == "picture"]
+    assert {check.error for check in images} == {WHOLE}
+    assert [check.metric for check in images if check.limit is not None] == ["mean PSNR dB"]
+    assert all(check.limit == 1.0 for check in checks if check.component == TOKENIZER)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="diffusers merges LoRAs by itself with peft")
+def test_loras_without_peft_say_that_the_loader_merged_them(tmp_path: Path) -> None:
+    it = built("lcm")
+    unet = load(str(it.source)).pipeline.unet
+    found = loras.branches(unet, loras.UNET_MODULES, rank=3, alpha=2.0, seed=0)
+    lora = fewstep.Lora(str(loras.write(tmp_path / "lora.safetensors", "bare", found)), 0.7)
+    with closing(UserCalls.of(SourceSpec(str(it.source), loras=(lora,)), told(it.bundle.manifest))) as calls:
+        checks, notes = calls.checks(it.bundle, ("onnxruntime",), Limits(), changed=False)
+    assert failing(checks) == IMAGES  # the bundle is without it
+    assert any("fewstep's own loader" in note and "peft" in note for note in notes)
+
+
+def test_request_and_answer_survive_their_files(tmp_path: Path) -> None:
+    request, answer = asked("lcm")
+    request.save(tmp_path)
+    answer.save(tmp_path)
+    again = Request.load(tmp_path)
+    assert replace(again, given={}) == replace(request, given={})
+    assert isinstance(again.source, Source)
+    found = Answer.load(tmp_path)
+    assert [read.ids.tolist() for read in found.reads[3]] == [read.ids.tolist() for read in answer.reads[3]]
+
+
+def test_a_generator_of_a_folder_that_python_changed_is_what_is_called() -> None:
+    it = built("lcm")
+    generator = load(str(it.source))
+    generator.pipeline.vae.register_to_config(scaling_factor=2.0)
+    with closing(UserCalls.of(generator, told(it.bundle.manifest))) as calls:
+        checks, _ = calls.checks(it.bundle, ("onnxruntime",), Limits(), changed=False)
+    assert failing(checks) == IMAGES
