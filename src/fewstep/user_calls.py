@@ -82,19 +82,17 @@ class Told:
     contract: Contract
     default_steps: int
     counts: tuple[int, ...]
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The pipeline's further arguments by step count, as far as JSON can hold them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
     tile: int | None = None
 
     @classmethod
     def of(cls, contract: Contract, default_steps: int, counts: Iterable[int], generator: Generator) -> Told:
-        """Returns what decides the calls."""
-        counts = tuple(counts)
-        options = {str(n): _options(generator.options, n) for n in counts}
+        """Returns what decides the calls; functions among a generator's options are left to its source."""
+        options = {n: v for n, v in generator.options.items() if isinstance(v, (bool, int, float, str, list, dict))}
         tile = None
         if not generator.is_loop and getattr(getattr(generator.pipeline, "vae", None), "use_tiling", False):
             tile = int(generator.pipeline.vae.tile_sample_min_size)
-        return cls(contract, default_steps, counts, options, tile)
+        return cls(contract, default_steps, tuple(counts), options, tile)
 
     def request(self, source: Source) -> Request:
         """Returns the request to the pipeline of a source."""
@@ -109,17 +107,6 @@ class Told:
             texts=odd_texts() if contract.takes_text else (),
             given=_given(contract),
         )
-
-
-def _options(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Returns the options at a step count; what JSON cannot hold is left to the source, which has it too."""
-    found = {}
-    for name, value in options.items():
-        try:
-            found[name] = json.loads(json.dumps(value(steps) if callable(value) else value))
-        except Exception:  # any: it is the user's own function
-            continue
-    return found
 
 
 def _given(contract: Contract) -> dict[str, Array]:
@@ -151,7 +138,6 @@ def source_of(spec: SourceSpec) -> Source:
         variant=getattr(spec, "variant", None),
         decoder=spec.decoder,
         components={r.component: r.path for r in spec.replacements},
-        keep=("safety_checker", "feature_extractor") if getattr(spec, "keep_safety_checker", False) else (),
         loras=tuple((lora.path, lora.scale) for lora in spec.loras),
         path=tuple(sys.path),
         cwd=str(Path.cwd()),

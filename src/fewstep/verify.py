@@ -46,6 +46,7 @@ from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operatio
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec
+from fewstep.ties import check_limits
 from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def verify(
     progress, manifest = progress or Silent(), bundle.manifest
     runtimes = manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**manifest.recipe["limits"])
+    limits = Limits(**manifest.recipe["limits"]) if trust_limits else check_limits(manifest)
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
@@ -139,16 +140,25 @@ def verify(
     original = load_original(bundle, source, progress)
     told = Told.of(manifest.contract, manifest.default_steps, manifest.schedules, as_built(original, manifest))
     with closing(UserCalls.of(source, told)) as calls:
-        quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
+        live = live_references(bundle, original, prompts, seeds, progress)
         verified = verify_targets(
-            bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+            bundle,
+            live.samples,
+            live.uncompressed,
+            limits,
+            quantized=live.quantized,
+            runtimes=runtimes,
+            progress=progress,
         )
+        checks, notes = source_checks(bundle, live, limits, verified.report.floor)
+        verified = replace(verified.with_checks(checks), caveats=(*verified.caveats, *notes))
         for shape in manifest.shapes:
             at = bundle.shaped(shape)
-            _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
-            found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
-            verified = verified.and_at(shape, found)
+            there = live_references(at, original, 1, 1, progress)
+            found = verify_targets(at, there.samples, there.uncompressed, limits, runtimes=runtimes, progress=progress)
+            verified = verified.and_at(shape, found.with_checks(host_of(at, there.recorded)))
         verified = with_calls(verified, calls, bundle, runtimes, limits, progress)
+    verified = replace(verified, place=first_place(verified.report.checks))
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
             if name not in BISECTED:

@@ -47,7 +47,7 @@ def call_pipeline(subject: Subject, request: Request, call: UserCall) -> Any:
     Images are handed over as users have them, in 8 bits; the result is asked for before it is rounded to 8 bits.
     """
     parameters = inspect.signature(subject.pipeline.__call__).parameters
-    options = {**subject.options, **request.options.get(str(call.steps), {})}
+    options = {**subject.options, **request.options}
     arguments = {name: value(call.steps) if callable(value) else value for name, value in options.items()}
     arguments |= {"num_inference_steps": call.steps, "output_type": "pt"}
     scale = request.guidance if call.guidance is None else call.guidance
@@ -80,7 +80,7 @@ def call_loop(subject: Subject, request: Request, call: UserCall, draws: Draws) 
     for name, kind in request.inputs.items():
         if kind == "text":
             inputs[name] = torch.as_tensor(loop_tokens(subject.tokenizers[name], call.prompt)["input_ids"])
-    w = next(w for w in (call.guidance, request.guidance, subject.guidance) if w is not None)
+    w = subject.guidance if call.guidance is None else call.guidance
     with _steps_of(subject.pipeline, draws):
         return subject.pipeline(inputs, steps=call.steps, guidance=w, noise=draws)
 

@@ -61,13 +61,13 @@ class Request:
 
     ``kind`` is what comes out (picture, video, audio or depth). ``inputs`` are the kinds of what the user gives, by the
     name of the argument; ``given`` holds those that are no text: images float32 [1, C, H, W] in [0, 1], classes int64
-    [1]. ``options`` are the pipeline's further arguments by step count. ``guidance`` is the bundle's own scale, given where it is not the pipeline's default; None leaves it out.
+    [1]. ``guidance`` is the bundle's own scale, given where it is not the pipeline's default; None leaves it out.
     """
 
     source: Source
     kind: str
     inputs: Mapping[str, str]
-    options: Mapping[str, Mapping[str, Any]]
+    options: Mapping[str, Any]
     guidance: float | None
     calls: tuple[UserCall, ...]
     texts: tuple[str, ...]
