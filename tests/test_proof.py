@@ -45,14 +45,14 @@ PAINTER = ("lowest bit of one weight", "zero point + 1 where it is read", "bias 
 @pytest.mark.parametrize("name", LCM)
 def test_a_seeded_fault_is_noticed_without_its_source_and_named(name: str) -> None:
     fault = next(fault for fault in FAULTS if fault.name == name)
-    seen = look(fault, built("lcm").bundle.path, live=False)
+    seen = look(fault, built("lcm").bundle.path)
     assert seen.golden and seen.localised, seen
 
 
 @pytest.mark.parametrize("name", PAINTER)
 def test_a_seeded_integer_is_noticed_without_its_source_and_named(name: str) -> None:
     fault = next(fault for fault in FAULTS if fault.name == name)
-    seen = look(fault, painted("w8a8").bundle.path, live=False)
+    seen = look(fault, painted("w8a8").bundle.path)
     assert seen.golden and seen.localised, seen
 
 

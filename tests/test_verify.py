@@ -40,7 +40,7 @@ def test_live_verification_passes() -> None:
     assert result.report
     assert "run now" in result.report.reference
     levels = {"component", "trajectory", "picture", "host", "stored", "manifest", "golden", "call"}
-    assert {check.level for check in result.report.checks} >= levels
+    assert {check.level for check in result.report.checks} == levels
     assert result.place is None
 
 

@@ -1,17 +1,18 @@
 """Seeds every fault, verifies live and by the golden pack alone, and writes the table of docs/parity.md.
 
 Goes on where it was interrupted: what each fault came to is kept beside the bundles. ``python -m tests.faults [WORDS]``
-runs those whose name has one of the words, and ``--table`` writes the table alone.
+runs those whose name has one of the words, ``--table`` writes the table alone, and ``--tiny`` seeds faults of integers
+into a small network of the tests, which takes seconds to build.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from unittest import mock
 from fewstep.bundle import Bundle
 from fewstep.errors import FewstepError
 from fewstep.verify import Verification, verify
-from tests.faults.bundles import ROOT, WORK, folder_of
+from tests.faults.bundles import PAINTER, ROOT, STICKERS, WORK, folder_of
 from tests.faults.edits import Folder
-from tests.faults.seeded import FAULTS, Fault
+from tests.faults.seeded import FAULTS, W8A8, Fault
 
 RESULTS = WORK / "results.json"
 PAGE = ROOT / "docs" / "parity.md"
@@ -62,28 +63,30 @@ def main() -> None:
         for fault in () if "--table" in sys.argv else FAULTS:
             if fault.name in known if not words else not any(word in fault.name for word in words):
                 continue
-            seen = look(fault, folder_of(fault.recipe))
+            source = PAINTER if "--tiny" in sys.argv and fault.recipe == W8A8 else STICKERS
+            seen = look(fault, folder_of(fault.recipe, source), against=source)
             known[fault.name] = asdict(seen)
             RESULTS.write_text(json.dumps(known, indent=1))
             sys.stderr.write(f"{seen}\n")
     write_table([Seen(**known[fault.name]) for fault in FAULTS if fault.name in known])
 
 
-def look(fault: Fault, bundle: Path, *, live: bool = True) -> Seen:
-    """Returns what verification says of a bundle with a fault; ``live`` False leaves the source alone."""
+def look(fault: Fault, bundle: Path, *, against: str | None = None) -> Seen:
+    """Returns what verification says of a bundle with a fault: with a source if one is given, and without."""
     with tempfile.TemporaryDirectory() as work:
         folder = Folder(Path(work) / "bundle")
         shutil.copytree(bundle, folder.path)
         fault.seed(folder)
         folder.rehash()
-        seen, place = _verdict(lambda: _live(folder.path)) if live else (False, "")
+        seen, place = _verdict(lambda: _live(folder.path, against)) if against is not None else (False, "")
         golden, from_golden = _verdict(lambda: _golden(folder.path))
     said = place if seen else from_golden
     # Faults of integers are told by the module whose integers they are.
     named = (
         any(fault.place in text for text in (place, from_golden)) if fault.place else "." in place or "stored" in place
     )
-    return Seen(fault.name, fault.recipe, seen, golden, (seen or golden) and named, said[:160])
+    where = f"{fault.recipe}, painter" if against == PAINTER else fault.recipe
+    return Seen(fault.name, where, seen, golden, (seen or golden) and named, said[:160])
 
 
 def _verdict(run: Callable[[], Verification]) -> tuple[bool, str]:
@@ -101,8 +104,8 @@ def _verdict(run: Callable[[], Verification]) -> tuple[bool, str]:
     return True, "; ".join(filter(None, told))
 
 
-def _live(path: Path) -> Verification:
-    return verify(Bundle.open(path), prompts=1, seeds=1, bisect=True)
+def _live(path: Path, against: str) -> Verification:
+    return verify(Bundle.open(path), against=against, prompts=1, seeds=1, bisect=True)
 
 
 def _golden(path: Path) -> Verification:
@@ -111,20 +114,53 @@ def _golden(path: Path) -> Verification:
         return verify(Bundle.open(path))
 
 
-def remembered() -> mock._patch[Any]:
-    """Returns a patch under which a source is loaded once: it is the same for every fault."""
-    from fewstep import export
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Computes once, for the length of a block, what depends on the source alone and not on a bundle with a fault."""
+    from fewstep import calibration, export
+    from fewstep.runtimes import ort_bisect
 
-    plain = export.load
+    known: dict[Any, Any] = {}
 
-    @functools.cache
-    def load(spec: Any, guidance: float | None, eager: bool) -> Any:
-        return plain(spec, guidance=guidance, eager=eager)
+    def once(key: Any, make: Callable[[], Any]) -> Any:
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
-    def once(spec: Any, *, guidance: float | None = None, eager: bool = False) -> Any:
-        return load(spec, guidance, eager)
+    def source(generator: Any) -> Any:
+        return generator.source.sha256, generator.guidance, generator.name
 
-    return mock.patch("fewstep.export.load", once)
+    def load(spec: Any, *, guidance: float | None = None, eager: bool = False) -> Any:
+        return once(("load", str(spec), guidance), lambda: plain[0](spec, guidance=guidance, eager=True))
+
+    def describe(generator: Any, steps: Any) -> Any:
+        return once(("describe", *source(generator), tuple(steps)), lambda: plain[1](generator, steps))
+
+    def programs_of(generator: Any, described: Any, recipe: Any) -> Any:
+        key = ("programs", *source(generator), id(described), str(recipe))
+        return once(key, lambda: plain[2](generator, described, recipe))
+
+    def record_samples(generator: Any, described: Any, requests: Any) -> Iterator[Any]:
+        for request in requests:
+            key = ("sample", *source(generator), id(described), request.prompt, request.seed, request.steps)
+            key = (*key, request.guidance)
+            yield once(key, lambda one=request: next(plain[3](generator, described, [one])))  # type: ignore[misc]
+
+    def translate(program: Any) -> Any:
+        return once(("onnx", id(program.exported)), lambda: (plain[4](program), program.exported))[0]
+
+    changed = [
+        (export, "load", load),
+        (export, "describe", describe),
+        (export, "programs_of", programs_of),
+        (calibration, "record_samples", record_samples),
+        (ort_bisect, "translate", translate),
+    ]
+    plain = [getattr(module, name) for module, name, _ in changed]
+    with ExitStack() as stack:
+        for module, name, function in changed:
+            stack.enter_context(mock.patch.object(module, name, function))
+        yield
 
 
 def write_table(rows: list[Seen]) -> None:

@@ -233,17 +233,17 @@ def _float_denoiser(folder: Folder) -> None:
 
 
 def _two_products(model: ir.Model) -> None:
-    found: dict[tuple[int, ...], ir.Value] = {}
-    for node in products(model):
-        value = node.inputs[1]
-        assert value is not None and value.const_value is not None
-        shape = tuple(value.const_value.shape.numpy())
-        if shape in found and found[shape] is not value:
-            other = found[shape]
-            other.const_value, value.const_value = value.const_value, other.const_value
-            return
-        found[shape] = value
-    raise LookupError("no two products have weights of one shape")
+    """Exchanges the integers of two products, or where no two have weights of one shape, their scales."""
+    for at in (1, 3):
+        found: dict[tuple[int, ...], ir.Value] = {}
+        for node in products(model):
+            value = node.inputs[at]
+            assert value is not None and value.const_value is not None
+            other = found.setdefault(tuple(value.const_value.shape.numpy()), value)
+            if other is not value:
+                other.const_value, value.const_value = value.const_value, other.const_value
+                return
+    raise LookupError("no two products have weights or scales of one shape")
 
 
 def _floor_and_column(folder: Folder) -> None:
