@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import re
 import uuid
@@ -188,7 +186,7 @@ def collect(
     choice = chosen.choose(Question(size, steps, seed, features))
     order = prompt_order(len(choice.kept), len(prompts), steps, seed=seed, in_order=chosen.in_order)
     names = _latent_names(described)
-    common = {**trajectory_key(generator, described, steps), "sampler": sampler}
+    common = {**trajectory_key(described, steps), "sampler": sampler}
     folder.mkdir(parents=True, exist_ok=True)
     advance = (progress or Silent()).task(f"calibrate ({sampler})", len(choice.kept))
     shards = []
@@ -244,31 +242,15 @@ def _latent_names(described: Description) -> LatentNames:
     return LatentNames(of_step, final)
 
 
-def trajectory_key(generator: Generator, described: Description, steps: int) -> dict[str, object]:
+def trajectory_key(described: Description, steps: int) -> dict[str, object]:
     """Returns what determines a trajectory of N steps beside its request, JSON-ready."""
     return {
-        "source": generator.source.sha256,
-        "weights": _weights_sha256(generator),
-        "inputs": [asdict(spec) for spec in generator.inputs],
-        "options": {name: repr(v(steps) if callable(v) else v) for name, v in generator.options.items()},
+        "generator": described.fingerprint,
         "schedule": described.schedules[steps].to_json(),
         "wirings": {name: digest(wiring) for name, wiring in described.wirings.items()},
         "code": code_sha256(),
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     }
-
-
-def _weights_sha256(generator: Generator) -> str:
-    """Returns the hash of all weights in memory: a pass may have changed them. Those in files are the source's own."""
-    if generator.stored is not None:
-        return "halves" if generator.stored.halves else "stored"
-    total = hashlib.sha256()
-    for component in generator.parts:
-        module = generator.module(component)
-        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-            total.update(name.encode())
-            total.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def is_calibration_folder(folder: Path) -> bool:

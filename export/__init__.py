@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fewstep.export import quiet  # isort: skip  # noqa: F401  # first: torchao speaks up when it is imported
+from fewstep.export.arguments import check_counts
 from fewstep.export.describe import Description, describe
-from fewstep.export.generator import Generator
+from fewstep.export.fingerprint import fingerprint
+from fewstep.export.generator import Generator, recorded_source
 from fewstep.export.layout import diffusers_files, write_tokenizers
 from fewstep.export.load import load, missing
 from fewstep.export.loop import SampleFunction
@@ -18,14 +20,17 @@ __all__ = [
     "Generator",
     "Programs",
     "SampleFunction",
+    "check_counts",
     "describe",
     "diffusers_files",
     "digest",
+    "fingerprint",
     "lay_over",
     "load",
     "missing",
     "programs_of",
     "record",
+    "recorded_source",
     "trace",
     "write_tokenizers",
 ]

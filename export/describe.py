@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
 from fewstep.export.embedding import read_guidance
+from fewstep.export.fingerprint import fingerprint, is_own_code, with_outputs
 from fewstep.export.generator import Generator
 from fewstep.export.layout import read_tokenizers
 from fewstep.export.reader import Reader
@@ -33,6 +34,8 @@ class Description:
     schedules: Mapping[int, Schedule]
     tokenizers: Mapping[str, TokenizerSpec]
     anatomy: Anatomy
+    fingerprint: str = ""
+    """Of the generator as it was described: see `fewstep.export.fingerprint`."""
 
 
 def describe(generator: Generator, steps: Sequence[int]) -> Description:
@@ -42,6 +45,7 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
         ScheduleError: its sampler is not a table.
         ExportError: it does something between the networks that a bundle cannot express.
     """
+    mark = fingerprint(generator)  # before anything runs, which may leave traces in the networks
     inputs = stacked([example_inputs(generator.inputs, i) for i in range(generator.batch)])
     prompt = example_prompts(generator)
     # Two steps tell what varies from step to step from what does not; the most call all networks that take turns.
@@ -50,6 +54,7 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     count = count if generator.is_loop else max(2, count)
     stubs = None if generator.stored is None else generator.stored.shapes(generator)
     recorded = run(generator, prompt, 0, steps=count, guidance=generator.guidance, inputs=inputs, stubs=stubs)
+    mark = with_outputs(mark, recorded) if is_own_code(generator) else mark
     guidance, plain = read_guidance(generator, recorded), generator.guidance
     if guidance.kind == "two_pass":
         plain = 0.0
@@ -66,4 +71,4 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
         specs[DECODER] = replace(specs[DECODER], tiles=tiles)
     tokenizers = read_tokenizers(generator, recorded, prompt if isinstance(prompt, str) else prompt[0])
     contract = replace(contract, batch=generator.batch)
-    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy)
+    return Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy, mark)

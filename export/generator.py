@@ -12,12 +12,14 @@ from typing import Any
 import diffusers.utils
 import torch
 
+from fewstep import call_options
 from fewstep.contract import DECODER, DENOISER, ENCODER, TEXT, InputSpec
-from fewstep.errors import SourceError
+from fewstep.errors import ExportError, SourceError
+from fewstep.export.arguments import as_the_call_wants, call_inputs, check_options, listed_steps, resized, wanted_inputs
+from fewstep.export.fingerprint import code_and_weights
 from fewstep.export.loop import Loop, SampleFunction
 from fewstep.export.stored_networks import StoredNetworks
 from fewstep.export.tiled_decoder import with_tiling
-from fewstep.hashing import value_sha256
 from fewstep.source import SourceInfo
 
 DEFAULT_PROMPTS = (
@@ -35,8 +37,6 @@ DEFAULT_STEPS = (1, 2, 4, 8)
 _DENOISERS = ("unet", "transformer")
 # Filters of pictures, and networks that only other ways of calling a pipeline use.
 _LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor", "watermark")
-# Arguments of pipelines that take a picture, and their channels.
-_PICTURES = {"image": 3, "mask_image": 1, "control_image": 3}
 # Fields of diffusers' results.
 _KINDS = {"images": "picture", "frames": "video", "audios": "audio", "prediction": "depth"}
 
@@ -83,7 +83,14 @@ class Generator:
 
     @classmethod
     def from_pipeline(
-        cls, pipeline: Any, source: SourceInfo, *, name: str, options: Mapping[str, Any] | None = None
+        cls,
+        pipeline: Any,
+        source: SourceInfo,
+        *,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        inputs: Sequence[str] = (),
+        stored: StoredNetworks | None = None,
     ) -> Generator:
         """Returns the generator of a loaded diffusers pipeline.
 
@@ -92,10 +99,16 @@ class Generator:
             source: where it came from.
             name: what to call it.
             options: further arguments of every call, for instance ``{"strength": 0.5}``.
+            inputs: images that the pipeline can do without and that its user gives, for instance ``["image"]``.
+            stored: where the weights are, if the pipeline's modules have none.
 
         Raises:
             SourceError: the pipeline lacks a denoiser, or a network or tokenizer that it cannot do without.
+            ExportError: it takes no such option or input.
         """
+        options = dict(options or {})
+        check_options(pipeline, options)
+        options = as_the_call_wants(pipeline, options)
         modules = {
             attribute: module
             for attribute, module in pipeline.components.items()
@@ -114,18 +127,20 @@ class Generator:
                 parts[_component(attribute, denoiser)] = Part(attribute, "forward", attribute)
         embedded = getattr(modules[denoiser].config, "time_cond_proj_dim", None)
         tokenizers = {a: t for a, t in pipeline.components.items() if hasattr(t, "model_max_length")}
-        return cls(
+        made = cls(
             name=name,
-            source=source,
+            source=replace(source, inputs=tuple(inputs)),
             pipeline=pipeline,
             parts=parts,
             guidance=8.5 if embedded else 0.0,  # 8.5: diffusers' default for latent consistency models
-            inputs=_inputs(pipeline, modules[denoiser], options or {}),
-            options=options or {},
+            inputs=call_inputs(pipeline, modules[denoiser], options),
+            options=options,
             tokenizers=tokenizers,
             kind=_kind(pipeline),
             rate=_rate(modules.values()),
-        )
+            stored=stored,
+        )._at_listed_steps()
+        return replace(made, inputs=wanted_inputs(made, inputs))
 
     @classmethod
     def assemble(
@@ -161,12 +176,12 @@ class Generator:
             tokenizers: transformers tokenizers by input name.
             prompts: what parity is checked with.
             licences: licence texts of the weights, by name.
-            source: where it came from; None hashes the weights.
+            source: where it came from; None hashes the networks and the code.
         """
         parts = {n: Part(n, "forward", n) for n in networks}
         return cls(
             name=name,
-            source=source or SourceInfo(name, "python", _weights_sha256(networks)),
+            source=source or SourceInfo(name, "python", code_and_weights({"sample": sample, **networks})),
             pipeline=Loop(networks, sample),
             parts=parts,
             guidance=guidance,
@@ -203,7 +218,37 @@ class Generator:
                 hint="leave the shape out",
             )
         options = {**self.options, "height": height, "width": width}
-        return replace(self, options=options, inputs=_inputs(self.pipeline, self.module(DENOISER), options))
+        return replace(
+            self, options=options, inputs=resized(self.inputs, self.pipeline, self.module(DENOISER), options)
+        )
+
+    def called_with(self, options: Mapping[str, Any], inputs: Sequence[str] = ()) -> Generator:
+        """Returns a generator whose pipeline is called with further options, and given inputs that it can do without.
+
+        Raises:
+            ExportError: its pipeline takes no such option or input, or it has no pipeline.
+        """
+        if not options and not inputs:
+            return self
+        if self.is_loop:
+            what = next(iter([*options, *inputs]))
+            raise ExportError(
+                f"{self.name} is a sampling function and takes no option or further input {what!r}",
+                hint="say it in the Python function that makes the generator",
+            )
+        check_options(self.pipeline, options)
+        options = {**self.options, **as_the_call_wants(self.pipeline, options)}
+        inputs = tuple(dict.fromkeys((*self.source.inputs, *inputs)))
+        every = call_inputs(self.pipeline, self.module(DENOISER), options)
+        made = replace(
+            self, options=options, inputs=every, source=replace(self.source, inputs=inputs)
+        )._at_listed_steps()
+        return replace(made, inputs=wanted_inputs(made, inputs))
+
+    def _at_listed_steps(self) -> Generator:
+        """Returns the generator at the step count that an option with a value for every step fixes."""
+        count = listed_steps(self.options)
+        return self if count is None else replace(self, steps=(count,), default_steps=count)
 
     def batched(self, batch: int) -> Generator:
         """Returns a generator whose pipeline draws so many samples in one call, each with a prompt of its own."""
@@ -230,6 +275,14 @@ class Generator:
         if config is not None:
             pipeline._internal_dict = type(config)(pipeline._internal_dict)
         return replace(self, pipeline=pipeline)
+
+
+def recorded_source(generator: Generator, steps: Sequence[int]) -> SourceInfo:
+    """Returns a generator's source with its options, as the manifest keeps them for its step counts.
+
+    A generator is described with two steps or more, so options are kept for two, too.
+    """
+    return replace(generator.source, options=call_options.to_json(generator.options, {*steps, 2}))
 
 
 def _component(attribute: str, denoiser: str) -> str:
@@ -270,30 +323,3 @@ def _rate(modules: Iterable[torch.nn.Module]) -> int | None:
     """Returns the samples a second that one of the networks is configured for."""
     rates = [getattr(getattr(module, "config", None), "sampling_rate", None) for module in modules]
     return next((int(rate) for rate in rates if rate), None)
-
-
-def _inputs(pipeline: Any, denoiser: torch.nn.Module, options: Mapping[str, Any]) -> tuple[InputSpec, ...]:
-    """Returns what the user of a pipeline gives, read off the signature of its call."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    found = [InputSpec("prompt", TEXT)] if "prompt" in parameters else []
-    config: Any = denoiser.config
-    classes = getattr(config, "num_class_embeds", None) or getattr(config, "num_embeds_ada_norm", None)
-    if "class_labels" in parameters and classes:
-        found.append(InputSpec("class_labels", "class", (1,), int(classes)))
-    sample = getattr(config, "sample_size", None)
-    side = sample[-1] if isinstance(sample, (list, tuple)) else sample
-    scale = int(getattr(pipeline, "vae_scale_factor", 1))
-    height, width = (int(options.get(name) or (side or 64) * scale) for name in ("height", "width"))
-    for argument, channels in _PICTURES.items():
-        if argument in parameters:
-            found.append(InputSpec(argument, "image", (1, channels, height, width)))
-    return tuple(found)
-
-
-def _weights_sha256(networks: Mapping[str, torch.nn.Module]) -> str:
-    digests = {
-        f"{name}.{key}": tensor.detach().double().sum().item()
-        for name, network in networks.items()
-        for key, tensor in network.state_dict().items()
-    }
-    return value_sha256(digests)

@@ -17,6 +17,16 @@ from fewstep.errors import SourceError
 from fewstep.export.checks import PICKLES, check_complete, check_weights_file, check_weights_folder
 from fewstep.export.generator import Generator
 from fewstep.export.hub import download, is_hub_id
+from fewstep.export.networks import (
+    FILTERS,
+    IMAGE_ENCODER,
+    LOAD_ERRORS,
+    SAFETY_CHECKER,
+    check_variants,
+    load_networks,
+    network_classes,
+    networks_without_values,
+)
 from fewstep.export.overlay import lay_over
 from fewstep.export.single_file import load_single_file
 from fewstep.export.stored_networks import StoredNetworks
@@ -28,8 +38,6 @@ BUILT_IN = {"stickers": "fewstep.stickers:generator"}
 STORED_BYTES = 1 << 30
 _FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)$")
 SUFFIXES = (".json", ".safetensors", ".txt", ".model")
-# Filters of pictures that a bundle neither contains nor needs.
-_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def load(source: str | SourceSpec | Generator, *, guidance: float | None = None, eager: bool = False) -> Generator:
@@ -71,20 +79,24 @@ def missing(source: SourceInfo) -> str | None:
 def _load(spec: SourceSpec, *, eager: bool) -> Generator:
     uri, path = spec.uri, Path(spec.uri)
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and path.is_file()):
-        return from_file(path, spec.config)
+        return from_file(path, spec)
     if spec.config is not None:
         raise SourceError(
             f"--config describes a single-file checkpoint, and source {uri!r} is not a .safetensors file",
             hint="leave --config out, or give the checkpoint's file",
         )
-    if uri in BUILT_IN:
+    if uri in BUILT_IN and spec.variant is None:
         return _from_function(BUILT_IN[uri])
     if path.is_dir():
-        return from_folder(path, uri=uri, eager=eager)
+        return from_folder(path, spec, eager=eager)
+    if spec.variant is not None and not (is_hub_id(uri) and not _FUNCTION.match(uri)):
+        raise SourceError(
+            f"--variant says which files of a folder to take, and source {uri!r} is none", hint="leave --variant out"
+        )
     if _FUNCTION.match(uri):
         return _from_function(uri)
     if is_hub_id(uri) and not path.exists():
-        return _from_hub(uri, eager=eager)
+        return _from_hub(spec, eager=eager)
     raise SourceError(
         f"source {uri!r} is not a folder, a .safetensors file, a hub id (owner/name), module:function or a built-in "
         "generator",
@@ -92,55 +104,59 @@ def _load(spec: SourceSpec, *, eager: bool) -> Generator:
     )
 
 
-def from_folder(folder: Path, *, uri: str | None = None, eager: bool = False) -> Generator:
-    """Returns the generator of a diffusers folder, in fp32; see `load` for ``eager``."""
-    check_folder(folder)
+def from_folder(folder: Path, spec: SourceSpec | None = None, *, eager: bool = False) -> Generator:
+    """Returns the generator of a diffusers folder, in fp32; see `load` for ``eager``.
+
+    ``spec`` says which variant of its files, and how the pipeline is called; None takes what is there.
+    """
     from diffusers import DiffusionPipeline
 
+    spec = spec or SourceSpec(str(folder))
+    check_folder(folder)
     _quiet()
+    index = _model_index(folder)
+    classes = network_classes(folder, index, FILTERS)
+    check_variants(folder, classes, spec.variant)
     size = sum(p.stat().st_size for p in _files(folder, (".safetensors",)))
-    stored = not eager and size >= STORED_BYTES
-    networks = _networks_without_values(folder) if stored else {}
+    stored = StoredNetworks(folder, variant=spec.variant) if not eager and size >= STORED_BYTES else None
+    make = load_networks if stored is None else networks_without_values
+    networks, unused = make(folder, classes, spec.variant)
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, **networks, **_left_out(folder)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         # diffusers raises any of these for a folder that is not what its model_index.json says.
         raise SourceError(
             f"{folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?"
         ) from error
-    source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, _files(folder, SUFFIXES)))
-    if not stored:
-        return _generator(pipeline, source, folder.resolve().name)
-    pipeline.set_progress_bar_config(disable=True)
-    generator = Generator.from_pipeline(pipeline, source, name=folder.resolve().name)
-    return replace(generator, stored=StoredNetworks(folder))
+    source = SourceInfo(
+        spec.uri,
+        "diffusers",
+        _sha256_of(folder, spec),
+        variant=spec.variant,
+        left_out=tuple(name for name in (SAFETY_CHECKER, IMAGE_ENCODER) if _names_class(index.get(name))),
+        unused=unused,
+    )
+    return _generator(pipeline, source, folder.resolve().name, spec, stored)
 
 
-def _networks_without_values(folder: Path) -> dict[str, Any]:
-    """Returns every network of a folder as a module without values."""
-    import diffusers
-    import transformers
-
-    from fewstep.export.weights import meta_module
-
-    libraries = {"diffusers": diffusers, "transformers": transformers}
-    networks = {}
-    for name, entry in _model_index(folder).items():
-        is_network = (folder / name).is_dir() and any((folder / name).glob("*.safetensors"))
-        if name in _LEFT_OUT or not is_network:
-            continue
-        library, class_name = entry
-        networks[name] = meta_module(folder / name, getattr(libraries.get(library), class_name, None))
-    return networks
+def _sha256_of(folder: Path, spec: SourceSpec) -> str:
+    files = folder_sha256(folder, _files(folder, SUFFIXES))
+    return files if spec.variant is None else value_sha256({"files": files, "variant": spec.variant})
 
 
-def from_file(path: Path, config: str | None) -> Generator:
+def _names_class(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+
+def from_file(path: Path, spec: SourceSpec) -> Generator:
     """Returns the generator of a single-file checkpoint, in fp32.
 
-    ``config`` is a diffusers folder of the same base model: what a checkpoint does not hold. Its weights are not read.
+    Its ``config`` is a diffusers folder of the same base model: what a checkpoint does not hold. Its weights are not
+    read.
     """
+    config = spec.config
     check_weights_file(path, "checkpoint")
     if config is None:
         raise SourceError(
@@ -154,19 +170,21 @@ def from_file(path: Path, config: str | None) -> Generator:
     pipeline = load_single_file(path, class_name, folder, _left_out(folder))
     described = folder_sha256(folder, _files(folder, tuple(set(SUFFIXES) - {".safetensors"})))
     sha256 = value_sha256({"checkpoint": file_sha256(path), "config": described})
-    return _generator(pipeline, SourceInfo(str(path), "single-file", sha256, config=config), path.stem)
+    left_out = tuple(n for n in (SAFETY_CHECKER, IMAGE_ENCODER) if _names_class(_model_index(folder).get(n)))
+    source = SourceInfo(str(path), "single-file", sha256, config=config, left_out=left_out)
+    return _generator(pipeline, source, path.stem, spec)
 
 
-def _from_hub(hub_id: str, *, eager: bool) -> Generator:
-    snapshot = download(hub_id, SUFFIXES)
-    generator = from_folder(snapshot.folder, uri=hub_id, eager=eager)
+def _from_hub(spec: SourceSpec, *, eager: bool) -> Generator:
+    snapshot = download(spec.uri, SUFFIXES)
+    generator = from_folder(snapshot.folder, spec, eager=eager)
     source = replace(generator.source, kind="hub", revision=snapshot.revision)
     return replace(generator, source=source, name=snapshot.repository.partition("/")[2])
 
 
 def _left_out(folder: Path) -> dict[str, Any]:
     """Returns the arguments that keep diffusers from loading what a bundle does not need."""
-    arguments: dict[str, Any] = {name: None for name in _LEFT_OUT if name in _model_index(folder)}
+    arguments: dict[str, Any] = {name: None for name in FILTERS if name in _model_index(folder)}
     return {**arguments, "requires_safety_checker": False} if "safety_checker" in arguments else arguments
 
 
@@ -174,12 +192,15 @@ def _files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file() and p.suffix in suffixes]
 
 
-def _generator(pipeline: Any, source: SourceInfo, name: str) -> Generator:
+def _generator(
+    pipeline: Any, source: SourceInfo, name: str, spec: SourceSpec, stored: StoredNetworks | None = None
+) -> Generator:
     import torch
 
-    pipeline.to(torch.float32)  # by itself, transformers keeps the precision of the file
+    if stored is None:
+        pipeline.to(torch.float32)  # by itself, transformers keeps the precision of the file
     pipeline.set_progress_bar_config(disable=True)
-    return Generator.from_pipeline(pipeline, source, name=name)
+    return Generator.from_pipeline(pipeline, source, name=name, options=spec.options, inputs=spec.inputs, stored=stored)
 
 
 def _quiet() -> None:
@@ -199,7 +220,7 @@ def check_folder(folder: Path) -> None:
     for name, entry in _model_index(folder).items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
-        if name in _LEFT_OUT:
+        if name in FILTERS:
             continue
         library, class_name = entry
         if library == "diffusers" and not hasattr(diffusers, class_name):

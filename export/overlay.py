@@ -12,6 +12,7 @@ from fewstep.errors import SourceError
 from fewstep.export.adapters import component_names, lora_sha256, merge_loras
 from fewstep.export.checks import check_weights_folder
 from fewstep.export.generator import Generator
+from fewstep.export.networks import load_network
 from fewstep.export.single_file import load_component
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
 from fewstep.source import MergedLora, Replacement, SourceInfo, SourcePart, SourceSpec
@@ -22,7 +23,11 @@ def lay_over(generator: Generator, spec: SourceSpec) -> Generator:
 
     Raises:
         SourceError: a file is missing or damaged, or does not fit the generator.
+        ExportError: the generator takes no such option or input.
     """
+    fresh = {name: value for name, value in spec.options.items() if generator.options.get(name) != value}
+    if fresh or set(spec.inputs) - set(generator.source.inputs):
+        generator = generator.called_with(spec.options, spec.inputs)
     if spec.decoder is not None:
         generator = _with_decoder(generator, Path(spec.decoder))
     for replacement in spec.replacements:
@@ -40,28 +45,23 @@ def _with_decoder(generator: Generator, folder: Path) -> Generator:
     import diffusers
     import torch
 
-    decoder_class = getattr(diffusers, _decoder_class(folder), None)
+    decoder_class: Any = getattr(diffusers, _decoder_class(folder), None)
     if not (isinstance(decoder_class, type) and hasattr(decoder_class, "decode")):
         raise SourceError(
             f"{folder}/config.json: {_decoder_class(folder)!r} is not a decoder of diffusers {diffusers.__version__}",
             hint="for example AutoencoderTiny or AutoencoderKL",
         )
     check_weights_folder(folder)
-    try:
-        loaded: Any = decoder_class.from_pretrained(  # type: ignore[attr-defined]
-            str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise SourceError(
-            f"decoder {folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?"
-        ) from error
+    loaded, unused = load_network(folder, decoder_class, None)
     takes, has = (_latent_channels(decoder) for decoder in (loaded, generator.module(DECODER)))
     if takes != has:
         raise SourceError(
             f"decoder {folder} takes {takes} latent channels, the generator's latents have {has}",
             hint="take the decoder for this family of latents: they are not interchangeable",
         )
-    return generator.with_modules({DECODER: loaded.to(torch.float32).eval()})
+    others = {name: keys for name, keys in generator.source.unused.items() if name != "vae"}
+    source = replace(generator.source, unused={**others, "decoder": unused} if unused else others)
+    return replace(generator, source=source).with_modules({DECODER: loaded.to(torch.float32).eval()})
 
 
 def _decoder_class(folder: Path) -> str:

@@ -12,7 +12,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from difflib import get_close_matches
 from typing import Any
 from unittest import mock
 
@@ -21,7 +20,8 @@ import torch
 
 from fewstep import noise
 from fewstep.contract import INPUT, LATENT, TEXT
-from fewstep.errors import ExportError
+from fewstep.errors import ExportError, FewstepError
+from fewstep.export.arguments import check_options
 from fewstep.export.generator import Generator
 from fewstep.export.listening import (
     CLEAN,
@@ -32,6 +32,7 @@ from fewstep.export.listening import (
     listen_to_tokenizer,
     our_noise,
 )
+from fewstep.export.pipeline_errors import no_step_error, pipeline_error
 from fewstep.export.recorded import Run, flatten_tensors
 from fewstep.export.stored_networks import on_the_cpu
 
@@ -94,6 +95,8 @@ def run(
             call = functools.partial(_call_pipeline, generator, prompt, recorded, steps, guidance)
         stack.enter_context(recorded.tape)
         recorded.result = call()
+    if not recorded.states:
+        raise no_step_error(generator, steps)
     if recorded.clean is not None and _takes(recorded, CLEAN):
         recorded.ends_clean = True
         recorded.latents[-1] = recorded.clean
@@ -161,13 +164,8 @@ def _call_pipeline(
     arguments = {name: value for name, value in wanted.items() if name in parameters}
     for spec in generator.inputs:
         arguments[spec.name] = prompt if spec.kind == TEXT else recorded.inputs[spec.name]
+    check_options(pipeline, generator.options)
     options = {name: value(steps) if callable(value) else value for name, value in generator.options.items()}
-    for name in options.keys() - parameters.keys():
-        close = get_close_matches(name, parameters, n=1)
-        raise ExportError(
-            f"{type(pipeline).__name__} takes no option {name!r}",
-            hint=f"did you mean {close[0]!r}?" if close else "options are arguments of the pipeline's call",
-        )
     arguments |= options
     if generator.batch > 1:  # pipelines want a list of each kind of prompt, or of none
         arguments |= {n: [v] * generator.batch for n, v in arguments.items() if "prompt" in n and isinstance(v, str)}
@@ -176,11 +174,10 @@ def _call_pipeline(
             # Classes are given as tensors, which the tape follows; DiT's pipeline makes tensors of what it is given.
             warnings.filterwarnings("ignore", message="To copy construct from a tensor")
             return pipeline(**arguments)
-    except (TypeError, ValueError) as error:  # what pipelines and schedulers refuse their settings with
-        raise ExportError(
-            f"{type(pipeline).__name__} refuses {steps} steps with these settings: {error}",
-            hint="the pipeline itself says so: change its scheduler's configuration, the step counts or the options",
-        ) from error
+    except FewstepError:
+        raise
+    except Exception as error:  # a pipeline is its author's code and raises what it likes
+        raise pipeline_error(generator, steps, error) from error
 
 
 def _call_loop(
@@ -194,7 +191,12 @@ def _call_loop(
             length = tokenizer.model_max_length
             encoded = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             inputs[spec.name] = encoded.input_ids
-    result: torch.Tensor = generator.pipeline(inputs, steps=steps, guidance=guidance, noise=draw)
+    try:
+        result: torch.Tensor = generator.pipeline(inputs, steps=steps, guidance=guidance, noise=draw)
+    except FewstepError:
+        raise
+    except Exception as error:  # a sampling function is its author's code, too
+        raise pipeline_error(generator, steps, error) from error
     return result
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors.torch import load_file
 
 from fewstep.errors import SourceError
 from fewstep.export.checks import check_weights_file
+from fewstep.export.stored import StoredTensor, read_header
+from fewstep.export.weights import StoredWeights, match_weights
 
 # diffusers raises any of these for a file that is not what its configuration says.
 _FAILURES = (
@@ -67,14 +68,18 @@ def load_component(path: Path, name: str, module: Any) -> torch.nn.Module:
         SourceError: the file does not hold exactly these weights.
     """
     check_weights_file(path, f"component {name}:")
-    weights = load_file(path)
-    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-    if {key: tuple(tensor.shape) for key, tensor in weights.items()} == expected:
+    tensors = read_header(path)
+    matched = _matched(module, tensors, path)
+    if matched is not None and not matched.unused:
         replaced: torch.nn.Module = copy.deepcopy(module)
-        replaced.load_state_dict(weights)
+        dtype = next(module.parameters()).dtype
+        state = {n: t if not t.dtype.is_floating_point else t.to(dtype) for n, t in matched.items()}
+        replaced.load_state_dict(state, strict=False)
         return replaced
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    weights = {key: tensor.shape for key, tensor in tensors.items()}
     # Of a file that has all names and more, diffusers would drop the rest without a word.
-    if set(expected) <= set(weights) or not hasattr(module, "from_single_file"):
+    if matched is not None or not hasattr(module, "from_single_file"):
         raise _other_weights(path, name, module, weights, expected)
     with tempfile.TemporaryDirectory() as folder:
         module.save_config(folder)
@@ -96,17 +101,29 @@ def check_complete(path: Path, name: str, module: torch.nn.Module) -> None:
         )
 
 
+def _matched(module: torch.nn.Module, tensors: dict[str, StoredTensor], path: Path) -> StoredWeights | None:
+    """Returns the tensors of a file that are the values of a module, None if it lacks one in diffusers' names."""
+    try:
+        return match_weights(module, tensors, path)
+    except SourceError:
+        return None
+
+
 def _other_weights(
-    path: Path, name: str, module: torch.nn.Module, weights: dict[str, Any], expected: dict[str, Any]
+    path: Path,
+    name: str,
+    module: torch.nn.Module,
+    weights: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
 ) -> SourceError:
     lacks = sorted(set(expected) - set(weights))
     other = sorted(set(weights) - set(expected))
-    shaped = sorted(k for k in set(expected) & set(weights) if tuple(weights[k].shape) != expected[k])
+    shaped = sorted(k for k in set(expected) & set(weights) if weights[k] != expected[k])
     parts = [f"lacks {len(lacks)} tensors, first {lacks[0]}"] if lacks else []
     parts += [f"has {len(other)} others, first {other[0]}"] if other else []
     if shaped:
         first = shaped[0]
-        parts.append(f"has {first} {list(weights[first].shape)}, expected {list(expected[first])}")
+        parts.append(f"has {first} {list(weights[first])}, expected {list(expected[first])}")
     return SourceError(
         f"component {name}: {path} does not hold the weights of {type(module).__name__}: it {'; it '.join(parts)}",
         hint="take the file for this base model",

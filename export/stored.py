@@ -6,7 +6,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ _DTYPES = {
 # What diffusers and transformers call the weights of a component.
 _STEMS = ("diffusion_pytorch_model", "model")
 _VARIANTS = ("fp16", "bf16", "fp32")
+# model.safetensors, model.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json
+_NAMES = re.compile(
+    rf"(?:{'|'.join(_STEMS)})(?:\.(?P<variant>[\w-]+))?\.safetensors(?P<index>\.index(?:\.(?P<sharded>[\w-]+))?\.json)?"
+)
 _AGAIN = "download it again"
 
 
@@ -73,30 +77,55 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
+def read_folder(folder: Path, variant: str | None = None) -> dict[str, StoredTensor]:
     """Returns the tensors of a component's folder by key, of one file or of the shards that its index names.
 
-    A file without a variant in its name is preferred, as by ``from_pretrained``; of several variants, fp16.
+    Which of several files: see `variant_of`.
 
     Raises:
         SourceError: no weights, a shard is missing or not what the index says, or a file is damaged.
     """
-    single = _choose(folder, "{stem}.safetensors", "{stem}.{variant}.safetensors")
-    if single is not None:
-        return read_header(single)
-    index = _choose(folder, "{stem}.safetensors.index.json", "{stem}.safetensors.index.{variant}.json")
-    if index is not None:
-        return _read_shards(folder, index)
-    raise SourceError(
-        f"{folder} has no weights, expected {_STEMS[0]}.safetensors, {_STEMS[1]}.safetensors or an index of shards",
-        hint="download the component again",
-    )
+    path = _files_of(folder).get(variant_of(folder, variant))
+    if path is None:
+        raise SourceError(
+            f"{folder} has no weights, expected {_STEMS[0]}.safetensors, {_STEMS[1]}.safetensors or an index of shards",
+            hint="download the component again",
+        )
+    return _read_shards(folder, path) if path.suffix == ".json" else read_header(path)
 
 
-def _choose(folder: Path, plain: str, varied: str) -> Path | None:
-    names = [plain.format(stem=stem) for stem in _STEMS]
-    names += [varied.format(stem=stem, variant=variant) for variant in _VARIANTS for stem in _STEMS]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """Returns the variant whose files are taken of a component's folder, None for those with no variant in their names.
+
+    That is the one that is asked for, if the folder has it: parts of a checkpoint may have none. Without one, files
+    that name no variant are preferred, as by ``from_pretrained``, then fp16, bf16 and fp32, then the first by name.
+    """
+    found = _files_of(folder)
+    if variant in found:
+        return variant
+    return next((v for v in (None, *_VARIANTS, *sorted(v for v in found if v)) if v in found), None)
+
+
+def check_variant(folders: Iterable[Path], variant: str) -> None:
+    """Raises SourceError unless one of the folders of components has files of a variant."""
+    found = {v for folder in folders for v in _files_of(folder)}
+    if variant not in found:
+        have = ", ".join(sorted(v or "files without a variant in their names" for v in found)) or "no weights"
+        raise SourceError(
+            f"no component has files of the variant {variant!r}, there are: {have}",
+            hint="leave --variant out to take what is there",
+        )
+
+
+def _files_of(folder: Path) -> dict[str | None, Path]:
+    """Returns a component's weights file, or the index of its shards, by variant."""
+    found: dict[str | None, Path] = {}
+    for stem in _STEMS:
+        for path in sorted(folder.glob(f"{stem}.*")):
+            match = _NAMES.fullmatch(path.name)
+            if match is not None and path.is_file():
+                found.setdefault(match["variant"] or match["sharded"], path)
+    return found
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:

@@ -28,20 +28,24 @@ _SHAPES_SEED = 1 << 41
 
 
 class StoredNetworks:
-    """The networks of a diffusers folder; ``halves`` rounds their weights to fp16 values as they are read."""
+    """The networks of a diffusers folder; ``halves`` rounds their weights to fp16 values as they are read.
 
-    def __init__(self, folder: Path, *, halves: bool = False) -> None:
+    ``variant`` is which of its files: see `fewstep.export.stored.variant_of`.
+    """
+
+    def __init__(self, folder: Path, *, halves: bool = False, variant: str | None = None) -> None:
         self.folder = folder
+        self.variant = variant
         self.halves = halves
         self._loaded: OrderedDict[str, torch.nn.Module] = OrderedDict()
 
     def rounded(self) -> StoredNetworks:
         """Returns the same networks with weights rounded to fp16 values."""
-        return StoredNetworks(self.folder, halves=True)
+        return StoredNetworks(self.folder, halves=True, variant=self.variant)
 
     def weights(self, attribute: str, module: torch.nn.Module) -> StoredWeights:
         """Returns the values of a network by name, as they are in its files."""
-        return stored_weights(module, self.folder / attribute)
+        return stored_weights(module, self.folder / attribute, self.variant)
 
     def module(self, attribute: str, like: torch.nn.Module) -> torch.nn.Module:
         """Returns a network with its values in fp32; the one that was not used for longest makes room for it.
@@ -56,7 +60,7 @@ class StoredNetworks:
             return self._loaded[attribute]
         while len(self._loaded) >= _IN_MEMORY:
             self._loaded.popitem(last=False)
-        module = load_module(self.folder / attribute, type(like))
+        module = load_module(self.folder / attribute, type(like), self.variant)
         if self.halves:
             for parameter in module.parameters():
                 parameter.data = parameter.data.half().float()

@@ -35,9 +35,16 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     Buffers that no file holds are those of the module.
     """
 
-    def __init__(self, stored: Mapping[str, StoredTensor], computed: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        stored: Mapping[str, StoredTensor],
+        computed: Mapping[str, torch.Tensor],
+        unused: tuple[str, ...] = (),
+    ) -> None:
         self.stored = dict(stored)
         self.computed = dict(computed)
+        self.unused = unused
+        """Keys of the files that the module has no place for."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.stored[name].read() if name in self.stored else self.computed[name]
@@ -99,16 +106,21 @@ def meta_module(folder: Path, cls: type[torch.nn.Module] | None = None) -> torch
     return module.float().eval().requires_grad_(False)
 
 
-def stored_weights(module: torch.nn.Module, folder: Path) -> StoredWeights:
+def stored_weights(module: torch.nn.Module, folder: Path, variant: str | None = None) -> StoredWeights:
     """Returns where the values of a module are in its folder, by the names of its parameters and buffers.
 
     Raises:
-        SourceError: a tensor is missing, one is left over, or a shape differs.
+        SourceError: a tensor is missing, or a shape differs.
     """
+    return match_weights(module, read_folder(folder, variant), folder)
+
+
+def match_weights(module: torch.nn.Module, tensors: Mapping[str, StoredTensor], where: Path) -> StoredWeights:
+    """Returns which of the tensors of ``where`` are the values of a module; see `stored_weights`."""
     wanted = _names(module)
     found: dict[str, StoredTensor] = {}
     left_over = []
-    for key, tensor in read_folder(folder).items():
+    for key, tensor in tensors.items():
         name = next((name for name in _candidates(key, module) if name in wanted), None)
         if name is None:
             left_over.append(key)
@@ -121,8 +133,8 @@ def stored_weights(module: torch.nn.Module, folder: Path) -> StoredWeights:
             found[original] = found[name]
     computed = {name: buffer for name, buffer in module.named_buffers() if name not in found and not buffer.is_meta}
     persistent = set(module.state_dict())
-    _refuse_missing(folder, module, [n for n in wanted if n not in found and (n in persistent or n not in computed)])
-    _refuse_left_over(folder, module, left_over)
+    missing = [n for n in wanted if n not in found and (n in persistent or n not in computed)]
+    refuse_missing(where, type(module).__name__, missing)
     for name, tensor in found.items():
         if tensor.shape != tuple(wanted[name].shape):
             raise SourceError(
@@ -130,17 +142,17 @@ def stored_weights(module: torch.nn.Module, folder: Path) -> StoredWeights:
                 f"{type(module).__name__} expects {list(wanted[name].shape)}",
                 hint="config.json and the weights are of different networks",
             )
-    return StoredWeights(found, computed)
+    return StoredWeights(found, computed, unused_keys(module, left_over))
 
 
-def load_module(folder: Path, cls: type[torch.nn.Module] | None = None) -> torch.nn.Module:
+def load_module(folder: Path, cls: type[torch.nn.Module] | None = None, variant: str | None = None) -> torch.nn.Module:
     """Returns a component in fp32 with its values, for reference runs; values stored in fp32 stay mapped.
 
     Raises:
         SourceError: see `meta_module` and `stored_weights`.
     """
     module = meta_module(folder, cls)
-    weights = stored_weights(module, folder)
+    weights = stored_weights(module, folder, variant)
     types = _names(module)
     values: dict[StoredTensor, torch.Tensor] = {}
     for name, tensor in weights.stored.items():
@@ -182,27 +194,23 @@ def _candidates(key: str, module: torch.nn.Module) -> Iterator[str]:
             yield re.sub(old, new, key)
 
 
-def _refuse_missing(folder: Path, module: torch.nn.Module, names: Iterable[str]) -> None:
+def refuse_missing(where: Path, class_name: str, names: Iterable[str]) -> None:
+    """Raises SourceError for names of tensors that the files of a network lack, if there are any."""
     missing = sorted(names)
     if missing:
         raise SourceError(
-            f"{folder} lacks {_some(missing)}, which {type(module).__name__} needs",
+            f"{where} lacks {_some(missing)}, which {class_name} needs",
             hint="the checkpoint is incomplete, or config.json is that of another network: download it again",
         )
 
 
-def _refuse_left_over(folder: Path, module: torch.nn.Module, keys: Iterable[str]) -> None:
-    """Refuses keys that nothing takes, but those that the class itself ignores and tables of positions.
+def unused_keys(module: torch.nn.Module, keys: Iterable[str]) -> tuple[str, ...]:
+    """Returns keys that nothing takes, but those that the class itself ignores and tables of positions.
 
     Older releases of transformers stored ``position_ids``, today's compute them.
     """
-    ignored = [*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"\.position_ids$"]
-    left_over = sorted(key for key in keys if not any(re.search(pattern, key) for pattern in ignored))
-    if left_over:
-        raise SourceError(
-            f"{folder} has {_some(left_over)}, for which {type(module).__name__} has no place",
-            hint="config.json is that of another network, or an adapter was saved into the checkpoint",
-        )
+    ignored = [*(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()), r"(^|\.)position_ids$"]
+    return tuple(sorted(key for key in keys if not any(re.search(pattern, key) for pattern in ignored)))
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.calibration import CalibrationSet, SampleRequest
 from fewstep.contract import ComponentSpec, Contract
-from fewstep.export import Generator, Programs
+from fewstep.export import Description, Generator, Programs
 from fewstep.feeds import Sample
 from fewstep.manifest import Artifact
 from fewstep.metrics import sqnr_db
@@ -45,6 +45,11 @@ class QuantizedPrograms:
     def generator(self) -> Generator:
         """The generator, before quantization."""
         return self.programs.generator
+
+    @property
+    def described(self) -> Description:
+        """The generator's description, before quantization."""
+        return self.programs.described
 
     @property
     def contract(self) -> Contract:

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fewstep.bundle import Bundle, check_writable, write_manifest, writing
 from fewstep.cache import StageCache
 from fewstep.compiling import (
     check_comparable,
+    check_graphs,
     check_images,
-    check_shapes,
     check_size,
     check_targets,
     compile_targets,
@@ -29,7 +29,7 @@ from fewstep.progress import Progress, Silent, stage
 from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
-from fewstep.source import Lora, SourceSpec
+from fewstep.source import Lora, SourceSpec, source_notes
 from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def build(
     batch: int | None = None,
     form: str | None = None,
     image_output: bool | None = None,
+    pipeline_options: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
     options: Options | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -96,6 +98,9 @@ def build(
             suits the steps.
         image_output: whether the decoder gives an image of 8 bits, on runtimes that have such outputs; None takes the
             recipe's.
+        pipeline_options: further arguments of every call of the pipeline, such as ``{"strength": 0.5}``, over the
+            recipe's and the source's.
+        inputs: images that the pipeline can do without and that the bundle takes, such as ``["image"]``.
         options: how much to verify, and where to cache.
         progress: told where the build is.
 
@@ -103,7 +108,16 @@ def build(
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
     # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import describe, diffusers_files, lay_over, load, programs_of, write_tokenizers
+    from fewstep.export import (
+        check_counts,
+        describe,
+        diffusers_files,
+        lay_over,
+        load,
+        programs_of,
+        recorded_source,
+        write_tokenizers,
+    )
     from fewstep.optimize import optimize
     from fewstep.optimize.mixed_palettes import choose_palettes
     from fewstep.report.assemble import write_bundle_report
@@ -119,7 +133,6 @@ def build(
     recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
     if shape is not None:
         recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
-    check_shapes(targets, recipe.shape)
     if decoder_tile is not None:
         recipe = replace(recipe, decoder_tile=decoder_tile)
     if batch is not None:
@@ -128,10 +141,12 @@ def build(
         recipe = replace(recipe, form=check_form(form, "form"))
     if image_output is not None:
         recipe = replace(recipe, image_output=image_output)
+    check_graphs(targets, recipe)
     check_images(targets, recipe)
     cache = StageCache(options.cache_root)
 
-    given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
+    over = tuple(Lora.of(lora) for lora in loras)
+    given = SourceSpec("", over, decoder, options=dict(pipeline_options or {}), inputs=tuple(inputs))
     with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
         w = recipe.guidance if guidance is None else guidance
         if isinstance(source, (str, SourceSpec)):
@@ -145,6 +160,7 @@ def build(
     with stage(progress, "optimize and read the contract"):
         optimized, notes = optimize(original, recipe)
         counts = check_steps(steps or recipe.steps or original.steps, "steps")
+        check_counts(original, counts)
         optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
         described = describe(optimized, counts)
         programs = programs_of(optimized, described, recipe)
@@ -191,7 +207,7 @@ def build(
             _write_golden(samples, folder / "golden" / name, least=len(samples))
         manifest = Manifest(
             name=optimized.name,
-            source=optimized.source,
+            source=recorded_source(optimized, counts),
             pipeline=type(optimized.pipeline).__name__,
             contract=programs.contract,
             components=programs.components,
@@ -252,7 +268,7 @@ def quantize_programs(
     q, generator, described = recipe.quantization, programs.generator, programs.described
     # All that tells its shards from others': builds at the same time would remove each other's from one folder.
     key = {
-        **trajectory_key(generator, described, generator.default_steps),
+        **trajectory_key(described, generator.default_steps),
         "prompts": generator.calibration_prompts or generator.prompts,
         "guidance": generator.guidance,
         "sampler": q.sampler,
@@ -295,13 +311,14 @@ def _requests(generator: Generator, described: Description, options: Options) ->
 def _caveats(
     generator: Generator, described: Description, samples: Sequence[Sample], recipe: Recipe, options: Options
 ) -> list[str]:
-    """What parity on this machine does not show: values that a phone would lose in fp16."""
+    """What parity on this machine does not show: what is left out, and values that a phone would lose in fp16."""
     from fewstep.calibration import overflow_caveat
 
+    notes = source_notes(generator.source)
     if recipe.weights != "fp16" and not options.check_fp16:
-        return []
+        return notes
     caveat = overflow_caveat(generator, described, samples[:FP16_SAMPLES])
-    return [] if caveat is None else [caveat]
+    return notes if caveat is None else [*notes, caveat]
 
 
 def _write_golden(samples: Sequence[Sample], folder: Path, *, least: int = GOLDEN_WITH_FEEDS) -> None:

@@ -34,12 +34,15 @@ def record_reference(
     cache: StageCache,
     progress: Progress,
 ) -> list[Sample]:
-    """Returns the samples of a generator as ``recipe`` made it, drawn in PyTorch; cached."""
+    """Returns the samples of a generator as ``recipe`` made it, drawn in PyTorch; cached.
+
+    ``described`` may be of the generator after its recipe; the key holds both.
+    """
     from fewstep.calibration import record_samples
-    from fewstep.export import digest
+    from fewstep.export import digest, fingerprint
 
     key = {
-        "source": generator.source.sha256,
+        "generator": [fingerprint(generator), described.fingerprint],
         "requests": [[r.prompt, r.seed, r.steps, r.guidance] for r in requests],
         "inputs": [asdict(spec) for spec in generator.inputs],
         "schedules": {str(n): schedule.to_json() for n, schedule in described.schedules.items()},
@@ -93,7 +96,7 @@ def compile_targets(
                 picture = picture_output(programs)
                 graphs = [replace(graph, picture=picture) for graph in graphs]
             key = {
-                "source": programs.generator.source.sha256,
+                "generator": programs.described.fingerprint,
                 "graphs": [graph.key() for graph in graphs],
                 "weights": recipe.weights,
                 "palette": [recipe.palette, dict(recipe.palette_choices), recipe.sparsity],
@@ -135,6 +138,31 @@ def check_shapes(targets: Sequence[str], shapes: Sequence[tuple[int, int]]) -> N
                 f"runtime {target} takes one shape, and the recipe has {len(shapes)}",
                 hint="build a bundle for each shape",
             )
+
+
+def check_graphs(targets: Sequence[str], recipe: Recipe) -> None:
+    """Raises RuntimeMissingError unless every target can have all the graphs of a component that a recipe asks for.
+
+    What the steps ask for by themselves shows later, when they are known: see `fewstep.graphs.compile_graphs`.
+    """
+    from fewstep.runtimes import get_runtime
+
+    check_shapes(targets, recipe.shape)
+    asked = {
+        "a batch": recipe.batch is not None,
+        "a decoder in tiles": recipe.decoder_tile is not None,
+        "the form specialized": recipe.form == "specialized",
+    }
+    for target in targets:
+        if get_runtime(target).compile_variants is not None:
+            continue
+        for what, given in asked.items():
+            if given:
+                raise RuntimeMissingError(
+                    f"runtime {target} takes one graph of each component, and {what} needs several on one set of "
+                    "weights",
+                    hint="give no batch, no tiles and no form for this target, or another --target",
+                )
 
 
 def check_images(targets: Sequence[str], recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ FewstepError            exit status 2
 ├── ScheduleError       a scheduler is not a table of numbers
 ├── RecipeError         a recipe is malformed
 ├── ExportError         a component cannot be traced or lowered
+│   └── PipelineError   the generator's own code fails
 ├── CalibrationError    calibration data or ranges are missing, not finite or not reproducible
 ├── BundleError         a bundle is incomplete, altered or unsafe
 ├── ContractError       arrays do not fit what the manifest promises
@@ -45,6 +46,10 @@ class RecipeError(FewstepError):
 
 class ExportError(FewstepError):
     """A component cannot be traced or lowered."""
+
+
+class PipelineError(ExportError):
+    """A generator's own code fails: its pipeline, its scheduler, a network or a sampling function."""
 
 
 class QuantizationError(FewstepError):

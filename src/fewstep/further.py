@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep.contract import ComponentSpec, TensorSpec
-from fewstep.errors import ExportError
+from fewstep.errors import ExportError, PipelineError
 from fewstep.feeds import Sample, StepFeed
 from fewstep.inputs import example_inputs
 from fewstep.manifest import Shaped
@@ -84,10 +84,12 @@ def batched_programs(alone: Programs, recipe: Recipe) -> Programs:
     generator = alone.generator
     try:
         several = _described(generator.batched(recipe.batch), alone, recipe)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # what code for one sample alone fails with
-        first = str(error).strip().split("\n", 1)[0]
+    except (PipelineError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        # What code for one sample alone fails with.
+        cause = error.__cause__ if isinstance(error, PipelineError) and error.__cause__ else error
+        first = str(cause).strip().split("\n", 1)[0]
         raise ExportError(
-            f"{generator.name} does not draw {recipe.batch} samples at once: {type(error).__name__}: {first}",
+            f"{generator.name} does not draw {recipe.batch} samples at once: {type(cause).__name__}: {first}",
             hint="build it without a batch, and draw one sample after the other",
         ) from error
     for what, one, many in (

@@ -1,4 +1,4 @@
-"""How a long operation tells where it is. The command line draws bars; a library call stays silent."""
+"""How a long operation tells where it is. The command line shows bars or lines; a library call stays silent."""
 
 from __future__ import annotations
 

@@ -21,6 +21,10 @@ A recipe is a preset (``fp32 fp16 w8 w8a8 w8a8-dynamic w4 w4a8 mixed``, ``palett
     decoder_tile = 256          # decode in overlapping tiles of so many pixels to a side
     batch = 4                   # draw so many pictures at once too, on the same weights
     image_output = true         # Core ML: the decoder gives an image of 8 bits instead of an array
+    inputs = ["image"]          # images that the pipeline can do without and that the bundle takes
+
+    [options]                   # further arguments of every call of the pipeline, by their names there
+    strength = 0.5
 
     [limits]
     component_sqnr_db = 100.0   # lowering: the artifact against the network it was compiled from
@@ -40,6 +44,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep import call_options
 from fewstep.errors import RecipeError, SourceError
 from fewstep.quantization import Quantization, parse_quantization, refuse_unknown, suggestion
 from fewstep.source import Lora, SourceSpec
@@ -96,6 +101,10 @@ class Recipe:
     """How runtimes hold the graphs of the specialized form, one of `ROW_GRAPHS`."""
     image_output: bool = False
     """Whether the decoder gives an image of 8 bits, for runtimes that have such outputs."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of every call of the pipeline."""
+    inputs: tuple[str, ...] = ()
+    """Images that the pipeline can do without and that the bundle takes."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -147,13 +156,14 @@ class Recipe:
     @property
     def adapters(self) -> SourceSpec:
         """What the recipe lays over a source that names nothing else."""
-        return SourceSpec("", self.loras, self.decoder)
+        return SourceSpec("", self.loras, self.decoder, options=self.options, inputs=self.inputs)
 
     def to_json(self) -> dict[str, object]:
         """Returns the recipe as JSON-ready values."""
         values = dataclasses.asdict(self)
         values["steps"] = None if self.steps is None else list(self.steps)
         values["loras"] = list(self.loras)
+        values["inputs"] = list(self.inputs)
         values["shape"] = [list(size) for size in self.shape]
         return values
 
@@ -265,6 +275,8 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
         form=None if values.get("form") is None else check_form(values["form"], f"{where}: form"),
         image_output=_flag(values.get("image_output", base.image_output), f"{where}: image_output"),
         row_graphs=_one_of(ROW_GRAPHS, values.get("row_graphs", "mapped"), f"{where}: row_graphs"),
+        options=_options(values.get("options", {}), f"{where}: [options]"),
+        inputs=_names(values.get("inputs", []), f"{where}: inputs"),
         limits=dataclasses.replace(base.limits, **numbers),
     )
 
@@ -376,6 +388,25 @@ def _loras(value: object, where: str, folder: Path) -> tuple[Lora, ...]:
         return tuple(Lora.of(_path(item, f"{where}: loras", folder)) for item in value)
     except SourceError as error:
         raise RecipeError(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _options(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where} is {value!r}, expected a table", hint="write [options] on a line of its own")
+    options = {str(name): given for name, given in value.items()}
+    other = call_options.only_python(call_options.to_json(options, ()))
+    if other:
+        raise RecipeError(
+            f"{where}: {other[0]} is {options[other[0]]!r}, expected a number, true, false, a string or a list of them",
+            hint="edit the recipe",
+        )
+    return options
+
+
+def _names(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise RecipeError(f"{where} is {value!r}, expected a list such as ['image']", hint="edit the recipe")
+    return tuple(value)
 
 
 def _path(value: object, where: str, folder: Path) -> str:

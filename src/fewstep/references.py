@@ -7,7 +7,8 @@ from importlib import util
 from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
-from fewstep.errors import BundleError, ContractError
+from fewstep.call_options import only_python
+from fewstep.errors import BundleError, ContractError, SourceError
 from fewstep.feeds import Sample, load_samples
 from fewstep.further import batch_requests, batched_programs, restate
 from fewstep.manifest import PLAN_FOLDER, Manifest
@@ -26,11 +27,20 @@ if TYPE_CHECKING:
 def usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[SourceSpec | None, str]:
     """Returns the source to compare with, or None and why there is none."""
     built_from = bundle.manifest.source
+    unknown = only_python(built_from.options)
     if against is not None:
+        if unknown:
+            raise SourceError(
+                f"{bundle.path} was built with {', '.join(unknown)} from Python, and its manifest cannot hold their "
+                "values: the source alone is not what it was built from",
+                hint="verify without --against to compare with the golden pack, or in Python build the bundle again",
+            )
         return SourceSpec.of(against).otherwise(built_from.spec()), ""
     for package in ("torch", "diffusers"):
         if util.find_spec(package) is None:
             return None, f"{package} is not installed"
+    if unknown:
+        return None, f"its options {', '.join(unknown)} were given in Python, and the manifest cannot hold their values"
     if built_from.kind == "python":
         return None, f"{built_from.uri} was assembled in Python, and only the process that did so has it"
     from fewstep.export import missing

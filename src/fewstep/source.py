@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep import call_options
 from fewstep.errors import SourceError
 
 
@@ -74,6 +75,11 @@ class SourceSpec:
         decoder: folder of another decoder, such as a tiny autoencoder for the same latents.
         replacements: components whose weights come from files of their own.
         config: diffusers folder with the configurations of a single-file checkpoint.
+        variant: which files of a folder that has several of each (``fp16``, ``bf16``); None prefers those without a
+            variant in their names.
+        options: further arguments of every call of the pipeline, such as ``strength``.
+        inputs: arguments that the pipeline can do without and that the bundle shall take (``image``).
+        keep_safety_checker: compile the pipeline's safety checker, too.
     """
 
     uri: str
@@ -81,6 +87,10 @@ class SourceSpec:
     decoder: str | None = None
     replacements: tuple[Replacement, ...] = ()
     config: str | None = None
+    variant: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    keep_safety_checker: bool = False
 
     def __post_init__(self) -> None:
         names = [r.component for r in self.replacements]
@@ -101,6 +111,10 @@ class SourceSpec:
             self.decoder or other.decoder,
             self.replacements or other.replacements,
             self.config or other.config,
+            self.variant or other.variant,
+            {**other.options, **self.options},
+            self.inputs or other.inputs,
+            self.keep_safety_checker or other.keep_safety_checker,
         )
 
     def __str__(self) -> str:
@@ -132,7 +146,10 @@ class SourceInfo:
     """Where a generator came from; ``uri`` is what ``fewstep build`` was given.
 
     ``sha256`` covers everything: the source's files, its decoder and components where others took their place, and the
-    LoRAs with their scales. ``revision`` is the commit that a hub id stood for.
+    LoRAs with their scales. ``revision`` is the commit that a hub id stood for. ``variant``, ``inputs`` and
+    ``keep_safety_checker`` are those of `SourceSpec`; ``options`` those of `fewstep.call_options`.
+    ``left_out`` names components of the pipeline that are not compiled, ``unused`` tensors of its files that no network
+    has a place for, by component.
     """
 
     uri: str
@@ -143,6 +160,12 @@ class SourceInfo:
     decoder: SourcePart | None = None
     components: Mapping[str, SourcePart] = field(default_factory=dict)
     loras: tuple[MergedLora, ...] = ()
+    variant: str | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    keep_safety_checker: bool = False
+    left_out: tuple[str, ...] = ()
+    unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def spec(self) -> SourceSpec:
         """Returns what to load to have the same generator again: of a hub id, the very commit."""
@@ -152,6 +175,10 @@ class SourceInfo:
             decoder=None if self.decoder is None else self.decoder.path,
             replacements=tuple(Replacement(name, part.path) for name, part in self.components.items()),
             config=self.config,
+            variant=self.variant,
+            options=call_options.from_json(self.options),
+            inputs=self.inputs,
+            keep_safety_checker=self.keep_safety_checker,
         )
 
     @classmethod
@@ -164,5 +191,25 @@ class SourceInfo:
                 "decoder": None if decoder is None else SourcePart(**decoder),
                 "components": {name: SourcePart(**part) for name, part in values.get("components", {}).items()},
                 "loras": tuple(MergedLora(**lora) for lora in values.get("loras", ())),
+                "inputs": tuple(values.get("inputs", ())),
+                "left_out": tuple(values.get("left_out", ())),
+                "unused": {name: tuple(keys) for name, keys in values.get("unused", {}).items()},
             }
         )
+
+
+# What a user loses with a component that is not compiled, and how to have it.
+_LEFT_OUT = {
+    "safety_checker": "the pipeline's safety checker is left out: the bundle shows images that the pipeline "
+    "would black out",
+    "image_encoder": "the pipeline's image encoder is left out: the bundle takes no image for an IP-Adapter",
+}
+
+
+def source_notes(source: SourceInfo) -> list[str]:
+    """Returns what of a source is in no bundle: components that are left out, and tensors that no network takes."""
+    notes = [_LEFT_OUT.get(name, f"the pipeline's {name} is left out") for name in source.left_out]
+    for name, keys in source.unused.items():
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        notes.append(f"the files of {name} hold {keys[0]}{more}, for which the network has no place: not used")
+    return notes

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,67 @@ class _Bars:
         return lambda: self._bars.advance(task)
 
 
+class _Lines:
+    """Progress as lines on stderr, where no terminal shows bars: one for each task, and one a minute of a long one."""
+
+    def __init__(self, every: float) -> None:
+        self._started = time.monotonic()
+        self._running: dict[int, _Task] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._beat = threading.Thread(target=self._tell, args=(every,), daemon=True)
+        self._beat.start()
+
+    def task(self, description: str, total: int) -> Advance:
+        """Returns a call that moves the task on by one; a task of no parts is over at once."""
+        task = _Task(description, total)
+        with self._lock:
+            if total:
+                self._running[id(task)] = task
+        self._print(description if total < 2 else f"{description} ({total})")
+
+        def advance() -> None:
+            with self._lock:
+                task.done += 1
+                if task.done >= task.total:
+                    self._running.pop(id(task), None)
+
+        return advance
+
+    def close(self) -> None:
+        """Ends the lines of every minute."""
+        self._stop.set()
+        self._beat.join()
+
+    def _tell(self, every: float) -> None:
+        while not self._stop.wait(every):
+            with self._lock:
+                running = list(self._running.values())
+            for task in running[-1:]:  # the innermost
+                self._print(f"... {task.description}, {task.done} of {task.total} done")
+
+    def _print(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        ERR.print(f"[{minutes}:{seconds:02}] {text}", markup=False, soft_wrap=True)
+
+
+@dataclass
+class _Task:
+    description: str
+    total: int
+    done: int = 0
+
+
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """Shows progress as bars on stderr, while the block runs."""
+def progress_bars(*, every: float = 60.0) -> Iterator[Progress]:
+    """Shows progress on stderr while the block runs: as bars, or without a terminal as lines, ``every`` s and more."""
+    if not ERR.is_terminal:
+        lines = _Lines(every)
+        try:
+            yield lines
+        finally:
+            lines.close()
+        return
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with RichProgress(*columns, console=ERR) as bars:
         yield _Bars(bars)

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from fewstep.call_options import parse_options
 from fewstep.source import Lora, Replacement, SourceSpec
 
 
@@ -39,6 +40,21 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Weights of one component, e.g. unet=FILE.",
     )
     @click.option("--config", metavar="FOLDER", help="Configurations of a single-file checkpoint: a diffusers folder.")
+    @click.option("--variant", metavar="NAME", help="Which files of a folder with several of each, e.g. fp16.")
+    @click.option(
+        "--option",
+        "options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Argument of every call of the pipeline, e.g. strength=0.5 or sigmas=[1.0,0.4]; may be repeated.",
+    )
+    @click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        metavar="NAME",
+        help="Image that the pipeline can do without and the bundle takes, e.g. image; may be repeated.",
+    )
     @functools.wraps(command)
     def with_adapters(
         *args: Any,
@@ -46,9 +62,21 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
         decoder: str | None,
         components: tuple[str, ...],
         config: str | None,
+        variant: str | None,
+        options: tuple[str, ...],
+        inputs: tuple[str, ...],
         **kwargs: Any,
     ) -> None:
-        over = SourceSpec("", tuple(map(Lora.of, loras)), decoder, tuple(map(Replacement.parse, components)), config)
+        over = SourceSpec(
+            "",
+            tuple(map(Lora.of, loras)),
+            decoder,
+            tuple(map(Replacement.parse, components)),
+            config,
+            variant,
+            parse_options(options),
+            inputs,
+        )
         command(*args, over=over, **kwargs)
 
     return with_adapters
