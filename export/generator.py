@@ -37,6 +37,8 @@ DEFAULT_STEPS = (1, 2, 4, 8)
 _DENOISERS = ("unet", "transformer")
 # Filters of pictures, and networks that only other ways of calling a pipeline use.
 _LEFT_OUT = ("safety_checker", "image_encoder", "feature_extractor", "watermark")
+# Those of them that the user is told of.
+_TOLD = ("safety_checker", "image_encoder")
 # Fields of diffusers' results.
 _KINDS = {"images": "picture", "frames": "video", "audios": "audio", "prediction": "depth"}
 
@@ -106,6 +108,8 @@ class Generator:
             SourceError: the pipeline lacks a denoiser, or a network or tokenizer that it cannot do without.
             ExportError: it takes no such option or input.
         """
+        pipeline, left_out = _without_checker(pipeline)
+        source = replace(source, left_out=tuple(dict.fromkeys((*source.left_out, *left_out))))
         options = dict(options or {})
         check_options(pipeline, options)
         options = as_the_call_wants(pipeline, options)
@@ -275,6 +279,18 @@ class Generator:
         if config is not None:
             pipeline._internal_dict = type(config)(pipeline._internal_dict)
         return replace(self, pipeline=pipeline)
+
+
+def _without_checker(pipeline: Any) -> tuple[Any, list[str]]:
+    """Returns a pipeline whose safety checker does not run, and the names of what it has and a bundle has not."""
+    left_out = [name for name in _TOLD if pipeline.components.get(name) is not None]
+    if "safety_checker" not in left_out:
+        return pipeline, left_out
+    without, config = copy.copy(pipeline), pipeline._internal_dict
+    without._internal_dict = dict(config)  # diffusers writes the modules' names into it
+    without.safety_checker = None
+    without._internal_dict = type(config)(without._internal_dict)
+    return without, left_out
 
 
 def recorded_source(generator: Generator, steps: Sequence[int]) -> SourceInfo:

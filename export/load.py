@@ -54,6 +54,12 @@ def load(source: str | SourceSpec | Generator, *, guidance: float | None = None,
         generator = source
     else:
         spec = SourceSpec.of(source)
+        if spec.keep_safety_checker:
+            raise SourceError(
+                "a safety checker cannot be compiled yet: it looks at the image in 8 bits, as its feature extractor "
+                "resizes it, and may replace the result, which the components of a bundle do not express",
+                hint="leave --keep-safety-checker out; the bundle says that the checker is left out",
+            )
         whole = eager or bool(spec.loras or spec.decoder or spec.replacements)
         generator = lay_over(_load(spec, eager=whole), spec)
     return generator if guidance is None else replace(generator, guidance=guidance)

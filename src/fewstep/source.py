@@ -202,7 +202,7 @@ class SourceInfo:
 _LEFT_OUT = {
     "safety_checker": "the pipeline's safety checker is left out: the bundle shows images that the pipeline "
     "would black out",
-    "image_encoder": "the pipeline's image encoder is left out: the bundle takes no image for an IP-Adapter",
+    "image_encoder": "the pipeline's image encoder is left out: the bundle takes no image through it (IP-Adapter)",
 }
 
 

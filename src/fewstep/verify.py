@@ -41,7 +41,7 @@ from fewstep.runtimes.parity import (
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
-from fewstep.source import SourceSpec
+from fewstep.source import SourceSpec, source_notes
 from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def verify(
         golden = golden_samples(bundle, "")
         caveats = [f"compared with the golden pack and not with PyTorch: {reason}"]
         caveats.append("not compared with the untouched pipeline (level call): that needs the source")
+        caveats += source_notes(manifest.source)
         if bisect:
             caveats.append("not bisected: that needs the source")
         verified = verify_targets(
@@ -127,7 +128,14 @@ def verify(
     with closing(UserCalls.of(source, told)) as calls:
         quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
         verified = verify_targets(
-            bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+            bundle,
+            lowered_from,
+            uncompressed,
+            limits,
+            quantized=quantized,
+            runtimes=runtimes,
+            caveats=source_notes(manifest.source),
+            progress=progress,
         )
         for shape in manifest.shapes:
             at = bundle.shaped(shape)

@@ -55,6 +55,9 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
         metavar="NAME",
         help="Image that the pipeline can do without and the bundle takes, e.g. image; may be repeated.",
     )
+    @click.option(
+        "--keep-safety-checker", is_flag=True, help="Compile the pipeline's safety checker, too (refused yet)."
+    )
     @functools.wraps(command)
     def with_adapters(
         *args: Any,
@@ -65,6 +68,7 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
         variant: str | None,
         options: tuple[str, ...],
         inputs: tuple[str, ...],
+        keep_safety_checker: bool,
         **kwargs: Any,
     ) -> None:
         over = SourceSpec(
@@ -76,6 +80,7 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
             variant,
             parse_options(options),
             inputs,
+            keep_safety_checker,
         )
         command(*args, over=over, **kwargs)
 
