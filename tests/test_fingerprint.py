@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,15 @@ from hypothesis import strategies as st
 from fewstep.export import Generator, describe, fingerprint, load
 from fewstep.export.fingerprint import code_and_weights
 from fewstep.export.loop import Draw, Networks
-from tests.bundles import built
+from tests import tiny
 
 OFFSET = 0.0
+
+
+@functools.cache
+def turbo() -> Path:
+    """Returns a tiny checkpoint; tests must not change it."""
+    return tiny.turbo_folder(Path(tempfile.mkdtemp(prefix="fewstep-turbo-")) / "source")
 
 
 class Net(torch.nn.Module):
@@ -161,13 +169,13 @@ def test_what_only_a_run_shows_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_options_and_changed_networks_of_a_folder_count(tmp_path: Path) -> None:
-    generator = load(str(built("turbo").source))
+    generator = load(str(turbo()))
     mark = fingerprint(generator)
     assert fingerprint(replace(generator, options={"eta": 0.5})) != mark
     assert fingerprint(replace(generator, batch=2)) != mark
     assert fingerprint(generator.shaped(16, 24)) != mark
     moved = tmp_path / "elsewhere"
-    moved.symlink_to(built("turbo").source)
+    moved.symlink_to(turbo())
     assert fingerprint(load(str(moved))) == mark
     scheduler = type(generator.pipeline.scheduler)
     generator.pipeline.scheduler = scheduler.from_config(generator.pipeline.scheduler.config, beta_end=0.02)

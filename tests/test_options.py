@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from fewstep.errors import ExportError, PipelineError, RecipeError, RuntimeMissi
 from fewstep.export import Generator, describe, load, recorded_source
 from fewstep.recipe import Recipe, parse_recipe
 from fewstep.source import SourceInfo, SourceSpec
-from tests.bundles import built, plain_generator
+from tests import tiny
+from tests.bundles import plain_generator
 from tests.test_errors import Run, refused, run
 
 __all__ = ["run"]  # the fixture
@@ -32,6 +35,12 @@ JSON_VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
     max_leaves=5,
 )
+
+
+@functools.cache
+def turbo() -> Path:
+    """Returns a tiny checkpoint; tests must not change it."""
+    return tiny.turbo_folder(Path(tempfile.mkdtemp(prefix="fewstep-turbo-")) / "source")
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), JSON_VALUES, max_size=3))
@@ -90,7 +99,7 @@ def test_options_of_the_step_count_and_options_that_only_python_has() -> None:
 def image_to_image(kind: str = "StableDiffusionImg2ImgPipeline", **arguments: Any) -> Generator:
     import diffusers
 
-    loaded = load(str(built("turbo").source)).pipeline
+    loaded = load(str(turbo())).pipeline
     pipeline = getattr(diffusers, kind)(**loaded.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return Generator.from_pipeline(pipeline, SourceInfo("x", "diffusers", "x"), name="x", **arguments)
@@ -104,7 +113,7 @@ def test_images_that_a_pipeline_cannot_do_without_are_inputs() -> None:
 
 def with_optional_image(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Returns the tiny pipeline with an image that it can do without: it is added to the latent."""
-    pipeline = load(str(built("turbo").source)).pipeline
+    pipeline = load(str(turbo())).pipeline
     cls = type(pipeline)
 
     class Editing(cls):  # type: ignore[misc, valid-type]
@@ -141,16 +150,16 @@ def test_options_that_are_none_are_refused_when_the_source_is_loaded(
     options: dict[str, Any], message: str, hint: str
 ) -> None:
     with pytest.raises(ExportError, match=message) as caught:
-        load(SourceSpec(str(built("turbo").source), options=options))
+        load(SourceSpec(str(turbo()), options=options))
     assert caught.value.hint == hint
 
 
 def test_options_of_a_function_and_of_a_folder_are_loaded_alike() -> None:
-    spec = SourceSpec(str(built("turbo").source), options={"clip_skip": 1, "sigmas": [1.0, 0.4]})
+    spec = SourceSpec(str(turbo()), options={"clip_skip": 1, "sigmas": [1.0, 0.4]})
     generator = load(spec)
     assert generator.options == {"clip_skip": 1, "sigmas": [1.0, 0.4]}
     assert (generator.steps, generator.default_steps) == ((2,), 2)
-    assert load(str(built("turbo").source)).called_with(spec.options).options == generator.options
+    assert load(str(turbo())).called_with(spec.options).options == generator.options
     again = recorded_source(generator, [2]).spec()
     assert again.options == spec.options
     with pytest.raises(ExportError, match="is a sampling function and takes no option"):
@@ -204,7 +213,7 @@ def test_bundle_is_verified_with_the_options_it_was_built_with(run: Run, tmp_pat
 
 
 def test_lists_for_other_step_counts_are_refused(run: Run, tmp_path: Path) -> None:
-    text = refused(run, built("turbo").source, tmp_path, "--option", "sigmas=[0.9,0.2]", "--steps", "1,2")
+    text = refused(run, turbo(), tmp_path, "--option", "sigmas=[0.9,0.2]", "--steps", "1,2")
     assert "option sigmas has 2 values, and the step counts are 1, 2" in text
     assert "hint: build with --steps 2" in text
 
@@ -225,7 +234,7 @@ RAISED: list[tuple[Exception, str]] = [
 def test_whatever_a_pipeline_raises_is_one_error_with_its_words(
     error: Exception, text: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = load(str(built("turbo").source))
+    generator = load(str(turbo()))
     pipeline = generator.pipeline
 
     def fail(*_: Any, **__: Any) -> None:
@@ -313,7 +322,7 @@ def test_lines_in_place_of_bars(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def halves(tmp_path: Path) -> Path:
     """Returns a checkpoint whose networks are there as fp16 alone."""
-    source = Path(shutil.copytree(built("turbo").source, tmp_path / "halves"))
+    source = Path(shutil.copytree(turbo(), tmp_path / "halves"))
     for path in source.rglob("*.safetensors"):
         path.rename(path.with_suffix(f".fp16{path.suffix}"))
     return source
@@ -331,9 +340,7 @@ def test_a_folder_of_variants_alone_loads(halves: Path, stored: bool, monkeypatc
         assert generator.source.variant == spec.variant
         assert generator.source.spec() == spec
         unet = generator.pipeline.unet if not stored else generator.stored.module("unet", generator.pipeline.unet)
-        assert torch.equal(
-            unet.conv_in.weight, load(str(built("turbo").source), eager=True).pipeline.unet.conv_in.weight
-        )
+        assert torch.equal(unet.conv_in.weight, load(str(turbo()), eager=True).pipeline.unet.conv_in.weight)
     with pytest.raises(SourceError, match="no component has files of the variant 'bf16', there are: fp16"):
         load(SourceSpec(str(halves), variant="bf16"))
 
@@ -373,7 +380,7 @@ def test_no_tensor_is_made_up(tmp_path: Path, part: str, stored: bool, monkeypat
 
     if stored:
         monkeypatch.setattr(importlib.import_module("fewstep.export.load"), "STORED_BYTES", 0)
-    source = Path(shutil.copytree(built("turbo").source, tmp_path / "source"))
+    source = Path(shutil.copytree(turbo(), tmp_path / "source"))
     (path,) = (source / part).glob("*.safetensors")
     whole = load_file(path)
     name = sorted(whole)[len(whole) // 2]
@@ -386,7 +393,7 @@ def test_no_tensor_is_made_up(tmp_path: Path, part: str, stored: bool, monkeypat
         assert f"{part} lacks" in caught.value.message
     if part == "vae":
         with pytest.raises(SourceError, match="lacks"):
-            load(SourceSpec(str(built("turbo").source), decoder=str(source / "vae")))
+            load(SourceSpec(str(turbo()), decoder=str(source / "vae")))
     save_file({**whole, "lora.up": torch.zeros(1)}, path, metadata={"format": "pt"})
     generator = load(str(source))
     assert generator.source.unused == {part: ("lora.up",)}
@@ -396,7 +403,7 @@ def test_no_tensor_is_made_up(tmp_path: Path, part: str, stored: bool, monkeypat
 
 def with_a_checker(source: Path) -> Path:
     """Returns the tiny checkpoint with filters that are never loaded."""
-    shutil.copytree(built("turbo").source, source)
+    shutil.copytree(turbo(), source)
     index = json.loads((source / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
@@ -420,7 +427,7 @@ def test_a_checker_of_a_pipeline_from_python_does_not_run() -> None:
         def forward(self, *_: Any, **__: Any) -> None:
             raise AssertionError("it ran")
 
-    pipeline = load(str(built("turbo").source)).pipeline
+    pipeline = load(str(turbo())).pipeline
     pipeline.safety_checker = Checker()
     generator = Generator.from_pipeline(pipeline, SourceInfo("x", "diffusers", "x"), name="x")
     assert generator.source.left_out == ("safety_checker",)
