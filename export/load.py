@@ -115,7 +115,7 @@ def from_folder(folder: Path, spec: SourceSpec | None = None, *, eager: bool = F
 
     ``spec`` says which variant of its files, and how the pipeline is called; None takes what is there.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     spec = spec or SourceSpec(str(folder))
     check_folder(folder)
@@ -127,8 +127,10 @@ def from_folder(folder: Path, spec: SourceSpec | None = None, *, eager: bool = F
     stored = StoredNetworks(folder, variant=spec.variant) if not eager and size >= STORED_BYTES else None
     make = load_networks if stored is None else networks_without_values
     networks, unused = make(folder, classes, spec.variant)
+    # The class itself knows which of its components may be None.
+    pipeline_class: Any = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = pipeline_class.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, **networks, **_left_out(folder)
         )
     except LOAD_ERRORS as error:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.export import Generator, describe, fingerprint, load
@@ -80,6 +80,7 @@ def test_the_same_generator_has_the_same_fingerprint() -> None:
     assert fingerprint(BASE) == BASE_MARK  # a run leaves no trace in it
 
 
+@settings(max_examples=40)
 @given(st.data())
 def test_every_bit_of_every_tensor_counts(data: st.DataObject) -> None:
     net = Net()
@@ -90,6 +91,7 @@ def test_every_bit_of_every_tensor_counts(data: st.DataObject) -> None:
     assert fingerprint(assembled(net)) != BASE_MARK
 
 
+@settings(max_examples=40)
 @given(
     st.sampled_from(["factor", "new", "names", "nested"]),
     st.one_of(st.integers(), st.floats(allow_nan=False), st.text(), st.booleans(), st.lists(st.integers()), st.none()),
@@ -102,6 +104,7 @@ def test_every_attribute_counts(name: str, value: Any) -> None:
     assert (fingerprint(assembled(net)) == BASE_MARK) == same
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.floats(), st.text(max_size=3)), max_size=3))
 def test_every_option_counts(options: dict[str, Any]) -> None:
     assert (fingerprint(replace(BASE, options=options)) == BASE_MARK) == (not options)

@@ -283,7 +283,7 @@ def test_a_strength_that_leaves_no_step() -> None:
 def test_a_sampling_function_that_fails() -> None:
     generator = plain_generator()
     generator.pipeline.sample = lambda *_, **__: 1 // 0
-    with pytest.raises(PipelineError, match="plain fails with 2 steps and these settings: ZeroDivisionError") as caught:
+    with pytest.raises(PipelineError, match="plain fails with 1 steps and these settings: ZeroDivisionError") as caught:
         describe(generator, [1])
     assert "the sampling function itself fails" in str(caught.value.hint)
 
