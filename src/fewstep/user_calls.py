@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from fewstep import call_options
 from fewstep.bundle import Bundle
 from fewstep.contract import IMAGE, Contract, Guidance
 from fewstep.errors import ExportError
@@ -82,17 +83,19 @@ class Told:
     contract: Contract
     default_steps: int
     counts: tuple[int, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """As in the manifest: see `fewstep.call_options`."""
     tile: int | None = None
 
     @classmethod
     def of(cls, contract: Contract, default_steps: int, counts: Iterable[int], generator: Generator) -> Told:
-        """Returns what decides the calls; functions among a generator's options are left to its source."""
-        options = {n: v for n, v in generator.options.items() if isinstance(v, (bool, int, float, str, list, dict))}
+        """Returns what decides the calls; options that JSON cannot hold are left to the generator's source."""
+        counts = tuple(counts)
+        options = call_options.to_json(generator.options, counts)
         tile = None
         if not generator.is_loop and getattr(getattr(generator.pipeline, "vae", None), "use_tiling", False):
             tile = int(generator.pipeline.vae.tile_sample_min_size)
-        return cls(contract, default_steps, tuple(counts), options, tile)
+        return cls(contract, default_steps, counts, options, tile)
 
     def request(self, source: Source) -> Request:
         """Returns the request to the pipeline of a source."""

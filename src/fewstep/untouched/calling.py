@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fewstep import call_options
 from fewstep.untouched.loading import Subject
 from fewstep.untouched.randomness import Draws, in_pipelines
 from fewstep.untouched.request import Request, UserCall
@@ -47,8 +48,12 @@ def call_pipeline(subject: Subject, request: Request, call: UserCall) -> Any:
     Images are handed over as users have them, in 8 bits; the result is asked for before it is rounded to 8 bits.
     """
     parameters = inspect.signature(subject.pipeline.__call__).parameters
-    options = {**subject.options, **request.options}
+    options = {**subject.options, **call_options.from_json(request.options)}
     arguments = {name: value(call.steps) if callable(value) else value for name, value in options.items()}
+    for name, value in arguments.items():  # JSON has no tuples, and pipelines add tuples up
+        wanted = str(parameters[name].annotation).lower() if name in parameters else ""
+        if isinstance(value, list) and "tuple" in wanted and "list" not in wanted:
+            arguments[name] = tuple(value)
     arguments |= {"num_inference_steps": call.steps, "output_type": "pt"}
     scale = request.guidance if call.guidance is None else call.guidance
     own = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
