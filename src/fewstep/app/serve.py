@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import shutil
 import socket
 import ssl
+import sys
+import threading
+import time
 import webbrowser
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import Any, ClassVar
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from fewstep.app.collect import Answer, Collector
 from fewstep.app.site import HEADERS, Entry, Site
@@ -32,8 +36,19 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".webmanifest": "application/manifest+json",
 }
-# Seconds without a byte from a client that began a request.
-_TIMEOUT_S = 30
+# A browser keeps six connections open to a site; more devices than this has room for are told to come again.
+_MOST_CONNECTIONS = 64
+_BACKLOG = 256
+# Seconds that a connection may be silent between requests, that a request with its body may take, and that a piece of
+# an answer (_PIECE) may.
+_IDLE_S, _REQUEST_S, _ANSWER_S = 15.0, 60.0, 30.0
+_PIECE = 1 << 20
+_READ_ON_S = 1.0
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 2\r\n"
+    b"Content-Type: text/plain; charset=utf-8\r\nContent-Length: 20\r\n\r\ntoo many connections"
+)
+_log = logging.getLogger("fewstep")
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class AppServer(ThreadingHTTPServer):
     """A server of one site: nothing that the site does not list can be had from it."""
 
     daemon_threads = True
+    request_queue_size = _BACKLOG
 
     def __init__(
         self,
@@ -65,6 +81,7 @@ class AppServer(ThreadingHTTPServer):
         """
         self.site = site
         self.collector = collector
+        self._places = threading.BoundedSemaphore(_MOST_CONNECTIONS)
         self.host = lan_address() if lan else "localhost"
         try:
             super().__init__(("" if lan else "127.0.0.1", port), _Handler)
@@ -87,6 +104,33 @@ class AppServer(ThreadingHTTPServer):
     def collect_url(self) -> str:
         """The address to open on a device whose result is wanted; the part after # is not sent to servers."""
         return self.url if self.collector is None else f"{self.url}#collect={self.collector.token}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answers a connection in a thread of its own, or refuses it at once where there are too many."""
+        if not self._places.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.settimeout(0)
+                if self.scheme == "http":  # over https it would take a handshake to say so
+                    request.send(_BUSY)
+            return self.shutdown_request(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # the system has no more threads
+            self._places.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answers a connection, and gives its place to the next."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Keeps quiet of connections that broke or were too slow; anything else is told in a line."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            _log.error("a request failed: %s: %s", type(error).__name__, error)
 
     def _use(self, certificate: Certificate) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -149,13 +193,58 @@ def lan_address() -> str:
     return address
 
 
+class _Timed(io.RawIOBase):
+    """What comes from a connection, until a moment: a client that sends a byte now and then is not waited for."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._end: float | None = None
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def expect(self) -> None:
+        """Waits for the next request."""
+        self._end = None
+
+    def readinto(self, buffer: Any) -> int:
+        """Returns how many bytes came.
+
+        Raises:
+            TimeoutError: none came in time.
+        """
+        now = time.monotonic()
+        rest = _IDLE_S if self._end is None else self._end - now
+        if rest <= 0:
+            raise TimeoutError("the request took too long")
+        self._connection.settimeout(rest)
+        count = self._connection.recv_into(buffer)
+        if self._end is None:
+            self._end = now + _REQUEST_S
+        self._connection.settimeout(_ANSWER_S)
+        return count
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: AppServer
     protocol_version = "HTTP/1.1"
     server_version = "fewstep"
     sys_version = ""
-    timeout = _TIMEOUT_S
+    timeout = _ANSWER_S
     _immutable: ClassVar[str] = "public, max-age=31536000, immutable"
+
+    def setup(self) -> None:
+        """Prepares a connection."""
+        super().setup()
+        self.rfile.close()
+        self._timed = _Timed(self.connection)
+        self.rfile = io.BufferedReader(self._timed)
+
+    def handle_one_request(self) -> None:
+        """Answers one request, if it comes in time."""
+        self._timed.expect()
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         """Answers with a file."""
@@ -171,23 +260,51 @@ class _Handler(BaseHTTPRequestHandler):
         collector = self.server.collector
         if not self._known_host():
             return self._answer(Answer(HTTPStatus.FORBIDDEN, "unknown host"))
-        if collector is None or urlsplit(self.path).path != f"/{COLLECT_PATH}":
+        if collector is None or self._address().path != f"/{COLLECT_PATH}":
             return self._answer(Answer(HTTPStatus.NOT_FOUND, "nothing is collected here"))
         token, length = self.headers.get("X-Fewstep-Token"), self.headers.get("Content-Length")
         refusal = collector.refusal(token, length, self.headers.get("Content-Type"))
         if refusal is not None:
-            return self._answer(refusal)
+            self._answer(refusal)
+            return self._read_on()
         assert token is not None and length is not None, "refused above"
-        self._answer(collector.accept(token, self.rfile.read(int(length))))
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            return self._answer(Answer(HTTPStatus.BAD_REQUEST, "the result is not whole"))
+        self._answer(collector.accept(token, body))
+
+    def _read_on(self) -> None:
+        """Reads what still comes, for a moment: closing with bytes unread takes the answer back (RFC 9112, 9.6)."""
+        end = time.monotonic() + _READ_ON_S
+        with contextlib.suppress(OSError):
+            while (rest := end - time.monotonic()) > 0:
+                self.connection.settimeout(rest)
+                if not self.connection.recv(_PIECE):
+                    break
 
     def log_message(self, format: str, *args: object) -> None:
         """Keeps quiet: the address of each request is nothing to show."""
+
+    def parse_request(self) -> bool:
+        """Reads the first line and the headers of a request, and refuses an address that is none."""
+        if not super().parse_request():
+            return False
+        try:
+            self._address()
+        except ValueError:
+            self.close_connection = True
+            self._answer(Answer(HTTPStatus.BAD_REQUEST, "the address is malformed"))
+            return False
+        return True
+
+    def _address(self) -> SplitResult:
+        return urlsplit(self.path)
 
     def _known_host(self) -> bool:
         return self.headers.get("Host", "") in self.server.hosts
 
     def _file(self, *, send_body: bool) -> None:
-        address = urlsplit(self.path)
+        address = self._address()
         path = unquote(address.path).removeprefix("/") or _INDEX
         entry = self.server.site.entries.get(path)
         if not self._known_host():
@@ -208,13 +325,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, entry: Entry) -> None:
         try:
-            if isinstance(entry.source, bytes):
-                self.wfile.write(entry.source)
-            else:
-                with entry.source.open("rb") as stream:
-                    shutil.copyfileobj(stream, self.wfile, 1 << 20)
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True  # the page was closed
+            with io.BytesIO(entry.source) if isinstance(entry.source, bytes) else entry.source.open("rb") as stream:
+                shutil.copyfileobj(stream, self.wfile, _PIECE)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True  # the page was closed, or reads too slowly
 
     def _answer(self, answer: Answer) -> None:
         body = f"{answer.text}\n".encode()
