@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
-import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from typing import Any
 import torch
 
 from fewstep.cache import code_sha256
+from fewstep.cache_entries import content_name, is_as_named
 from fewstep.calibration.features import step_features
 from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Kept, LatentNames, Question, get_sampler, prompt_order
 from fewstep.contract import LATENT, SAMPLE
-from fewstep.errors import BundleError, CalibrationError
+from fewstep.disk import PARTIAL, begin, discard, remove_stale, sync, sync_names, write_whole
+from fewstep.errors import CalibrationError
 from fewstep.export import Description, Generator, digest
 from fewstep.feeds import Sample, StepFeed, load_sample, read_feeds, read_head, save_sample
 from fewstep.hashing import value_sha256
@@ -33,8 +34,10 @@ INDEX = "calibration.json"
 # Trajectories that tell a sampler which steps are alike.
 _FEATURE_TRAJECTORIES = 4
 _AGAIN = "run `fewstep calibrate` again: it goes on where it was interrupted"
-_SHARD = re.compile(r"\d{5}-[0-9a-f]{16}\.safetensors")
-_PARTIAL = re.compile(rf"\.({_SHARD.pattern}|{re.escape(INDEX)})\.[0-9a-f]{{32}}\.partial")
+# Number, what determines it, its content; earlier versions left the content out.
+_SHARD = re.compile(r"\d{5}-[0-9a-f]{16}(-[0-9a-f]{32})?\.safetensors")
+_STEM = 5 + 1 + 16
+_log = logging.getLogger("fewstep")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class CalibrationSet:
         """Returns the set that `collect` wrote to a folder.
 
         Raises:
-            CalibrationError: it is not there, or not whole.
+            CalibrationError: it is not there, not whole, or damaged.
         """
         try:
             values = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -89,9 +92,10 @@ class CalibrationSet:
             opened = cls(folder, tuple(values.pop("shards")), inputs=inputs, **values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"{folder} is not a finished calibration set: {error}", hint=_AGAIN) from error
-        missing = [name for name in opened.shards if not (folder / name).is_file()]
-        if missing:
-            raise CalibrationError(f"{folder}: {missing[0]} is missing", hint=_AGAIN)
+        for name in opened.shards:
+            if not is_as_named(folder / name):
+                wrong = "was altered" if (folder / name).is_file() else "is missing"
+                raise CalibrationError(f"{folder}: {name} {wrong}", hint=_AGAIN)
         return opened
 
     def samples(self) -> Iterator[Sample]:
@@ -156,8 +160,9 @@ def collect(
 ) -> CalibrationSet:
     """Returns a set of calls of the reference on its own N-step trajectories, recorded to a folder.
 
-    Each trajectory is written when it is done, under a name that holds the hash of all that determines it: a second
-    call with the same arguments goes on where the first was interrupted, and one with a larger ``size`` adds to it.
+    Each trajectory is written when it is done, under a name that holds the hash of all that determines it and the hash
+    of its content: a second call with the same arguments goes on where the first was interrupted and makes again what
+    was damaged, and one with a larger ``size`` adds to it.
     One trajectory is in memory at a time. Several processes may make the same set in one folder at once.
 
     Args:
@@ -199,11 +204,13 @@ def collect(
         with_rest = rest_due > 0.5 or i == 0
         rest_due -= with_rest
         key = value_sha256({**common, "request": [request.prompt, i, seed, guidance], "kept": [kept, with_rest]})
-        shards.append(f"{i:05d}-{key[:16]}.safetensors")
-        if not _is_whole(folder / shards[-1]):
+        stem = f"{i:05d}-{key[:16]}"
+        name = _whole_shard(folder, stem)
+        if name is None:
             sample = _keep(next(record_samples(generator, described, [request])), kept, with_rest)
             sample = sample if chosen.rewrite is None else chosen.rewrite(sample, names)
-            _write(folder / shards[-1], partial(save_sample, sample))
+            name = _write_shard(folder, stem, sample)
+        shards.append(name)
         advance()
     _remove_others(folder, shards)
     inputs = {name: tuple(tensor.name for tensor in spec.inputs) for name, spec in described.components.items()}
@@ -275,47 +282,50 @@ def is_calibration_folder(folder: Path) -> bool:
     """Returns whether there is nothing in a folder, or nothing but what `collect` writes."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(p.name == INDEX or _is_shard(p.name) for p in folder.iterdir())
+    return folder.is_dir() and all(p.name == INDEX or _is_ours(p.name) for p in folder.iterdir())
 
 
-def _is_shard(name: str) -> bool:
+def _is_ours(name: str) -> bool:
     """Returns whether a file is a shard, or what an interruption left of one or of the index."""
-    return bool(_SHARD.fullmatch(name) or _PARTIAL.fullmatch(name))
+    return bool(_SHARD.fullmatch(name) or name.startswith((f".{PARTIAL}", f".{INDEX}.{PARTIAL}")))
 
 
-def _is_whole(path: Path) -> bool:
-    """Returns whether a shard was finished; a damaged one is made again."""
+def _whole_shard(folder: Path, stem: str) -> str | None:
+    """Returns the name of a shard whose content is what was written; None where there is none."""
+    for path in sorted(folder.glob(f"{stem}-*.safetensors")):
+        if is_as_named(path):
+            return path.name
+        _log.warning("a calibration shard is damaged, and made again: %s", path)
+    return None
+
+
+def _write_shard(folder: Path, stem: str, sample: Sample) -> str:
+    """Writes a shard, and returns its name: it appears when it is whole."""
+    unfinished = begin(folder, ".")
     try:
-        read_head(path)
-    except (BundleError, OSError):
-        return False
-    return True
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file that appears when it is whole.
-
-    Another process that makes the same set may write it at the same time, and removes what it takes for the rest of an
-    interruption once all of its own files are there: ours among them.
-    """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    write(unfinished)
-    try:
-        unfinished.replace(path)
-    except FileNotFoundError:
-        if not path.is_file():
-            raise
+        content = unfinished / "shard.safetensors"
+        save_sample(sample, content)
+        sync(content)
+        name = content_name(stem, content)
+        content.replace(folder / name)
+        sync_names(folder)
+    finally:
+        discard(unfinished)
+    return name
 
 
 def _remove_others(folder: Path, shards: Sequence[str]) -> None:
     """Removes shards of other sets, and what interruptions left."""
+    remove_stale(folder, f".{PARTIAL}")
     for path in folder.iterdir():
-        if _is_shard(path.name) and path.name not in shards:
-            path.unlink(missing_ok=True)
+        if _SHARD.fullmatch(path.name) and path.name not in shards:
+            twin = path.name[:_STEM] in {name[:_STEM] for name in shards} and is_as_named(path)  # another process's
+            if not twin:
+                path.unlink(missing_ok=True)
 
 
 def _write_index(made: CalibrationSet) -> None:
     values = asdict(made)
     values.pop("folder")
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-    _write(made.folder / INDEX, lambda file: file.write_text(text, encoding="utf-8"))
+    write_whole(made.folder / INDEX, text.encode())

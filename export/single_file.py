@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors.torch import load_file
 
+from fewstep.disk import scratch
 from fewstep.errors import SourceError
 from fewstep.export.checks import check_weights_file
 
@@ -76,7 +76,7 @@ def load_component(path: Path, name: str, module: Any) -> torch.nn.Module:
     # Of a file that has all names and more, diffusers would drop the rest without a word.
     if set(expected) <= set(weights) or not hasattr(module, "from_single_file"):
         raise _other_weights(path, name, module, weights, expected)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         module.save_config(folder)
         try:
             replaced = type(module).from_single_file(str(path), config=folder, local_files_only=True)

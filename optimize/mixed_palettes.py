@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch.fx import GraphModule
 
 from fewstep.calibration import SampleRequest, record_samples
 from fewstep.contract import BEFORE
+from fewstep.disk import scratch
 from fewstep.errors import QuantizationError
 from fewstep.export import Generator, Programs, describe, programs_of, write_tokenizers
 from fewstep.feeds import Sample
@@ -66,7 +66,7 @@ def choose_palettes(generator: Generator, recipe: Recipe, progress: Progress) ->
     prompts = (generator.calibration_prompts or generator.prompts)[:_PICTURES] or ("",)
     requests = SampleRequest.grid(generator, prompts, range(1), generator.default_steps, generator.guidance)
     samples = list(record_samples(generator, described, requests))
-    with TemporaryDirectory() as folder:
+    with scratch() as folder:
         write_tokenizers(generator, described.tokenizers, Path(folder))
         tokenizers = open_tokenizers(Path(folder), described.tokenizers)
     graphs = {name: float_graph(programs.make(name)) for name in programs.components}

@@ -11,14 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-from fewstep.cache import default_root
+from fewstep.cache import cache_place, default_root
+from fewstep.disk import replacing
 from fewstep.errors import RuntimeMissingError
 from fewstep.hashing import file_sha256
 from fewstep.progress import Progress
@@ -237,12 +237,5 @@ def _pip(packages: Sequence[str], target: Path) -> subprocess.CompletedProcess[s
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """Yields a folder that takes its place when the block ends without an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    try:
+    with replacing(folder, what="what emulates ARM64", hint=cache_place().hint) as partial:
         yield partial
-        partial.chmod(0o755)
-        partial.replace(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, Self
 from coremltools.models import MLModel
 from coremltools.proto import Model_pb2
 
+from fewstep.disk import scratch
 from fewstep.errors import ExportError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
@@ -53,7 +53,7 @@ def lower_variants(
     with FunctionsWriter() as writer:
         for program in programs:
             fp32 = fp32_operations_of(program, weights, target=target, known=fp32)
-            with tempfile.TemporaryDirectory() as alone:
+            with scratch() as alone:
                 artifact = lower(program, Path(alone), weights, target=target, fp32_operations=fp32)
                 name = function_name(program.variant)
                 added = writer.add(name, (Path(alone) / artifact.path).parent)
@@ -75,7 +75,7 @@ class FunctionsWriter:
     def __init__(self) -> None:
         self._model = Model_pb2.Model()
         self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = Path(self._stack.enter_context(scratch()))
         self._weights = self._stack.enter_context(BlobWriter(self._folder / WEIGHTS.name))
         self._names = ShortNames()
         self._short: list[str] = []

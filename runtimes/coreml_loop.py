@@ -6,7 +6,6 @@ else that no input decides are there once.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from coremltools.models import MLModel
 from coremltools.proto import MIL_pb2, Model_pb2
 
 from fewstep.bundle import Bundle
+from fewstep.disk import scratch
 from fewstep.errors import ContractError
 from fewstep.manifest import Manifest
 from fewstep.runtimes.coreml import NAME
@@ -53,7 +53,7 @@ def write_loop(bundle: Bundle, path: Path, *, steps: int | None = None) -> Path:
         )
     schedule = manifest.schedule(manifest.default_steps if steps is None else steps)
     artifacts = {name: manifest.artifact(NAME, name) for name in manifest.components}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         with BlobWriter(Path(folder) / WEIGHTS.name) as weights:
             parts = {
                 name: _Part.read(name, bundle.file(artifact.path).parent, artifact.function, weights)

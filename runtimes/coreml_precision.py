@@ -7,7 +7,6 @@ number. All are measured, and nothing is listed by hand.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.contract import STEP, TIMESTEP
+from fewstep.disk import scratch
 from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
@@ -79,7 +79,7 @@ def choose_fp32_operations(
 
 
 def _unfit(model: MLModel, feeds: Sequence[Mapping[str, Array]], dtype: str) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         path = Path(folder) / "component.mlpackage"
         model.save(str(path))
         return find_unfit(path, feeds, dtype)

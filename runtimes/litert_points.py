@@ -6,7 +6,6 @@ computed: no difference reaches the next operation, and one run checks them all 
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
+from fewstep.disk import scratch
 from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
@@ -220,7 +220,7 @@ class Cut:
         wanted = {f"wanted_{tensor}": tensor for tensor in self._wanted}
         values = {**feeds, **{name: self._given[tensor] for name, tensor in given.items()}}
         content = self._model.with_interface(self._inputs | given, wanted)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             path = Path(folder) / "cut.tflite"
             path.write_bytes(content)
             results = run(path, values, list(wanted))

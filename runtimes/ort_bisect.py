@@ -7,13 +7,13 @@ value by value on one feed.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime
 
+from fewstep.disk import scratch
 from fewstep.errors import ExportError
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
@@ -67,7 +67,7 @@ def _onnx_values(model: ir.Model, path: Path, names: list[str], feeds: Mapping[s
         value = by_name[name]
         if name not in have and (value.dtype is None or value.dtype in _FLOATS):
             model.graph.outputs.append(value)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
         options = onnxruntime.SessionOptions()

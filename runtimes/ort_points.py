@@ -7,13 +7,13 @@ difference can reach the next operation, and one run of the model checks them al
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import onnxruntime
 
+from fewstep.disk import scratch
 from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
@@ -63,7 +63,7 @@ def compare_integers(
             hint="was the model compiled from this program?",
         )
     given = _cut(model, {name: reference[name] for name in shared})
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
         inputs = {**feeds, **{name + _GIVEN: reference[name] for name in given}}

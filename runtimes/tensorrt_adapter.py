@@ -8,13 +8,13 @@ are.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module, metadata, util
 from pathlib import Path
 
 from fewstep.contract import ComponentSpec
+from fewstep.disk import scratch
 from fewstep.errors import RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
@@ -100,7 +100,7 @@ def open_exact(path: Path, spec: ComponentSpec, threads: int | None = None) -> C
 
     if not in_halves(path):
         return open_session(path, spec, threads)
-    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
+    with scratch() as folder:
         single = Path(folder) / path.parent.name / path.name
         single.parent.mkdir()
         write_single(path, single)

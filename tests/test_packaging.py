@@ -29,7 +29,8 @@ def project() -> dict[str, Any]:
 
 def package_files() -> set[str]:
     """Returns what belongs to the package, as paths in a wheel: all but notes for developers and caches."""
-    roots = {PACKAGE: "fewstep", **{p.resolve(): f"fewstep/{p.name}" for p in PACKAGE.iterdir() if p.is_symlink()}}
+    roots = {PACKAGE: "fewstep", PACKAGE.with_name("fewstep_command"): "fewstep_command"}
+    roots |= {**{p.resolve(): f"fewstep/{p.name}" for p in PACKAGE.iterdir() if p.is_symlink()}}
     return {
         f"{name}/{path.relative_to(root).as_posix()}"
         for root, name in roots.items()
@@ -76,7 +77,7 @@ def test_wheel_has_the_command_and_the_licences(distributions: tuple[Path, Path]
         info = next(name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name)
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = message_from_string(archive.read(f"{info}/METADATA").decode())
-    assert "fewstep = fewstep.cli:main" in entry_points
+    assert "fewstep = fewstep_command:main" in entry_points
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"LICENSE", "NOTICE", "licences/OFL-1.1.txt"} <= set(metadata.get_all("License-File", []))
 

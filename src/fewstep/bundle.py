@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from fewstep.disk import check_place, replacing
 from fewstep.errors import BundleError
 from fewstep.hashing import file_sha256
 from fewstep.manifest import FileEntry, Manifest
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from fewstep.feeds import Sample
 
 MANIFEST = "manifest.json"
+_ELSEWHERE = "free some space there, or choose another -o folder"
 
 
 @dataclass(frozen=True)
@@ -143,39 +142,19 @@ def writing(target: Path) -> Iterator[Path]:
     A killed or failed build leaves ``target`` as it was. An existing bundle is replaced; any other existing folder
     with something in it is refused.
     """
-    target = target.resolve()
     check_writable(target)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    try:
+    with replacing(target, what="the bundle", hint=_ELSEWHERE) as partial:
         yield partial
-        partial.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.replace(old / "bundle")
-            partial.replace(target)
-            shutil.rmtree(old)
-        else:
-            partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def check_writable(target: Path) -> None:
-    """Raises BundleError unless a bundle can be written at ``target``; creates its parent folders."""
+    """Raises BundleError or StorageError unless a bundle can be written at ``target``; creates its parent folders."""
     if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise BundleError(
             f"{target} exists and is not a bundle, expected a new folder or a bundle to replace",
             hint="choose another -o folder",
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BundleError(
-            f"cannot create {target.parent}: {error.strerror}", hint="choose another -o folder"
-        ) from error
-    if not os.access(target.parent, os.W_OK):
-        raise BundleError(f"cannot write to {target.parent}: permission denied", hint="choose another -o folder")
+    check_place(target.parent, hint=_ELSEWHERE)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -8,6 +8,7 @@ FewstepError            exit status 2
 ├── ExportError         a component cannot be traced or lowered
 ├── CalibrationError    calibration data or ranges are missing, not finite or not reproducible
 ├── BundleError         a bundle is incomplete, altered or unsafe
+├── StorageError        a disk is full or may not be written, or the stage cache is damaged
 ├── ContractError       arrays do not fit what the manifest promises
 ├── RuntimeMissingError a backend is not installed or cannot run here
 └── ParityError         a parity limit was exceeded: exit status 1
@@ -57,6 +58,10 @@ class CalibrationError(FewstepError):
 
 class BundleError(FewstepError):
     """A bundle is incomplete, altered or unsafe."""
+
+
+class StorageError(FewstepError):
+    """A disk is full or may not be written, or the stage cache is damaged."""
 
 
 class ContractError(FewstepError):

@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from typing import Any
 import psutil
 
 from fewstep import errors
+from fewstep.disk import scratch
 from fewstep.errors import ExportError, FewstepError
 
-_CHILD = "from fewstep.isolated import child; child()"
+# An interruption reaches both processes, and it is the parent that tells of it.
+_CHILD = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from fewstep.isolated import child; child()"
 _STATUS = Path("/proc/self/status")
 
 
@@ -39,7 +40,7 @@ def run_isolated(function: Callable[..., Any], arguments: Mapping[str, Any]) -> 
         ExportError: the process ended without a result.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
+    with scratch() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         job = {"module": function.__module__, "function": function.__qualname__, "arguments": dict(arguments)}
         request.write_text(json.dumps(job))

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from fewstep import disk
 from fewstep.contract import CLASS, InputSpec, OutputSpec
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample
@@ -126,11 +127,12 @@ def write_output(path: Path, values: Array, output: OutputSpec, rate: int | None
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    """Writes a file whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    disk.write_whole(path, content, hint="free some space there, or choose another -o file")
 
 
 def pixels_of(picture_HWC: Array) -> images.Pixels:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.build import Options, build
+from fewstep.disk import scratch
 from fewstep.errors import FewstepError, RuntimeMissingError
 from fewstep.progress import Progress, Silent
 from fewstep.recipe import load_recipe
@@ -53,7 +53,7 @@ def self_test(name: str, recipes: Sequence[str] | None = None, progress: Progres
     generator, recipes = _generator(), recipes or recipes_of(name)
     advance = (progress or Silent()).task(f"try {name}", len(recipes))
     trials = []
-    with tempfile.TemporaryDirectory(prefix="fewstep-") as folder:
+    with scratch() as folder:
         options = Options(prompts=1, seeds=2, profile=False, cache_root=Path(folder, "cache"))
         for recipe in recipes:
             trials.append(_try(generator, name, recipe, Path(folder, recipe), options))

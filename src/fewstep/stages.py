@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from fewstep.build import quantize_programs, sized
 from fewstep.bundle import MANIFEST, Bundle, writing
 from fewstep.cache import StageCache
 from fewstep.compiling import check_images, check_targets, compile_targets
+from fewstep.disk import beside, check_place, sync
 from fewstep.errors import BundleError, ParityError
 from fewstep.feeds import Sample
 from fewstep.further import further_programs
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fewstep.runtimes.loops import OpenLoop
 
 Array = npt.NDArray[Any]
+_ELSEWHERE = "free some space there, or choose another -o file"
 
 
 def draw(
@@ -257,9 +258,9 @@ def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, p
     count = manifest.default_steps if steps is None else steps
     if out.is_dir():
         raise _not_empty(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as folder:
-        partial = Path(folder) / out.name
+    check_place(out.parent, _ELSEWHERE)
+    with beside(out, what="the loop", hint=_ELSEWHERE) as folder:
+        partial = folder / out.name
         with stage(progress, f"unroll {count} steps"):
             write_loop(bundle, partial, runtime=runtime, steps=count)
         with stage(progress, "compare"):
@@ -270,8 +271,9 @@ def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, p
                 f"{Limits().picture_psnr_db:.0f}",
                 hint="sample with the bundle's components",
             )
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-        for made in Path(folder).iterdir():  # beside it, the weights of a file that would be too large
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        sync(folder)
+        for made in folder.iterdir():  # beside it, the weights of a file that would be too large
             made.rename(out.with_name(made.name))
     parts = sum(artifact.bytes for artifact in manifest.artifacts if artifact.runtime == runtime)
     return Loop(out, count, value, size, size / parts)

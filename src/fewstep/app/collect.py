@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fewstep.bundle import Bundle
 from fewstep.devices import MOST_BYTES, parse_result
-from fewstep.errors import FewstepError
+from fewstep.disk import write_whole
+from fewstep.errors import FewstepError, StorageError
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Collector:
             if not hmac.compare_digest(token.encode(), self._token.encode()):
                 return Answer(HTTPStatus.FORBIDDEN, "the token is missing or spent")
             self._token = secrets.token_urlsafe(18)
-        self._folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         words = re.sub(r"[^A-Za-z0-9.]+", "-", f"{result['device']['browser']}-{result['device']['os']}")
         path = self._folder / f"{now}-{words[:60]}-{secrets.token_hex(3)}.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        try:
+            write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())
+        except StorageError as error:
+            return Answer(HTTPStatus.INSUFFICIENT_STORAGE, error.message)
         self.on_result(path)
         return Answer(HTTPStatus.CREATED, "thank you")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fewstep.bundle import MANIFEST, Bundle
 from fewstep.devices import WEB_RUNTIME
+from fewstep.disk import replacing
 from fewstep.errors import BundleError, ContractError
 from fewstep.hashing import file_sha256, value_sha256
 from fewstep.runtimes.tokenizer import FILE as TOKENIZER
@@ -116,13 +116,12 @@ def write_site(site: Site, out: Path) -> None:
 
     Raises:
         ContractError: there is something else at ``out``.
+        StorageError: it cannot be written.
     """
     out = out.resolve()
     if out.exists() and not (out / SERVICE_WORKER).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise ContractError(f"{out} exists and is not an app, expected a new folder", hint="choose another -o folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    with replacing(out, what="the app") as partial:
         for name, entry in site.entries.items():
             path = partial / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +129,3 @@ def write_site(site: Site, out: Path) -> None:
                 path.write_bytes(entry.source)
             else:
                 shutil.copyfile(entry.source, path)
-        partial.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
