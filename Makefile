@@ -80,6 +80,13 @@ test: lint ## Lint, then every test that takes seconds
 test-all: lint ## Lint, then every test
 	$(BIN)/pytest $(PARALLEL)
 
+POINTS ?= 50
+.PHONY: test-kill
+test-kill: $(VENV)/.dev ## Kills builds of the built-in generator at POINTS random points and damages their caches (an hour or more)
+	for recipe in fp32 w8a8; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.killing --points $(POINTS) -- stickers --recipe $$recipe; \
+	done
+
 .PHONY: families
 families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md
 	$(BIN)/python -W ignore -m tests.families > docs/families.new
