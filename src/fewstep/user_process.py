@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import IO
 
+from fewstep.disk import begin, discard
 from fewstep.errors import ExportError
+from fewstep.faults import temporary_place
 from fewstep.untouched.__main__ import ENDED, LOG
 from fewstep.untouched.request import ANSWER, Answer, Request
 
@@ -26,7 +26,7 @@ class Asked:
     """A request that a process is answering."""
 
     def __init__(self, request: Request) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="fewstep-call-"))
+        self._folder = begin(temporary_place().path, "fewstep-call-")
         request.save(self._folder)
         self._process: subprocess.Popen[str] | None = None
         if not _serve(self._folder):
@@ -56,7 +56,7 @@ class Asked:
             self._process.wait()
         elif not (self._folder / ENDED).is_file():
             close_server()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        discard(self._folder)
 
     def _start_alone(self) -> subprocess.Popen[str]:
         with (self._folder / LOG).open("w", encoding="utf-8") as log:
