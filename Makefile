@@ -80,6 +80,15 @@ test: lint ## Lint, then every test that takes seconds
 test-all: lint ## Lint, then every test
 	$(BIN)/pytest $(PARALLEL)
 
+HOSTILE ?= 10000
+HOSTILE_SOURCES ?= 1000
+.PHONY: test-hostile
+test-hostile: $(VENV)/.dev ## Reads 10,000 hostile bundles, recipes, plans and tokenizers and 1,000 sources (an hour); HOSTILE=500 for fewer
+	$(BIN)/python -W ignore -m tests.hostile.make build/hostile
+	$(BIN)/python -W ignore -m tests.hostile --count $$(( $(HOSTILE) * 8 / 10 )) --bundles build/hostile/lcm build/hostile/plain
+	$(BIN)/python -W ignore -m tests.hostile --count $$(( $(HOSTILE) * 2 / 10 )) --bundles build/hostile/lcm --kinds plan reference
+	$(BIN)/python -W ignore -m tests.hostile --count $(HOSTILE_SOURCES) --sources build/hostile/source --kinds source
+
 .PHONY: families
 families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md
 	$(BIN)/python -W ignore -m tests.families > docs/families.new

@@ -6,7 +6,6 @@ Nothing is unpickled: weights are safetensors or they are refused.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -15,15 +14,20 @@ from typing import Any
 
 from fewstep.errors import SourceError
 from fewstep.export.checks import PICKLES, check_complete, check_weights_file, check_weights_folder
+from fewstep.export.configs import check_config, check_files
 from fewstep.export.generator import Generator
 from fewstep.export.hub import download, is_hub_id
+from fewstep.export.model_index import read_model_index
 from fewstep.export.overlay import lay_over
 from fewstep.export.single_file import load_single_file
 from fewstep.export.stored_networks import StoredNetworks
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
-from fewstep.source import SourceInfo, SourceSpec
+from fewstep.source import FUNCTION, SourceInfo, SourceSpec
 
 BUILT_IN = {"stickers": "fewstep.stickers:generator"}
+_BUILT_IN = "built-in"
+# Kinds of sources that a bundle may name and have loaded: they are data, or ours.
+_RECORDED = ("diffusers", "single-file", "hub", _BUILT_IN)
 
 STORED_BYTES = 1 << 30
 _FUNCTION = re.compile(r"^(?P<module>[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)$")
@@ -54,6 +58,9 @@ def load(source: str | SourceSpec | Generator, *, guidance: float | None = None,
 def missing(source: SourceInfo) -> str | None:
     """Returns what of a source is not on this machine, or None if all is there."""
     spec = source.spec()
+    nameless = source.kind == "hub" and not is_hub_id(spec.uri)
+    if source.kind not in _RECORDED or nameless or (source.kind == _BUILT_IN and source.uri not in BUILT_IN):
+        return f"a source of kind {source.kind!r} called {source.uri!r}"
     parts = [("source", spec.uri)] if source.kind in ("diffusers", "single-file") else []
     parts += [("configuration", spec.config)] if spec.config else []
     parts += [("decoder", spec.decoder)] if spec.decoder else []
@@ -70,6 +77,8 @@ def missing(source: SourceInfo) -> str | None:
 
 def _load(spec: SourceSpec, *, eager: bool) -> Generator:
     uri, path = spec.uri, Path(spec.uri)
+    if spec.kind is not None:
+        return _load_recorded(spec, eager=eager)
     if path.suffix == ".safetensors" or (path.suffix in PICKLES and path.is_file()):
         return from_file(path, spec.config)
     if spec.config is not None:
@@ -92,6 +101,26 @@ def _load(spec: SourceSpec, *, eager: bool) -> Generator:
     )
 
 
+def _load_recorded(spec: SourceSpec, *, eager: bool) -> Generator:
+    """Returns the generator that a manifest names, by the kind that it states and not by what its name looks like.
+
+    Nothing is imported but the built-in generator, and nothing is downloaded: a manifest may be a stranger's.
+    """
+    if spec.kind == _BUILT_IN and spec.uri in BUILT_IN:
+        return _from_function(BUILT_IN[spec.uri])
+    if spec.kind == "diffusers":
+        return from_folder(Path(spec.uri), uri=spec.uri, eager=eager)
+    if spec.kind == "single-file":
+        return from_file(Path(spec.uri), spec.config)
+    if spec.kind == "hub" and is_hub_id(spec.uri):
+        return _from_hub(spec.uri, eager=eager, local_only=True)
+    raise SourceError(
+        f"the bundle says that it was built from {spec.uri!r}, a source of kind {spec.kind!r}, which is not loaded "
+        "for a bundle's sake",
+        hint=f"if you trust it, name it yourself: --against {spec.uri}",
+    )
+
+
 def from_folder(folder: Path, *, uri: str | None = None, eager: bool = False) -> Generator:
     """Returns the generator of a diffusers folder, in fp32; see `load` for ``eager``."""
     check_folder(folder)
@@ -105,10 +134,10 @@ def from_folder(folder: Path, *, uri: str | None = None, eager: bool = False) ->
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, **networks, **_left_out(folder)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
-        # diffusers raises any of these for a folder that is not what its model_index.json says.
+    except Exception as error:  # diffusers and what it uses raise anything for a folder that is not what it says
+        said = str(error).strip() or type(error).__name__
         raise SourceError(
-            f"{folder}: diffusers cannot load it: {error}", hint="does it load in diffusers alone?"
+            f"{folder}: diffusers cannot load it: {said}", hint="does it load in diffusers alone?"
         ) from error
     source = SourceInfo(uri or str(folder), "diffusers", folder_sha256(folder, _files(folder, SUFFIXES)))
     if not stored:
@@ -127,7 +156,7 @@ def _networks_without_values(folder: Path) -> dict[str, Any]:
 
     libraries = {"diffusers": diffusers, "transformers": transformers}
     networks = {}
-    for name, entry in _model_index(folder).items():
+    for name, entry in read_model_index(folder).items():
         is_network = (folder / name).is_dir() and any((folder / name).glob("*.safetensors"))
         if name in _LEFT_OUT or not is_network:
             continue
@@ -149,7 +178,7 @@ def from_file(path: Path, config: str | None) -> Generator:
             "and the components' config.json are needed, its weights are not",
         )
     folder = Path(config)
-    class_name = str(_model_index(folder).get("_class_name"))
+    class_name = str(read_model_index(folder).get("_class_name"))
     _quiet()
     pipeline = load_single_file(path, class_name, folder, _left_out(folder))
     described = folder_sha256(folder, _files(folder, tuple(set(SUFFIXES) - {".safetensors"})))
@@ -157,8 +186,8 @@ def from_file(path: Path, config: str | None) -> Generator:
     return _generator(pipeline, SourceInfo(str(path), "single-file", sha256, config=config), path.stem)
 
 
-def _from_hub(hub_id: str, *, eager: bool) -> Generator:
-    snapshot = download(hub_id, SUFFIXES)
+def _from_hub(hub_id: str, *, eager: bool, local_only: bool = False) -> Generator:
+    snapshot = download(hub_id, SUFFIXES, local_only=local_only)
     generator = from_folder(snapshot.folder, uri=hub_id, eager=eager)
     source = replace(generator.source, kind="hub", revision=snapshot.revision)
     return replace(generator, source=source, name=snapshot.repository.partition("/")[2])
@@ -166,7 +195,7 @@ def _from_hub(hub_id: str, *, eager: bool) -> Generator:
 
 def _left_out(folder: Path) -> dict[str, Any]:
     """Returns the arguments that keep diffusers from loading what a bundle does not need."""
-    arguments: dict[str, Any] = {name: None for name in _LEFT_OUT if name in _model_index(folder)}
+    arguments: dict[str, Any] = {name: None for name in _LEFT_OUT if name in read_model_index(folder)}
     return {**arguments, "requires_safety_checker": False} if "safety_checker" in arguments else arguments
 
 
@@ -196,7 +225,9 @@ def check_folder(folder: Path) -> None:
     """Raises SourceError with the first thing that is wrong with a diffusers folder, before anything is loaded."""
     import diffusers
 
-    for name, entry in _model_index(folder).items():
+    index = read_model_index(folder)
+    check_files(folder)
+    for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
         if name in _LEFT_OUT:
@@ -213,22 +244,9 @@ def check_folder(folder: Path) -> None:
                 f"{folder}: component {name} ({class_name}) is missing, expected folder {name}/",
                 hint="copy the whole checkpoint; model_index.json lists its parts",
             )
+        check_config(folder / name)
         check_weights_folder(folder / name)
-    check_complete(folder, _model_index(folder))
-
-
-def _model_index(folder: Path) -> dict[str, Any]:
-    path = folder / "model_index.json"
-    try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(
-            f"{folder} has no model_index.json, expected a diffusers folder",
-            hint="save the pipeline with save_pretrained, or give module:function",
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} is not JSON: {error}", hint="download it again") from error
-    return index
+    check_complete(folder, index)
 
 
 def _from_function(reference: str) -> Generator:
@@ -244,4 +262,6 @@ def _from_function(reference: str) -> Generator:
             f"{reference} returned {type(generator).__name__}, expected a fewstep.export.Generator",
             hint="make one with fewstep.export.Generator.from_pipeline",
         )
-    return generator
+    if reference in BUILT_IN.values():
+        return generator
+    return replace(generator, source=replace(generator.source, uri=reference, kind=FUNCTION))

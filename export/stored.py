@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from fewstep.errors import SourceError
+from fewstep.strict import JSON_BYTES, parse_json, read_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -101,13 +101,13 @@ def _choose(folder: Path, plain: str, varied: str) -> Path | None:
 
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: Mapping[str, str] = read_json(index, error=SourceError, hint=_AGAIN)["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} is not an index of shards: it has no weight_map", hint=_AGAIN) from error
     headers: dict[str, dict[str, StoredTensor]] = {}
     for shard in shards:
-        if not re.fullmatch(r"[\w.-]+", shard) or not (folder / shard).is_file():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+", shard) or not (folder / shard).is_file():
             raise SourceError(f"{index} names the shard {shard!r}, which is not in {folder}", hint=_AGAIN)
         headers[shard] = read_header(folder / shard)
     for key, shard in weight_map.items():
@@ -122,9 +122,16 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
-        header = None
+            text = stream.read(length) if 8 + length <= size and length <= JSON_BYTES else b""
+    except struct.error:
+        text = b""
+    header = (
+        parse_json(
+            text, f"{path} is not a safetensors file: its header cannot be read: it", error=SourceError, hint=_AGAIN
+        )
+        if text
+        else None
+    )
     if not isinstance(header, dict) or not header:
         raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint=_AGAIN)
     return {key: entry for key, entry in header.items() if key != "__metadata__"}, 8 + length
@@ -136,11 +143,13 @@ def _stored(path: Path, key: str, entry: Mapping[str, Any], start: int) -> Store
         name, shape = entry["dtype"], tuple(entry["shape"])
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{path} is not a safetensors file: its header cannot be read", hint=_AGAIN) from error
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise SourceError(
             f"{path}: {key} is stored as {name}, expected one of {', '.join(_DTYPES)}",
             hint="save the weights in fp32, fp16 or bf16; quantized checkpoints cannot be compiled",
         )
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (begin, end, *shape)):
+        raise SourceError(f"{path}: {key} is {list(shape)} from {begin} to {end}, no sizes and places", hint=_AGAIN)
     tensor = StoredTensor(path, key, _DTYPES[name], shape, start + begin)
     if end - begin != tensor.nbytes:
         raise SourceError(

@@ -111,7 +111,13 @@ class _OrtSession:
         """Returns the outputs by name."""
         if self._session is None:
             raise ContractError("the session is closed")
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+        try:
+            outputs = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:  # onnxruntime's exception classes are private and many
+            raise ContractError(
+                f"ONNX Runtime stopped: {error}", hint="are the bundle's tokenizers and networks of one build?"
+            ) from error
+        return dict(zip(self._outputs, outputs, strict=True))
 
     def close(self) -> None:
         """Drops the session and with it the model's memory."""

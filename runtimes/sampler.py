@@ -34,7 +34,7 @@ from fewstep.contract import (
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample, StepFeed
 from fewstep.guidance import combine, guidance_embedding
-from fewstep.inputs import check_inputs, stacked
+from fewstep.inputs import check_inputs, check_request, stacked
 from fewstep.manifest import TokenizerSpec
 from fewstep.output import to_output
 from fewstep.recipe import ROW_GRAPHS
@@ -118,6 +118,7 @@ class Sampler:
             ContractError: another number of samples than the contract's batch, guidance for a generator that takes
                 none, an input missing, unknown or of another shape, or a step that the networks are not compiled for.
         """
+        check_request(prompts, seeds, guidance)
         contract, size = self._contract, self._contract.batch
         inputs = [{}] * len(prompts) if inputs is None else inputs
         if not len(prompts) == len(seeds) == len(inputs) == size:

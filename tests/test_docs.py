@@ -23,7 +23,11 @@ from fewstep.runtimes.quantized_parity import BELOW_FLOOR_DB, EQUAL_SHARE, MEAN_
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "apps").glob("*/README.md")]
+    [
+        *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "apps").glob("*/README.md"),
+    ]
 )
 
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from fewstep import replay as replaying
-from fewstep.bundle import Bundle
+from fewstep.bundle import Bundle, write_manifest
 from fewstep.cli import cli
 from fewstep.errors import RuntimeMissingError
 from fewstep.optimize.quantize.apply import quantize
@@ -117,11 +117,11 @@ def test_native_is_the_trivial_case() -> None:
 def test_a_golden_pack_without_samples(tmp_path: Path) -> None:
     from fewstep.errors import BundleError
 
-    bundle = plain()
-    folder = shutil.copytree(bundle.path, tmp_path / "bundle")
+    folder = shutil.copytree(plain().path, tmp_path / "bundle")
     shutil.rmtree(folder / "golden")
+    write_manifest(folder, plain().manifest)
     with pytest.raises(BundleError, match="has no golden samples"):
-        replay(Bundle(folder, bundle.manifest), "native")
+        replay(Bundle.open(folder), "native")
 
 
 def test_operations_are_compared_one_by_one_elsewhere(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fewstep
+from fewstep.bundle import write_seal
 from fewstep.contract import ComponentSpec, TensorSpec
 from fewstep.errors import ContractError
 from fewstep.export import describe, load, programs_of, trace
@@ -355,4 +356,5 @@ def test_older_manifests_are_of_the_step_form(tmp_path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     del values["contract"]["form"], values["contract"]["rows"]
     path.write_text(json.dumps(values), encoding="utf-8")
+    write_seal(folder)
     assert fewstep.Bundle.open(folder).manifest.contract.form == "step"

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 import fewstep
+from fewstep.bundle import write_seal
 from fewstep.errors import ContractError, SourceError
 from fewstep.export import load
 from fewstep.runtimes.sampler import open_sampler
@@ -46,6 +47,7 @@ def changed(bundle: fewstep.Bundle, folder: Path, change: Callable[[Any], None])
     values = json.loads((copy / "manifest.json").read_text())
     change(values)
     (copy / "manifest.json").write_text(json.dumps(values))
+    write_seal(copy)
     return fewstep.Bundle.open(copy)
 
 

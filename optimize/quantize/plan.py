@@ -22,7 +22,9 @@ from fewstep.errors import QuantizationError
 from fewstep.hashing import value_sha256
 from fewstep.manifest import INTEGERS, Artifact
 from fewstep.manifest import PLAN as PLAN
+from fewstep.optimize.quantize.plan_schema import HINT, check_plan
 from fewstep.optimize.quantize.sites import Site
+from fewstep.strict import read_json
 
 ARRAYS = "plan.safetensors"
 VERSION = 1
@@ -183,18 +185,19 @@ class QuantPlan:
             QuantizationError: the folder has no plan, or one of another version.
         """
         try:
-            head = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+            head = read_json(folder / PLAN, error=QuantizationError, hint=HINT)
             arrays = load_file(folder / ARRAYS)
-            if head["version"] != VERSION:
-                raise QuantizationError(
-                    f"{folder / PLAN} has version {head['version']}, expected {VERSION}", hint="build the bundle again"
-                )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise QuantizationError(f"{folder} has no plan that can be read: {error}", hint=HINT) from error
+        version = head.get("version") if isinstance(head, dict) else None
+        if version != VERSION:
+            raise QuantizationError(f"{folder / PLAN} has version {version!r}, expected {VERSION}", hint=HINT)
+        check_plan(head, arrays, folder / PLAN)
+        try:
             components = {name: _from_json(name, values, arrays) for name, values in head["components"].items()}
-            return cls(head["source"], head["profile"], components, head["quality"])
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise QuantizationError(
-                f"{folder} has no plan that can be read: {error}", hint="build the bundle again"
-            ) from error
+        except QuantizationError as error:
+            raise QuantizationError(f"{folder / PLAN}: {error.message}", hint=error.hint or HINT) from error
+        return cls(head["source"], head["profile"], components, head["quality"])
 
 
 def network_sha256(sites: tuple[Site, ...]) -> str:

@@ -9,19 +9,24 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from fewstep.consistency import is_inside
 from fewstep.errors import BundleError
+from fewstep.golden import check_golden
 from fewstep.hashing import file_sha256
 from fewstep.manifest import FileEntry, Manifest
+from fewstep.seal import MANIFEST as MANIFEST
+from fewstep.seal import UNLISTED, check_seal, write_seal
+from fewstep.strict import JSON_BYTES, parse_json, read_file
 
 if TYPE_CHECKING:
     from fewstep.feeds import Sample
 
-MANIFEST = "manifest.json"
+_REBUILD = "build the bundle again; manifests are not edited"
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,48 @@ class Bundle:
         """Returns the bundle at a folder, after checking the hash of every file.
 
         Raises:
-            BundleError: no bundle there, a file missing, altered or outside the folder, or an invalid manifest.
+            BundleError: no bundle there, a manifest that is not what its hash says or that contradicts itself, or a
+            file missing, altered, no plain file or outside the folder.
         """
         folder = Path(path)
         manifest_path = folder / MANIFEST
         try:
-            values = json.loads(manifest_path.read_text(encoding="utf-8"))
+            content = read_file(manifest_path, JSON_BYTES, error=BundleError, hint=_REBUILD)
         except OSError as error:
             raise BundleError(
                 f"{folder} is not a bundle: cannot read {MANIFEST} ({error.strerror})",
                 hint="give the folder that `fewstep build -o` wrote",
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BundleError(f"{manifest_path} is not JSON: {error}", hint="build the bundle again") from error
+        check_seal(folder, content)
+        values = parse_json(content, str(manifest_path), error=BundleError, hint=_REBUILD)
         manifest = Manifest.from_json(values, where=str(manifest_path))
         _verify_files(folder, manifest)
+        check_golden(folder, manifest)
         return cls(folder, manifest)
+
+    def unlisted(self) -> tuple[str, ...]:
+        """Returns what is in the folder and not in the manifest, links and special files included.
+
+        Opening a bundle ignores it, because file managers leave files of their own (``.DS_Store``) wherever one looks:
+        nothing reads it. Verifying refuses it.
+        """
+        found = []
+        for folder, _, names in os.walk(self.path):
+            found += [(Path(folder) / name).relative_to(self.path).as_posix() for name in names]
+        for folder, names, _ in os.walk(self.path):
+            links = (Path(folder) / name for name in names)
+            found += [path.relative_to(self.path).as_posix() for path in links if path.is_symlink()]
+        return tuple(sorted(path for path in found if path not in self.manifest.files and path not in UNLISTED))
+
+    def refuse_unlisted(self) -> None:
+        """Raises BundleError if there is something in the folder that the manifest does not list."""
+        found = self.unlisted()
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise BundleError(
+                f"{self.path} has {found[0]!r}{more}, which its manifest does not list",
+                hint="nothing reads it; remove it, or use a copy of the bundle from whoever made it",
+            )
 
     def file(self, relative: str) -> Path:
         """Returns the path of a file that the manifest lists."""
@@ -98,22 +129,32 @@ class Bundle:
 
 def resolve_inside(folder: Path, relative: str) -> Path:
     """Returns ``folder / relative``, refusing absolute paths, ``..`` and links that leave the folder."""
-    parts = PurePosixPath(relative)
-    path = folder / parts
-    outside = parts.is_absolute() or ".." in parts.parts or "\\" in relative or ":" in relative
-    if outside or not path.resolve().is_relative_to(folder.resolve()):
+    path = folder / relative
+    if not is_inside(relative) or not _real(path).is_relative_to(_real(folder)):
         raise BundleError(
-            f"{folder}: path {relative!r} leaves the bundle, expected a relative path inside it",
+            f"{folder}: path {relative[:200]!r} leaves the bundle, expected a relative path inside it",
             hint="do not use this bundle: it was not written by fewstep",
         )
     return path
 
 
+def _real(path: Path) -> Path:
+    """Returns where a path leads; `Path.resolve` raises what is no OSError for links that go round in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def _verify_files(folder: Path, manifest: Manifest) -> None:
+    real = _real(folder)
     for relative, entry in manifest.files.items():
         path = resolve_inside(folder, relative)
+        if path.is_symlink() or _real(path) != real / relative:
+            raise BundleError(
+                f"{folder}: {relative} is a link, expected the file itself",
+                hint="copy the bundle with its files instead of links (cp -rL)",
+            )
         if not path.is_file():
-            raise BundleError(f"{folder}: {relative} is missing", hint="copy the whole folder, or build it again")
+            what = "is neither a file nor a link to one" if path.exists() else "is missing"
+            raise BundleError(f"{folder}: {relative} {what}", hint="copy the whole folder, or build it again")
         size = path.stat().st_size
         if size != entry.bytes:
             raise BundleError(
@@ -125,12 +166,6 @@ def _verify_files(folder: Path, manifest: Manifest) -> None:
             raise BundleError(
                 f"{folder}: {relative} has sha256 {digest[:16]}..., expected {entry.sha256[:16]}...",
                 hint="the file was altered: copy it again or build the bundle again",
-            )
-    for artifact in manifest.artifacts:
-        if artifact.path not in manifest.files:
-            raise BundleError(
-                f"{folder}: artifact {artifact.path} is not listed in the manifest's files",
-                hint="build the bundle again",
             )
     for tokenizer in manifest.tokenizers.values():
         resolve_inside(folder, tokenizer.folder)
@@ -179,14 +214,15 @@ def check_writable(target: Path) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Writes ``manifest.json`` with the hash of every file now in the folder, and returns the manifest with them."""
+    """Writes ``manifest.json`` with the hash of every file now in the folder, then its own; returns the manifest."""
     files = {
         path.relative_to(folder).as_posix(): FileEntry(file_sha256(path), path.stat().st_size)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
+        if path.is_file() and path.relative_to(folder).as_posix() not in UNLISTED
     }
     complete = replace(manifest, files=files)
     values = complete.to_json()
     Manifest.from_json(values, where="the manifest to be written")
     (folder / MANIFEST).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_seal(folder)
     return complete

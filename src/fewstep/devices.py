@@ -19,10 +19,10 @@ import jsonschema
 
 from fewstep.bundle import Bundle
 from fewstep.errors import ContractError
-from fewstep.feeds import Sample, load_samples
+from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.recipe import Limits
-from fewstep.references import known_floor
+from fewstep.references import golden_samples, known_floor, limits_of
 from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport, label
 from fewstep.runtimes.quantized_parity import floor_checks_of
 from fewstep.verify import FLOOR_SAMPLES, GOLDEN
@@ -96,7 +96,7 @@ def parse_result(body: bytes, bundle: Bundle, *, where: str) -> dict[str, Any]:
 
 def device_report(result: Mapping[str, Any], bundle: Bundle, *, where: str) -> DeviceReport:
     """Returns the report of a result that `parse_result` let through."""
-    golden, limits = load_samples(bundle.path / "golden"), Limits(**bundle.manifest.recipe["limits"])
+    golden, limits = golden_samples(bundle, ""), limits_of(bundle.manifest)
     expected = {_key(check): check for check in _expected(bundle, golden, limits)}
     measured = {}
     for values in result["checks"]:

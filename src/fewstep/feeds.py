@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,46 @@ from safetensors.numpy import save_file
 
 from fewstep.errors import BundleError
 from fewstep.output import picture_of
+from fewstep.strict import parse_json, validator
 
 Array = npt.NDArray[Any]
+
+_REBUILD = "build the bundle again"
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+_CALL = {
+    "type": "object",
+    "properties": {
+        "component": {"type": "string"},
+        "step": {"type": ["integer", "null"], "minimum": 0},
+        "timestep": {"type": ["number", "null"]},
+        "branch": {"enum": ["cond", "uncond"]},
+    },
+    "required": ["component", "step", "timestep", "branch"],
+}
+_HEAD = validator(
+    {
+        "type": "object",
+        "properties": {
+            "prompt": {"type": "string"},
+            "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+            "steps": {"type": "integer", "minimum": 1},
+            "guidance": {"type": "number"},
+            "kind": {"type": "string"},
+            "calls": {"type": "array", "items": _CALL},
+        },
+        "required": ["prompt", "seed", "steps", "guidance", "kind", "calls"],
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +138,26 @@ def load_sample(path: Path) -> Sample:
         return Sample(**head, feeds=feeds, latents=latents, output=arrays["output"], inputs=_under(arrays, "inputs/"))
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the file of a sample says of itself: what it is of, and dtype and shape of every tensor."""
+
+    head: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def read_header(path: Path) -> Header:
+    """Returns what a file says of its sample, without any values.
+
+    Raises:
+        BundleError: it is no sample, or has tensors of types that no network of ours has.
+    """
+    with _reading(path) as (head, names, stream):
+        slices = {name: stream.get_slice(name) for name in names}
+        tensors = {name: (_DTYPES[s.get_dtype()], tuple(s.get_shape())) for name, s in slices.items()}
+        return Header(head, tensors)
+
+
 def read_head(path: Path) -> dict[str, Any]:
     """Returns what a sample is of and which calls it has, without their arrays."""
     with _reading(path) as (head, _, _):
@@ -123,11 +182,22 @@ def _reading(path: Path) -> Iterator[tuple[dict[str, Any], list[str], Any]]:
     """Yields the head of a sample's file, the names of its arrays, and what reads them."""
     try:
         with safe_open(path, framework="numpy") as stream:
-            yield json.loads((stream.metadata() or {})["fewstep"]), list(stream.keys()), stream
+            text = (stream.metadata() or {})["fewstep"]
+            head = parse_json(text, f"the head of {path}", error=BundleError, hint=_REBUILD)
+            _check_head(head, path)
+            yield head, list(stream.keys()), stream
     except FileNotFoundError as error:  # safetensors' own has the name in its text alone
         raise BundleError(f"{path} is not there", hint="was it removed meanwhile?") from error
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} is not a sample: {error}", hint="build the bundle again") from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} is not a sample: {error}", hint=_REBUILD) from error
+
+
+def _check_head(head: Any, path: Path) -> None:
+    """Raises BundleError unless a sample's head has values of the right types."""
+    wrong = jsonschema.exceptions.best_match(_HEAD.iter_errors(head))
+    if wrong is not None:
+        place = "/".join(str(part) for part in wrong.absolute_path) or "its head"
+        raise BundleError(f"{path} is not a sample: {place}: {wrong.message[:200]}", hint=_REBUILD)
 
 
 def save_samples(samples: Iterable[Sample], folder: Path, *, with_feeds: int) -> list[Path]:

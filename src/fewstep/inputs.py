@@ -15,8 +15,35 @@ from fewstep.errors import ContractError
 
 Array = npt.NDArray[Any]
 
+# Beyond any scale that leaves a picture in float32.
+MOST_GUIDANCE = 1e6
 # Beyond the draws of any sampler.
 _EXAMPLE_OFFSET = 1 << 30
+
+
+def check_request(prompts: Sequence[object], seeds: Sequence[object], guidance: object) -> None:
+    """Raises ContractError for prompts that are no texts, seeds that no noise has, and a guidance that is no number."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ContractError(
+                f"the prompt is {type(prompt).__name__}, expected a text (str)", hint="for example 'cat'"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ContractError(
+                f"the prompt {prompt[:80]!r} has half a surrogate pair, which is no character",
+                hint="decode it from UTF-8, or leave that character out",
+            )
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
+            raise ContractError(
+                f"the seed is {str(seed)[:40]}, expected an integer from 0 to 2^64 - 1", hint="for example 7"
+            )
+    number = isinstance(guidance, (int, float, np.integer, np.floating)) and not isinstance(guidance, bool)
+    if guidance is not None and not (number and abs(guidance) < MOST_GUIDANCE):  # type: ignore[arg-type]
+        raise ContractError(
+            f"guidance is {str(guidance)[:40]}, expected a finite number below {MOST_GUIDANCE:g}",
+            hint="for example 7.5; leave it out for the generator's own",
+        )
 
 
 def check_names(specs: Sequence[InputSpec], given: Collection[str]) -> dict[str, InputSpec]:
@@ -59,7 +86,7 @@ def check_inputs(specs: Sequence[InputSpec], given: Mapping[str, Array]) -> dict
     wanted = check_names(specs, given)
     checked = {}
     for name, spec in wanted.items():
-        array = np.asarray(given[name])
+        array = _numbers(name, given[name])
         if spec.kind == CLASS:
             label = int(array.reshape(-1)[0])
             if spec.count is not None and not 0 <= label < spec.count:
@@ -76,6 +103,18 @@ def check_inputs(specs: Sequence[InputSpec], given: Mapping[str, Array]) -> dict
                 )
             checked[name] = np.asarray(array, dtype=np.float32)
     return checked
+
+
+def _numbers(name: str, value: object) -> Array:
+    """Returns a value as an array of finite numbers; refuses what is none."""
+    try:
+        array = np.asarray(value)
+        finite = array.size > 0 and array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
+    except (ValueError, TypeError):  # rows of several lengths
+        finite = False
+    if not finite:
+        raise ContractError(f"{name} is no array of finite numbers", hint="give an array of numpy, without NaN")
+    return array
 
 
 def example_inputs(specs: Sequence[InputSpec], index: int) -> dict[str, Array]:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
+from itertools import islice
 from typing import Any
 
 import jsonschema
 
-from fewstep.contract import LOOP, ComponentSpec, Contract, Guidance, InputSpec, OutputSpec, TensorSpec, is_denoiser
-from fewstep.errors import BundleError, ContractError
+from fewstep.consistency import HINT, check_consistent
+from fewstep.contract import ComponentSpec, Contract, Guidance, InputSpec, OutputSpec, TensorSpec
+from fewstep.errors import BundleError, ContractError, FewstepError
 from fewstep.schedule import Schedule
 from fewstep.source import SourceInfo
+from fewstep.strict import validator
 from fewstep.tiles import Tiles
 from fewstep.variants import batch_of, nearest, variant
 
@@ -22,6 +25,8 @@ SCHEMA_VERSION = 1
 PLAN_FOLDER, PLAN = "quantization", "plan.json"
 # What `Artifact.compute` says of a component that multiplies whole numbers.
 INTEGERS = "int8"
+# Of so many errors, the one is told that tells most.
+_ERRORS = 50
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,13 @@ class Manifest:
         )
 
     def schedule(self, steps: int) -> Schedule:
-        """Returns the table for a number of steps."""
+        """Returns the table for a number of steps.
+
+        Raises:
+            ContractError: the bundle has none for it.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise ContractError(f"steps is {steps!r}, expected an integer", hint="for example steps=4")
         try:
             return self.schedules[steps]
         except KeyError:
@@ -192,7 +203,7 @@ class Manifest:
         """Returns the manifest that ``to_json`` wrote.
 
         Raises:
-            BundleError: another schema version, or a value that the JSON schema refuses.
+            BundleError: another schema version, a value that the JSON schema refuses, or parts that do not fit.
         """
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
@@ -201,7 +212,16 @@ class Manifest:
                 hint="build the bundle again with this fewstep, or open it with the one that built it",
             )
         _validate(values, where)
-        _check_networks(values, where)
+        try:
+            manifest = cls._of(values)
+        except FewstepError as error:
+            raise BundleError(f"{where}: {error.message}", hint=error.hint or HINT) from error
+        check_consistent(manifest, where)
+        return manifest
+
+    @classmethod
+    def _of(cls, values: Any) -> Manifest:
+        """Returns the manifest of values that the schema lets through."""
         return cls(
             name=values["name"],
             source=SourceInfo.from_json(values["source"]),
@@ -232,23 +252,11 @@ def load_schema() -> dict[str, Any]:
 
 
 def _validate(values: Any, where: str) -> None:
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(load_schema()).iter_errors(values))
+    errors = islice(validator(load_schema()).iter_errors(values), _ERRORS)
+    error = jsonschema.exceptions.best_match(errors)
     if error is not None:
         path = "/".join(str(part) for part in error.absolute_path) or "(top)"
-        raise BundleError(f"{where}: {path}: {error.message}", hint="build the bundle again; manifests are not edited")
-
-
-def _check_networks(values: Any, where: str) -> None:
-    """Raises BundleError if a step is to call a network that is none of the loop's."""
-    loop = {name for name, spec in values["components"].items() if spec.get("phase") == LOOP}
-    for steps, table in values["schedules"].items():
-        for name in table.get("networks", ()):
-            if name not in loop or not is_denoiser(name):
-                raise BundleError(
-                    f"{where}: schedules/{steps}/networks: {name!r} is no network of the loop, expected one of "
-                    f"{', '.join(sorted(filter(is_denoiser, loop)))}",
-                    hint="build the bundle again; manifests are not edited",
-                )
+        raise BundleError(f"{where}: {path[:500]}: {error.message[:1000]}", hint=HINT)
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:

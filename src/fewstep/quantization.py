@@ -44,6 +44,7 @@ from fewstep.errors import RecipeError
 from fewstep.profiles import PROFILES, REQUIRED
 
 FLOAT_BITS = 32
+MAX_INTEGER = 1 << 53
 WEIGHT_BITS = (2, 4, 8, FLOAT_BITS)
 ACTIVATION_BITS = (8, FLOAT_BITS)
 GRANULARITIES = ("tensor", "channel", "group")
@@ -305,7 +306,7 @@ def _table(values: object, where: str) -> Mapping[str, object]:
 
 def _value(key: str, value: object, where: str) -> object:
     if key in _CHOICES:
-        if value not in _CHOICES[key] or isinstance(value, bool):
+        if isinstance(value, (bool, float)) or value not in _CHOICES[key]:
             choices = ", ".join(str(choice) for choice in _CHOICES[key])
             raise RecipeError(f"{where} is {value!r}, expected one of {choices}", hint="edit the recipe")
         return value
@@ -324,7 +325,7 @@ def _value(key: str, value: object, where: str) -> object:
     if key == "max_bytes" and value is None:
         return None
     least = 0 if key == "seed" else 1
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < MAX_INTEGER:
         expected = "a whole number from 0" if least == 0 else "a whole number above 0"
         raise RecipeError(f"{where} is {value!r}, expected {expected}", hint="edit the recipe")
     return value

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +42,16 @@ from typing import Any
 from fewstep.errors import RecipeError, SourceError
 from fewstep.quantization import Quantization, parse_quantization, refuse_unknown, suggestion
 from fewstep.source import Lora, SourceSpec
+from fewstep.strict import parse_toml, read_file
 
 WEIGHTS = ("fp32", "fp16")
 FORMS = ("step", "table", "specialized")
 ROW_GRAPHS = ("mapped", "packed", "one")
 PALETTE_BITS = (1, 2, 3, 4, 6, 8)
 MAX_STEPS = 64
+# Far beyond what a build can do: such values are slips, and some of them would ask for memory that no machine has.
+MAX_BATCH, MAX_TILE, MAX_NUMBER, MAX_TEXT = 4_096, 65_536, 1e9, 1_000
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,12 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"unknown recipe {name_or_path!r}, expected one of {', '.join(PRESETS)} or a .toml file",
             hint=suggestion(name_or_path, PRESETS) or "see `fewstep build --help`",
         )
+    hint = "see the recipe page of the guide"
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_file(path, _MOST_BYTES, error=RecipeError, hint=hint)
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}", hint="check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not TOML: {error}", hint="see the recipe page of the guide") from error
+    values = parse_toml(content, str(path), error=RecipeError, hint=hint)
     return parse_recipe(values, where=str(path), name=path.stem, folder=path.parent)
 
 
@@ -229,7 +232,7 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
             f"{where}: weights is {weights!r}, expected one of {', '.join(WEIGHTS)}", hint="edit the recipe"
         )
     base_name = values.get("base", "w8" if "quantization" in values else weights)
-    if base_name not in PRESETS:
+    if not isinstance(base_name, str) or base_name not in PRESETS:
         raise RecipeError(
             f"{where}: base is {base_name!r}, expected one of {', '.join(PRESETS)}",
             hint=suggestion(str(base_name), PRESETS) or "edit the recipe",
@@ -246,13 +249,15 @@ def parse_recipe(values: Mapping[str, object], *, where: str, name: str, folder:
     refuse_unknown(limits, [f.name for f in dataclasses.fields(Limits)], f"{where}: [limits]")
     numbers = {key: _number(value, f"{where}: limits.{key}") for key, value in limits.items()}
     return Recipe(
-        name=str(values.get("name", name)),
+        name=_text(values.get("name", name), f"{where}: name"),
         weights=str(values.get("weights", base.weights)),
         steps=_steps(values.get("steps"), where),
         guidance=None if values.get("guidance") is None else _number(values["guidance"], f"{where}: guidance"),
         loras=_loras(values.get("loras", []), where, folder),
         decoder=None if values.get("decoder") is None else _path(values["decoder"], f"{where}: decoder", folder),
-        shape=() if values.get("shape") is None else parse_shapes(str(values["shape"]), f"{where}: shape"),
+        shape=()
+        if values.get("shape") is None
+        else parse_shapes(_text(values["shape"], f"{where}: shape"), f"{where}: shape"),
         decoder_tile=_tile(values.get("decoder_tile"), where),
         batch=None if values.get("batch") is None else check_batch(values["batch"], f"{where}: batch"),
         quantization=quantization,
@@ -273,11 +278,11 @@ def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
     """Returns the heights and widths of a text such as ``512x512,512x768``, in its order and each once."""
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip())
+        match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", part.strip())
         if match is None:
             raise RecipeError(
                 f"{where} is {text!r}, expected HEIGHTxWIDTH, or several with commas between them",
-                hint="for example 512x768, in pixels",
+                hint="for example 512x768, in pixels, of five digits at most",
             )
         found.append((int(match[1]), int(match[2])))
     return tuple(dict.fromkeys(found))
@@ -285,9 +290,10 @@ def parse_shapes(text: str, where: str) -> tuple[tuple[int, int], ...]:
 
 def check_batch(batch: object, where: str) -> int:
     """Returns the number of pictures of a batch; refuses what is none."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 2:
+    if isinstance(batch, bool) or not isinstance(batch, int) or not 2 <= batch <= MAX_BATCH:
         raise RecipeError(
-            f"{where} is {batch!r}, expected a whole number from 2 on", hint="one picture at a time needs no batch"
+            f"{where} is {batch!r}, expected a whole number from 2 to {MAX_BATCH}",
+            hint="one picture at a time needs no batch",
         )
     return batch
 
@@ -322,7 +328,7 @@ def _one_of(choices: Collection[str], value: object, where: str) -> str:
 
 
 def _palette(value: object, where: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or value not in PALETTE_BITS):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value not in PALETTE_BITS):
         bits = ", ".join(str(b) for b in PALETTE_BITS)
         raise RecipeError(f"{where} is {value!r}, expected one of {bits}", hint="edit the recipe")
     return value if isinstance(value, int) else None
@@ -360,7 +366,7 @@ def _steps(value: object, where: str) -> tuple[int, ...] | None:
 
 
 def _tile(value: object, where: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TILE):
         raise RecipeError(
             f"{where}: decoder_tile is {value!r}, expected a number of pixels", hint="for example decoder_tile = 256"
         )
@@ -379,12 +385,18 @@ def _loras(value: object, where: str, folder: Path) -> tuple[Lora, ...]:
 
 
 def _path(value: object, where: str, folder: Path) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise RecipeError(f"{where} has {value!r}, expected a path in quotes", hint="edit the recipe")
     return str(folder / value)
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_NUMBER:
         raise RecipeError(f"{where} is {value!r}, expected a number", hint="edit the recipe")
     return float(value)
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value or len(value) > MAX_TEXT:
+        raise RecipeError(f"{where} is {str(value)[:80]!r}, expected a text in quotes", hint="edit the recipe")
+    return value

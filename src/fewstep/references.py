@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
-from fewstep.feeds import Sample, load_samples
+from fewstep.feeds import Sample, load_sample
 from fewstep.further import batch_requests, batched_programs, restate
+from fewstep.golden import golden_paths
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, stage
-from fewstep.recipe import Recipe, parse_shapes
+from fewstep.recipe import Limits, Recipe, parse_shapes
 from fewstep.runtimes.parity import Floor
 from fewstep.runtimes.sampler import open_tokenizers
-from fewstep.source import SourceInfo, SourceSpec
+from fewstep.source import FUNCTION, PYTHON, SourceInfo, SourceSpec
 from fewstep.variants import parts
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ def usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[Sou
     for package in ("torch", "diffusers"):
         if util.find_spec(package) is None:
             return None, f"{package} is not installed"
-    if built_from.kind == "python":
+    if built_from.kind == FUNCTION:
+        named = f"--against {built_from.uri}"
+        return None, f"it was built by the Python function {built_from.uri}, which runs only if you name it: {named}"
+    if built_from.kind == PYTHON:
         return None, f"{built_from.uri} was assembled in Python, and only the process that did so has it"
     from fewstep.export import missing
 
@@ -41,7 +45,7 @@ def usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[Sou
 
 def golden_samples(bundle: Bundle, shape: str) -> list[Sample]:
     """Returns the golden samples of one of the further shapes, or those of the first."""
-    golden = load_samples(bundle.path / "golden" / shape)
+    golden = [load_sample(bundle.file(path)) for path in golden_paths(bundle.manifest, shape)]
     if not golden:
         what = f"golden samples of shape {shape}" if shape else "golden samples"
         raise BundleError(f"{bundle.path} has no {what} to verify against", hint="give --against SOURCE")
@@ -108,12 +112,24 @@ def live_references(
     return quantized, list(quantized.samples(requests)), uncompressed
 
 
+def limits_of(manifest: Manifest) -> Limits:
+    """Returns the least that a bundle must keep.
+
+    Raises:
+        BundleError: its recipe does not say.
+    """
+    try:
+        return Limits(**manifest.recipe["limits"])
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"the bundle's recipe has no limits: {error}", hint="build the bundle again") from error
+
+
 def recipe_of(manifest: Manifest) -> Recipe:
     """Returns what a bundle's recipe did to the generator's networks, but for their quantization."""
     recipe = manifest.recipe
     return Recipe(
         "",
-        weights=recipe["weights"],
+        weights=recipe.get("weights", "fp32"),
         palette=recipe.get("palette"),
         palette_choices=recipe.get("palette_choices") or {},
         sparsity=recipe.get("sparsity"),
@@ -132,7 +148,7 @@ def prepare(bundle: Bundle, original: Generator) -> tuple[Generator, Programs, Q
     optimized, notes = optimize(original, recipe)
     programs = programs_of(optimized, describe(optimized, sorted(manifest.schedules)), recipe)
     changed = any(note.modified for note in notes)
-    if manifest.recipe["quantization"] is None:
+    if manifest.recipe.get("quantization") is None:
         return optimized, programs, None, changed
     plan = QuantPlan.load(bundle.path / PLAN_FOLDER)
     tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)

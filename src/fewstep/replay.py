@@ -21,8 +21,7 @@ from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.metrics import sqnr_db
 from fewstep.progress import Progress, Silent
-from fewstep.recipe import Limits
-from fewstep.references import as_built, golden_samples, known_floor, load_original, prepare, usable_source
+from fewstep.references import as_built, golden_samples, known_floor, limits_of, load_original, prepare, usable_source
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import Array, CheckedSession, Runtime
 from fewstep.runtimes.executors import NATIVE, get_executor
@@ -98,7 +97,7 @@ class _Replay:
         self._bundle, self._there, self._golden = bundle, there, golden
         self._budget, self._progress = budget, progress
         self._manifest: Manifest = bundle.manifest
-        self._limits = Limits(**self._manifest.recipe["limits"])
+        self._limits = limits_of(self._manifest)
         artifacts = {c: self._manifest.artifact(there.name, c) for c in self._manifest.components}
         self._artifacts = artifacts
         self._integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]

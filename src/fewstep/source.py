@@ -9,6 +9,9 @@ from typing import Any
 
 from fewstep.errors import SourceError
 
+# What `SourceInfo.kind` says of a generator that a function of the user's made, and of one assembled in a process.
+FUNCTION, PYTHON = "function", "python"
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -74,6 +77,8 @@ class SourceSpec:
         decoder: folder of another decoder, such as a tiny autoencoder for the same latents.
         replacements: components whose weights come from files of their own.
         config: diffusers folder with the configurations of a single-file checkpoint.
+        kind: of a source that a bundle's manifest names, and nobody else: it is read as data of this kind or refused,
+            and never imported or downloaded. None for a source that the user names.
     """
 
     uri: str
@@ -81,6 +86,7 @@ class SourceSpec:
     decoder: str | None = None
     replacements: tuple[Replacement, ...] = ()
     config: str | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         names = [r.component for r in self.replacements]
@@ -101,6 +107,7 @@ class SourceSpec:
             self.decoder or other.decoder,
             self.replacements or other.replacements,
             self.config or other.config,
+            kind=self.kind if self.uri else other.kind,
         )
 
     def __str__(self) -> str:
@@ -132,7 +139,8 @@ class SourceInfo:
     """Where a generator came from; ``uri`` is what ``fewstep build`` was given.
 
     ``sha256`` covers everything: the source's files, its decoder and components where others took their place, and the
-    LoRAs with their scales. ``revision`` is the commit that a hub id stood for.
+    LoRAs with their scales. ``revision`` is the commit that a hub id stood for. ``kind`` is ``diffusers`` (a folder),
+    ``single-file``, ``hub``, ``built-in``, ``function`` (``module:function``) or ``python`` (assembled in a process).
     """
 
     uri: str
@@ -145,13 +153,17 @@ class SourceInfo:
     loras: tuple[MergedLora, ...] = ()
 
     def spec(self) -> SourceSpec:
-        """Returns what to load to have the same generator again: of a hub id, the very commit."""
+        """Returns what to load to have the same generator again: of a hub id, the very commit.
+
+        It carries the recorded ``kind``: what a manifest names is no wish of the user's.
+        """
         return SourceSpec(
             self.uri if self.revision is None else f"{self.uri.partition('@')[0]}@{self.revision}",
             loras=tuple(Lora(lora.path, lora.scale) for lora in self.loras),
             decoder=None if self.decoder is None else self.decoder.path,
             replacements=tuple(Replacement(name, part.path) for name, part in self.components.items()),
             config=self.config,
+            kind=self.kind,
         )
 
     @classmethod

@@ -25,6 +25,7 @@ from fewstep.progress import Progress, stage
 from fewstep.quantization import for_targets
 from fewstep.recipe import Limits, check_steps, load_recipe
 from fewstep.runtimes.sampler import open_sampler, open_tokenizers
+from fewstep.seal import signer
 from fewstep.source import SourceSpec
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def inspect(source: str | SourceSpec) -> dict[str, Any]:
     """Returns what is in a bundle, or, by loading and running it once, in a source."""
     spec = SourceSpec.of(source)
     if spec == SourceSpec(spec.uri) and (Path(spec.uri) / MANIFEST).is_file():
-        return Bundle.open(spec.uri).manifest.to_json()
+        bundle = Bundle.open(spec.uri)
+        return {**bundle.manifest.to_json(), "signed_by": signer(bundle.path), "unlisted": list(bundle.unlisted())}
     from fewstep.export import describe, load
 
     generator = load(spec)

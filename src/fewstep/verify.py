@@ -20,6 +20,7 @@ from fewstep.references import (
     as_built,
     golden_samples,
     known_floor,
+    limits_of,
     live_references,
     load_original,
     usable_source,
@@ -102,11 +103,13 @@ def verify(
         SourceError: ``against`` cannot be loaded.
         ContractError: ``against`` is not the generator that the bundle was built from.
         RuntimeMissingError: one of the runtimes cannot run here.
+        BundleError: there is a file in the bundle that the manifest does not list.
     """
     progress, manifest = progress or Silent(), bundle.manifest
+    bundle.refuse_unlisted()
     runtimes = manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**manifest.recipe["limits"])
+    limits = limits_of(manifest)
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")

@@ -24,6 +24,7 @@ from fewstep.runtimes.parity import Floor
 from fewstep.runtimes.quantized_parity import agreement_of, floor_checks_of
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule, sample_loop
+from tests.web.hostile import PATTERNS, hostile_manifests, signature_vectors
 
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "tests" / "vectors"
@@ -280,6 +281,12 @@ def files() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "schedule.json", schedule_vectors()
     yield "guidance.json", guidance_vectors()
     yield "floor.json", floor_vectors()
+    yield "hostile-manifests.json", hostile_manifests()
+    yield (
+        "patterns.json",
+        {"about": "fewstep.patterns: expressions that are run, and that are not.", **PATTERNS},
+    )
+    yield "signature.json", signature_vectors()
 
 
 def write() -> None:

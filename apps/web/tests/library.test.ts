@@ -87,7 +87,8 @@ describe("schema", () => {
 });
 
 const table = (steps: number): object => ({
-  ...Object.fromEntries("s p q a b c g".split(" ").map((name) => [name, new Array(steps).fill(0.5)])),
+  ...Object.fromEntries("s p q a b c".split(" ").map((name) => [name, new Array(steps).fill(0.5)])),
+  g: new Array(steps).fill(0),
   timesteps: Array.from({ length: steps }, (_, k) => 999 - k),
   timestep_dtype: "int64",
   init_scale: 1,
@@ -121,7 +122,7 @@ function manifest(bindings: { [input: string]: string } = {}, more: object = {})
       initial: "noise:0",
       anchor: null,
       inputs: [],
-      output: { kind: "picture", scale: 1, shift: 0, clip: null, rate: null },
+      output: { kind: "depth", scale: 1, shift: 0, clip: null, rate: null },
       noise: "philox",
     },
     components: { denoiser },
@@ -135,7 +136,7 @@ function manifest(bindings: { [input: string]: string } = {}, more: object = {})
     versions: {},
     parity: null,
     caveats: [],
-    files: {},
+    files: { "onnxruntime/model.onnx": { sha256: "0".repeat(64), bytes: 1 } },
     ...more,
   };
   return value as never;
@@ -157,10 +158,9 @@ describe("manifest", () => {
 
 describe("steps that call different networks", () => {
   const two = (networks: string[]): Manifest => {
-    const { components, contract } = manifest();
-    Object.assign(contract.output, { kind: "depth" });
+    const { components, contract, artifacts } = manifest();
     const small = { ...components.denoiser!, bindings: { x: "latent", t: "timestep" } };
-    return parsed(manifest({}, { components: { ...components, denoiser_small: small }, contract, schedules: { "2": { ...table(2), g: [0, 0], networks } } }));
+    return parsed(manifest({}, { components: { ...components, denoiser_small: small }, artifacts: [...artifacts, { ...artifacts[0]!, component: "denoiser_small" }], contract, schedules: { "2": { ...table(2), networks } } }));
   };
 
   it("call the one that the schedule names", async () => {

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fewstep.bundle import MANIFEST, Bundle
+from fewstep.bundle import Bundle
 from fewstep.devices import WEB_RUNTIME
 from fewstep.errors import BundleError, ContractError
 from fewstep.hashing import file_sha256, value_sha256
 from fewstep.runtimes.tokenizer import FILE as TOKENIZER
+from fewstep.seal import UNLISTED
 
 STATIC = Path(__file__).parent / "static"
 SERVICE_WORKER = "sw.js"
@@ -66,7 +67,7 @@ class Site:
         networks = {f"bundle/{path}": _file(source) for path, source in _bundle_files(bundle)}
         assert isinstance(worker.source, Path)
         kept = {path: entry.sha256 for path, entry in app.items() if not path.endswith(_KEPT_BY_PAGE)}
-        kept[f"bundle/{MANIFEST}"] = networks[f"bundle/{MANIFEST}"].sha256
+        kept |= {path: networks[path].sha256 for path in (f"bundle/{name}" for name in UNLISTED) if path in networks}
         release = json.dumps({"version": value_sha256(kept)[:16], "files": kept}, sort_keys=True)
         script = f"self.FEWSTEP_RELEASE={release};\n{worker.source.read_text(encoding='utf-8')}".encode()
         given = {SERVICE_WORKER: _given(script), "_headers": _given(_headers_file())}
@@ -90,7 +91,9 @@ def _bundle_files(bundle: Bundle) -> Iterator[tuple[str, Path]]:
         PurePosixPath(manifest.artifact(WEB_RUNTIME, component).path).parent for component in manifest.components
     }
     tokenizers = {PurePosixPath(spec.folder) / TOKENIZER for spec in manifest.tokenizers.values()}
-    yield MANIFEST, bundle.path / MANIFEST
+    for name in UNLISTED:  # the manifest, its hash, and a signature if there is one
+        if (bundle.path / name).is_file():
+            yield name, bundle.path / name
     for name in manifest.files:
         path = PurePosixPath(name)
         network = path.parent in folders and path.suffix != ".json"

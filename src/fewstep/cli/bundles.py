@@ -10,7 +10,7 @@ from rich.table import Table
 
 import fewstep
 from fewstep import app as web
-from fewstep import media, stages
+from fewstep import media, seal, stages
 from fewstep.cli.console import ERR, OUT, print_json, print_parity, progress_bars
 from fewstep.cli.options import (
     adapter_options,
@@ -188,6 +188,9 @@ def generate(
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--bisect", is_flag=True, help="If a component fails, name its first departing tensor.")
 @click.option(
+    "--key", type=click.Path(path_type=Path), help="Public key (PEM) that the bundle must be signed with; see sign."
+)
+@click.option(
     "--device-result",
     "device_results",
     multiple=True,
@@ -217,6 +220,7 @@ def verify(
     prompts: int,
     seeds: int,
     bisect: bool,
+    key: Path | None,
     device_results: tuple[Path, ...],
     executor: str | None,
     minutes: float,
@@ -226,6 +230,8 @@ def verify(
     if executor is not None and bisect:
         raise click.UsageError("--bisect compares on this machine; leave --executor out")
     opened = fewstep.Bundle.open(bundle)
+    opened.refuse_unlisted()
+    signed = None if key is None else seal.check_signature(bundle, key)
     devices = [read_device_report(path, opened) for path in device_results]
     given = replace(over, uri=against or "")
     source = given if given != SourceSpec("") else None
@@ -245,10 +251,12 @@ def verify(
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
         values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
-        print_json({**values, "devices": [device.to_json() for device in devices]})
+        print_json({**values, "signed_by": signed, "devices": [device.to_json() for device in devices]})
     else:
         if executor is not None:
             OUT.print(f"executor  {result.report.executor}", markup=False)
+        if signed is not None:
+            OUT.print(f"signed by {signed}", markup=False)
         print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             OUT.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
@@ -344,4 +352,22 @@ def profile(
     OUT.print(f"peak memory {measured.peak_memory_bytes / 1e6:.0f} MB above the idle process")
 
 
-COMMANDS = (build, generate, verify, app, loop, profile)
+@click.command()
+@bundle_argument
+@click.option("--key", type=click.Path(path_type=Path), required=True, help="Private key: Ed25519, PEM, unencrypted.")
+def sign(bundle: Path, key: Path) -> None:
+    """Sign BUNDLE, so that whoever has your public key can tell that it is yours: `fewstep verify BUNDLE --key`."""
+    opened = fewstep.Bundle.open(bundle)
+    opened.refuse_unlisted()
+    public = seal.sign(bundle, key)
+    OUT.print(f"{bundle / seal.SIGNATURE}  by {public}", markup=False)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def keygen(file: Path) -> None:
+    """Write a new private key to FILE and its public key to FILE.pub, for `fewstep sign` and `verify --key`."""
+    OUT.print(f"{seal.make_keys(file)}  to give away; keep {file} to yourself", markup=False)
+
+
+COMMANDS = (build, generate, verify, app, loop, profile, sign, keygen)

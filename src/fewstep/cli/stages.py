@@ -9,6 +9,7 @@ import click
 from rich.table import Table
 
 from fewstep import stages
+from fewstep.bundle import Bundle
 from fewstep.cli.console import ERR, OUT, print_json, print_paths, progress_bars
 from fewstep.cli.options import (
     guidance_option,
@@ -28,10 +29,13 @@ def inspect(source: SourceSpec, as_json: bool) -> None:
     """Show what is in SOURCE, or in a bundle."""
     found = stages.inspect(source)
     if as_json:
-        return print_json(found)
-    for key, value in found.items():
-        text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
-        OUT.print(f"{key}: {text}", markup=False)
+        print_json(found)
+    else:
+        for key, value in found.items():
+            text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False)
+            OUT.print(f"{key}: {text}", markup=False)
+    if found.get("unlisted"):
+        Bundle.open(source.uri).refuse_unlisted()
 
 
 @click.command()

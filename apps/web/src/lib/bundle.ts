@@ -5,6 +5,7 @@ import { BundleFiles, fetchOrExplain, type OnBytes } from "./files.js";
 import { artifactOf, parseManifest, RUNTIME, scheduleOf, type Manifest } from "./manifest.js";
 import { ortSessions, type Ort, type Provider } from "./runtime.js";
 import { Sampler, type Request, type Sample } from "./sampler.js";
+import { checkSeal, checkSignature } from "./seal.js";
 import { sha256 } from "./sha256.js";
 import { Tokenizer } from "./tokenizer.js";
 
@@ -14,6 +15,8 @@ export interface OpenOptions {
   /** Where files are kept for the next visit: `await caches.open(...)`, for instance. */
   store?: Cache | null;
   onBytes?: OnBytes;
+  /** The Ed25519 key, 64 hex digits or PEM, that the bundle must be signed with; unless given, no signature is looked at. */
+  publicKey?: string;
   /**
    * Whether the networks stay in memory between samples: faster, and more memory. Unless given, they do if their files
    * are smaller together than `KEPT_BYTES`.
@@ -51,15 +54,31 @@ export class Bundle {
   }
 }
 
+/** Returns a manifest's text; what is no UTF-8 is refused and not replaced. */
+function decode(bytes: Uint8Array): string {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    throw new FewstepError("bundle", "manifest.json is not JSON: it is no UTF-8", "copy the whole bundle again");
+  }
+}
+
 /** Returns the manifest at a URL and what reads its files. */
 export async function readBundle(
   url: string | URL,
-  { store = null, onBytes }: Pick<OpenOptions, "store" | "onBytes">,
+  { store = null, onBytes, publicKey }: Pick<OpenOptions, "store" | "onBytes" | "publicKey">,
 ): Promise<{ manifest: Manifest; files: BundleFiles }> {
   const href = String(url);
   const base = href.endsWith("/") ? href : `${href}/`;
-  const response = await fetchOrExplain(`${base}manifest.json`, "manifest.json", "no-cache"); // it may be a newer one
-  const manifest = parseManifest(await response.text());
+  const read = async (name: string): Promise<Uint8Array<ArrayBuffer>> => {
+    const response = await fetchOrExplain(`${base}${name}`, name, "no-cache"); // it may be a newer one
+    return new Uint8Array(await response.arrayBuffer());
+  };
+  const bytes = await read("manifest.json");
+  const seal = await read("bundle.sha256");
+  await checkSeal(bytes, seal);
+  if (publicKey !== undefined) await checkSignature(seal, await read("bundle.sig"), publicKey);
+  const manifest = parseManifest(decode(bytes));
   return { manifest, files: new BundleFiles(base, manifest.files, store, onBytes) };
 }
 

@@ -12,6 +12,7 @@ export { ortSessions, type Ort, type Provider, type Session } from "./runtime.js
 export { readSafetensors } from "./safetensors.js";
 export { Sampler, type Call, type Request, type Sample, type StepDone } from "./sampler.js";
 export { advance, sampleLoop } from "./schedule.js";
+export { checkSeal, checkSignature } from "./seal.js";
 export { sha256 } from "./sha256.js";
 export type { Tensor } from "./tensor.js";
 export { Tokenizer } from "./tokenizer.js";

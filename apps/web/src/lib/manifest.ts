@@ -1,8 +1,10 @@
 /** What `manifest.json` says, checked: its JSON schema first, then that this library knows everything it asks for. */
 
 import schema from "../../../../src/fewstep/manifest.schema.json";
+import { checkConsistent } from "./consistency.js";
 import { FewstepError } from "./errors.js";
 import { firstSchemaError } from "./schema.js";
+import { parseJson } from "./strict.js";
 
 export interface TensorSpec {
   name: string;
@@ -145,12 +147,7 @@ const UPDATE = "update the app, which is older than the bundle, or build the bun
  * library does not do. A wrong picture would be worse than none, so an entry that is not known is refused.
  */
 export function parseManifest(text: string): Manifest {
-  let value: unknown;
-  try {
-    value = JSON.parse(text);
-  } catch (error) {
-    throw new FewstepError("bundle", `manifest.json is not JSON: ${(error as Error).message}`, "copy the whole bundle again");
-  }
+  const value = parseJson(text, "manifest.json");
   const version = (value as { schema_version?: unknown } | null)?.schema_version;
   const known = schema.properties.schema_version.const;
   if (version !== known) {
@@ -164,6 +161,7 @@ export function parseManifest(text: string): Manifest {
   const manifest = value as Manifest;
   refuseUnknown(manifest);
   Object.keys(manifest.files).forEach(refuseOutside);
+  checkConsistent(manifest);
   return manifest;
 }
 
@@ -224,7 +222,7 @@ function isEmpty(content: unknown): boolean {
 /** Refuses a path that leaves the bundle, as `fewstep.bundle` does. */
 function refuseOutside(path: string): void {
   const parts = path.split("/");
-  if (path.startsWith("/") || /[\\:?#%]/.test(path) || parts.includes("..") || parts.includes("")) {
+  if (/[\\:?#%\x00-\x1f\x7f]/.test(path) || parts.some((part) => ["", ".", ".."].includes(part))) {
     throw new FewstepError("bundle", `path ${JSON.stringify(path)} leaves the bundle`, "do not use this bundle");
   }
 }

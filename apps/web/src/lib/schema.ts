@@ -14,7 +14,7 @@ const isObject = (value: unknown): value is { [key: string]: Json } =>
 const TYPES: { [name: string]: (value: unknown) => boolean } = {
   null: (v) => v === null,
   boolean: (v) => typeof v === "boolean",
-  number: (v) => typeof v === "number",
+  number: (v) => Number.isFinite(v),
   integer: (v) => Number.isInteger(v),
   string: (v) => typeof v === "string",
   array: Array.isArray,
@@ -72,12 +72,15 @@ const KEYWORDS: { [keyword: string]: Check } = {
   const: on(() => true, (wanted, value) => value === wanted, "exactly"),
   enum: on(() => true, (wanted: unknown[], value) => wanted.includes(value), "one of"),
   minimum: on(TYPES.number!, (wanted, value) => value >= wanted, "at least"),
+  maximum: on(TYPES.number!, (wanted, value) => value <= wanted, "at most"),
   exclusiveMinimum: on(TYPES.number!, (wanted, value) => value > wanted, "more than"),
   minLength: on(TYPES.string!, (wanted, value) => [...value].length >= wanted, "a text of length"),
+  maxLength: on(TYPES.string!, (wanted, value) => value.length <= wanted || [...value].length <= wanted, "a text no longer than"),
   pattern: on(TYPES.string!, (wanted, value) => new RegExp(wanted, "u").test(value), "a text like"),
   minItems: on(Array.isArray, (wanted, value) => value.length >= wanted, "this many items or more:"),
   maxItems: on(Array.isArray, (wanted, value) => value.length <= wanted, "this many items or fewer:"),
   minProperties: on(isObject, (wanted, value) => Object.keys(value).length >= wanted, "this many entries or more:"),
+  maxProperties: on(isObject, (wanted, value) => Object.keys(value).length <= wanted, "this many entries or fewer:"),
   required(wanted: string[], value, path) {
     const missing = isObject(value) ? wanted.find((key) => !has(value, key)) : undefined;
     return missing === undefined ? null : fails(path, `has no ${missing}`);

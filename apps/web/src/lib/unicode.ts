@@ -1,11 +1,18 @@
 /** Where JavaScript and the tokenizers library (Oniguruma, Rust) or Python mean different characters. */
 
+import { FewstepError } from "./errors.js";
+import { patternProblem } from "./patterns.js";
+
 /**
  * Returns a pattern of Oniguruma as a regular expression of JavaScript, global and by code points.
  *
  * `\s` is Unicode's White_Space there, which has U+0085 and lacks U+FEFF; JavaScript's own has it the other way round.
  */
 export function compilePattern(pattern: string): RegExp {
+  const problem = patternProblem(pattern);
+  if (problem !== null) {
+    throw new FewstepError("bundle", `tokenizer.json has a pattern that ${problem}: ${JSON.stringify(pattern.slice(0, 60))}`, "do not use this bundle");
+  }
   let inClass = false;
   const source = pattern.replace(/\\[\s\S]|\[|\]/g, (part) => {
     if (part === "[") inClass = true;
