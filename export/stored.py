@@ -101,7 +101,7 @@ def _choose(folder: Path, plain: str, varied: str) -> Path | None:
 
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
-        weight_map: Mapping[str, str] = read_json(index, error=SourceError, hint=_AGAIN)["weight_map"]
+        weight_map: Mapping[str, Any] = read_json(index, error=SourceError, hint=_AGAIN)["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index} is not an index of shards: it has no weight_map", hint=_AGAIN) from error
