@@ -40,6 +40,7 @@ async function alert(): Promise<string> {
   return page.innerText("#alert");
 }
 
+const sealOf = (manifest: Buffer): Buffer => Buffer.from(`${createHash("sha256").update(manifest).digest("hex")}  manifest.json\n`);
 const manifestOf = (): any => JSON.parse(readFileSync(join(site, "bundle/manifest.json"), "utf-8"));
 const denoiser = (): string => `bundle/${manifestOf().artifacts.find((a: any) => a.component === "denoiser").path}`;
 
@@ -84,12 +85,14 @@ describe("visits", () => {
     host.change = (path, content) => {
       const newer = Buffer.from(readFileSync(join(site, "bundle/manifest.json"), "utf-8").replace('"name": "stickers"', '"name": "newer one"'));
       if (path === "bundle/manifest.json") return newer;
+      if (path === "bundle/bundle.sha256") return sealOf(newer);
       if (path !== "sw.js") return content;
       const text = content.toString();
       const [line, ...rest] = text.split("\n");
       const release = JSON.parse(line!.slice("self.FEWSTEP_RELEASE=".length, -1));
       release.version = "newer";
       release.files["bundle/manifest.json"] = createHash("sha256").update(newer).digest("hex");
+      release.files["bundle/bundle.sha256"] = createHash("sha256").update(sealOf(newer)).digest("hex");
       return Buffer.from(`self.FEWSTEP_RELEASE=${JSON.stringify(release)};\n${rest.join("\n")}`);
     };
     // A page may still see the older worker as the active one when the newer has removed its files.
@@ -313,7 +316,10 @@ describe("trouble", () => {
       "The browser has no memory left",
     ],
   ] as [string, string, (content: Buffer) => Buffer | null, string][])("explains %s", async (name, path, change, expected) => {
-    host.change = (asked, content) => (asked.startsWith(path) ? change(content) : content);
+    host.change = (asked, content) => {
+      if (asked !== "bundle/bundle.sha256" || path !== "bundle/manifest.json") return asked.startsWith(path) ? change(content) : content;
+      return sealOf(change(readFileSync(join(site, path)))!);
+    };
     await open();
     const text = await alert();
     expect(text.toLowerCase()).toContain(expected.toLowerCase());
