@@ -163,11 +163,11 @@ def _of_bindings(manifest: Manifest) -> Iterator[str]:
                 yield f"{where} is bound to {origin!r}, which is nothing that is known {_when(phase)}"
             elif size != 1 and size != math.prod(spec.shape):
                 yield f"{where} is {spec.dtype} {list(spec.shape)}, and {origin} has {size} values"
+            elif phase == BEFORE and origin.startswith(NOISE):
+                known[origin] = size  # what was drawn before the loop is the same in it
             frequencies = manifest.contract.guidance.frequencies
             if origin == GUIDANCE and frequencies and spec.shape[-1:] != (2 * len(frequencies),):
                 yield f"{where} is {spec.dtype} {list(spec.shape)}, and guidance has {len(frequencies)} frequencies"
-            if origin.partition(":")[0] + ":" in (TOKENS, MASK) and size is not None:
-                yield from _of_tokens(manifest, where, spec, origin.partition(":")[2])
         known |= {f"{name}.{spec.name}": math.prod(spec.shape) for spec in component.outputs}
 
 
@@ -200,12 +200,6 @@ def _drawn(origin: str, phase: str, spec: TensorSpec) -> int | None:
     return None
 
 
-def _of_tokens(manifest: Manifest, where: str, spec: TensorSpec, tokenizer: str) -> Iterator[str]:
-    length = manifest.tokenizers[tokenizer].length
-    if not spec.shape or spec.shape[-1] != length:
-        yield f"{where} is {spec.dtype} {list(spec.shape)}, and tokenizers/{tokenizer} gives {length} tokens"
-
-
 def _of_results(manifest: Manifest) -> Iterator[str]:
     """Yields what is wrong with the first latent, the anchor and the last output."""
     contract, latent = manifest.contract, _latent(manifest)
@@ -224,7 +218,7 @@ def _of_results(manifest: Manifest) -> Iterator[str]:
             yield f"contract/{name} is {origin!r}, {what}; expected {latent} values"
     last = [component.outputs[0].shape for component in manifest.components.values() if component.phase == AFTER]
     shape = last[-1] if last else whole.shape
-    if not shape or shape[0] != contract.batch or (contract.output.kind == "picture" and len(shape) != 4):
+    if not shape or shape[0] % contract.batch or (contract.output.kind == "picture" and len(shape) != 4):
         yield f"the last output is {list(shape)}, which is no {contract.output.kind} for each of {contract.batch}"
 
 

@@ -102,6 +102,7 @@ function checkBindings(manifest: Manifest): void {
 function checkBinding(manifest: Manifest, where: string, spec: TensorSpec, origin: string, known: Map<string, number>, phase: string): void {
   const noise = phase === "before" && /^noise:(0|[1-9]\d{0,9})$/.test(origin) && Number(origin.slice(6)) <= 2 ** 31;
   const draw = phase === "loop" && /^draw:[1-9]\d{0,4}$/.test(origin) && Number(origin.slice(5)) <= 65536;
+  if (noise) known.set(origin, sizeOf(spec.shape)); // what was drawn before the loop is the same in it
   if (noise || draw) return;
   const size = known.get(origin);
   if (size === undefined) {
@@ -110,11 +111,6 @@ function checkBinding(manifest: Manifest, where: string, spec: TensorSpec, origi
   }
   if (size !== 1 && size !== sizeOf(spec.shape)) {
     throw refuse(`${where} is ${spec.dtype} [${spec.shape}], and ${origin} has ${size} values`);
-  }
-  const tokenizer = /^(?:tokens|mask):(.*)$/s.exec(origin)?.[1];
-  const length = tokenizer === undefined ? undefined : manifest.tokenizers[tokenizer]?.length;
-  if (length !== undefined && spec.shape[spec.shape.length - 1] !== length) {
-    throw refuse(`${where} is ${spec.dtype} [${spec.shape}], and tokenizers/${tokenizer} gives ${length} tokens`);
   }
 }
 
@@ -149,7 +145,7 @@ function checkResults(manifest: Manifest): void {
   }
   const last = Object.values(components).filter((component) => component.phase === "after").at(-1)?.outputs[0]!.shape;
   const shape = last ?? [contract.batch ?? 1, ...contract.latent_shape];
-  if (shape[0] !== (contract.batch ?? 1) || (contract.output.kind === "picture" && shape.length !== 4)) {
+  if (shape[0]! % (contract.batch ?? 1) !== 0 || (contract.output.kind === "picture" && shape.length !== 4)) {
     throw refuse(`the last output is [${shape}], which is no ${contract.output.kind}`);
   }
 }
