@@ -128,7 +128,7 @@ def source_of(spec: SourceSpec) -> Source:
         kind, folder = "folder", uri
     elif is_hub_id(uri) and not Path(uri).exists():
         kind, folder = "folder", str(download(uri, SUFFIXES, local_only=True).folder)
-    elif ":" in uri and not Path(uri).exists():
+    elif spec.kind is None and ":" in uri and not Path(uri).exists():  # a manifest names no code that runs
         kind = "function"
     return Source(
         kind=kind,
