@@ -80,6 +80,10 @@ test: lint ## Lint, then every test that takes seconds
 test-all: lint ## Lint, then every test
 	$(BIN)/pytest $(PARALLEL)
 
+.PHONY: test-faults
+test-faults: $(VENV)/.dev ## Seeds faults into verified bundles and writes what notices them into docs/parity.md (goes on where it was interrupted)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults
+
 .PHONY: families
 families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md
 	$(BIN)/python -W ignore -m tests.families > docs/families.new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,20 @@ class Session(Protocol):
     def close(self) -> None:
         """Frees what the session holds; closing twice is fine."""
         ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What an artifact's file holds, read without torch.
+
+    Attributes:
+        constants: (name, values) of every constant, read anew and one at a time on each call; 4-bit integers as int8.
+        grids: every scale and zero point that an activation is written or read with, by the name that the program has
+            for it, where they are constants; None where the format does not keep those names.
+    """
+
+    constants: Callable[[], Iterator[tuple[str, Array]]]
+    grids: Mapping[str, Sequence[tuple[float, int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,10 @@ class Runtime:
     """(function) -> the runtime whose artifacts are that function of theirs, where a file can have several."""
     executor: Callable[[], str] | None = None
     """What runs artifacts here, where that is not the runtime itself."""
+    stored: Callable[[Path], Stored] | None = None
+    """(artifact path) -> what its file holds, for comparing integers exactly; None where the format cannot be read."""
+    run_cut: Callable[[Path, Mapping[str, Array], Mapping[str, Array], Sequence[str]], dict[str, Array]] | None = None
+    """(artifact path, inputs, quantized tensors to give to their readers, names of those wanted) -> these by name."""
     image_outputs: bool = False
     """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
 
@@ -126,6 +144,9 @@ class Executor:
 class PointResult:
     """How a quantized tensor differs from the reference's: how many of its values, and the most by how much.
 
+    ``unexplained`` are those of them that no rounding explains: where the reference's value before rounding does not
+    lie within its float error of the middle between two integers.
+
     Of a tensor in float, ``sqnr_db`` says it, and nothing is counted. ``noise_db`` is the SQNR that grids inside of the
     operation which computes it leave of it, None where there are none.
     """
@@ -135,6 +156,7 @@ class PointResult:
     values: int
     differing: int
     largest: int
+    unexplained: int = 0
     sqnr_db: float | None = None
     noise_db: float | None = None
 

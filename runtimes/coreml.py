@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
@@ -17,10 +17,10 @@ from fewstep.contract import ComponentSpec, OutputSpec, TensorSpec
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
+from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime, Stored
 from fewstep.runtimes.coreml_pictures import Unrounded, fits, from_levels, from_metadata, image_features
 from fewstep.runtimes.mil import Evaluator, MilProgram, Precision, open_package
-from fewstep.runtimes.mil.program import Feature
+from fewstep.runtimes.mil.program import Block, Feature
 from fewstep.runtimes.narrow import narrow
 
 NAME = "coreml"
@@ -262,9 +262,28 @@ def _compare_integers(
     return coreml_points.compare_integers(program, path, feeds, function)
 
 
+def _stored(path: Path, function: str | None = None) -> Stored:
+    """Returns the constants of a package. Its grids are compared operation by operation: it names them otherwise."""
+    package = open_package(path.parent, function)
+    names = [function] if function is not None else list(package.functions)
+    return Stored(lambda: (found for name in names for found in _constants(package.functions[name].block)))
+
+
+def _constants(block: Block) -> Iterator[tuple[str, Array]]:
+    for operation in block.operations:
+        bound = (value for values in operation.inputs.values() for value in values)
+        for value in (*operation.attributes.values(), *bound):
+            found = value.read() if not isinstance(value, str) else None
+            if isinstance(found, np.ndarray) and found.dtype.kind in "fiu":
+                yield operation.name, found
+        for inner in operation.blocks:
+            yield from _constants(inner)
+
+
 def _at_function(function: str) -> Runtime:
     return replace(
         RUNTIME,
+        stored=functools.partial(_stored, function=function),
         open=functools.partial(open_session, function=function),
         open_exact=functools.partial(open_exact, function=function),
         compare_integers=functools.partial(_compare_integers, function=function),
@@ -281,5 +300,6 @@ RUNTIME = Runtime(
     open_exact=open_exact,
     at_function=_at_function,
     executor=executor,
+    stored=_stored,
     image_outputs=True,
 )

@@ -11,6 +11,7 @@ import torch
 
 from fewstep.contract import ComponentSpec
 from fewstep.runtimes.base import Array
+from fewstep.runtimes.module_paths import module_path
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,5 @@ class _Recorder(torch.fx.Interpreter):
 
 
 def module_paths(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """Returns the dotted path of the module that each fx node comes from, '' for those of none."""
-    found = {}
-    for node in exported.graph.nodes:
-        stack = list(node.meta.get("nn_module_stack", {}).values())
-        path = str(stack[-1][0]) if stack else ""
-        found[node.name] = path.removeprefix("L['self']").lstrip(".").removeprefix("module.")
-    return found
+    """Returns the path of the module that each fx node comes from, see `fewstep.runtimes.module_paths`."""
+    return {node.name: module_path(node) for node in exported.graph.nodes}

@@ -5,18 +5,20 @@ The whole numbers of every quantized activation, and the outputs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from torch.fx import Node
 
 from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult
 from fewstep.runtimes.integers import float_source, weight_name
+from fewstep.runtimes.module_paths import module_path
+from fewstep.runtimes.pytorch_double import Double
 
 _ops = torch.ops.quantized_decomposed
 _QUANTIZE = (_ops.quantize_per_tensor.default, _ops.quantize_per_tensor.tensor)
@@ -50,12 +52,16 @@ class IntegerReference:
         values: the whole numbers of each quantized tensor by fx node, in the order of computation.
         paths: their module paths, and those of products.
         outputs: those in float, by name, without those that a product puts out.
+        least: the least integer that float rounding explains at each place of ``values``; in ``most`` the largest.
+        most: see ``least``. They differ where the value before rounding lies next to the middle of two integers.
         products: by fx node, in the order of computation.
     """
 
     values: Mapping[str, Array]
     paths: Mapping[str, str]
     outputs: Mapping[str, Array]
+    least: Mapping[str, Array] = field(default_factory=dict)
+    most: Mapping[str, Array] = field(default_factory=dict)
     products: Mapping[str, Product] = field(default_factory=dict)
 
 
@@ -65,7 +71,8 @@ def integer_reference(program: Program, feeds: Mapping[str, Array]) -> IntegerRe
     module = program.exported.module()
     assert isinstance(module, torch.fx.GraphModule)
     recorder = _Recorder(module)
-    results = recorder.run(*(torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs))
+    inputs = [torch.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in program.spec.inputs]
+    results = recorder.run(*inputs)
     nodes = {node.name: node for node in module.graph.nodes}
     (given,) = (node.args[0] for node in nodes.values() if node.op == "output")
     outputs = {
@@ -73,14 +80,19 @@ def integer_reference(program: Program, feeds: Mapping[str, Array]) -> IntegerRe
         for spec, node, result in zip(program.spec.outputs, given, results, strict=True)
         if result.is_floating_point() and node not in recorder.results
     }
+    explained = _Explained(module, recorder.values, recorder.sources)
+    recorder.sources.clear()
+    explained.run(*inputs)
     paths = {name: _path(nodes[name]) for name in (*recorder.values, *recorder.products)}
-    return IntegerReference(recorder.values, paths, outputs, recorder.products)
+    return IntegerReference(recorder.values, paths, outputs, explained.least, explained.most, recorder.products)
 
 
 def signed_reference(program: Program, feeds: Mapping[str, Array]) -> IntegerReference:
     """Returns what a quantized program computes of one call's inputs, whole numbers as int8 whatever the plan has."""
     found = integer_reference(program, feeds)
-    return replace(found, values={name: _signed(values) for name, values in found.values.items()})
+    signed = ({name: _signed(values) for name, values in of.items()} for of in (found.values, found.least, found.most))
+    values, least, most = signed
+    return replace(found, values=values, least=least, most=most)
 
 
 def _signed(values: Array) -> Array:
@@ -96,18 +108,22 @@ class _Recorder(torch.fx.Interpreter):
     def __init__(self, module: torch.fx.GraphModule) -> None:
         super().__init__(module)
         self.values: dict[str, Array] = {}
+        self.sources: dict[str, Array] = {}
         self.products: dict[str, Product] = {}
-        self.results: set[torch.fx.Node] = set()
+        self.results: set[Node] = set()
         sources = {node: float_source(node) for node in module.graph.nodes if node.op == "call_function"}
         self._sources = {node: source for node, source in sources.items() if source is not None}
         self._kept = set(self._sources.values())
-        self._data: dict[torch.fx.Node, torch.Tensor] = {}
+        self._data: dict[Node, torch.Tensor] = {}
 
-    def run_node(self, n: torch.fx.Node) -> object:
+    def run_node(self, n: Node) -> object:
         """Runs a node."""
         result = super().run_node(n)
         if n.target in _QUANTIZE:
+            assert isinstance(result, torch.Tensor)
             self.values[n.name] = np.array(result.numpy(), order="C")  # runtimes take no other order
+            (source, *_), _ = self.fetch_args_kwargs_from_env(n)
+            self.sources[n.name] = source.numpy()
         if n in self._kept:
             assert isinstance(result, torch.Tensor)
             self._data[n] = result
@@ -116,7 +132,7 @@ class _Recorder(torch.fx.Interpreter):
             self.products[n.name] = self._product(n, result, self._data[self._sources[n]])
         return result
 
-    def _product(self, n: torch.fx.Node, result: torch.Tensor, data: torch.Tensor) -> Product:
+    def _product(self, n: Node, result: torch.Tensor, data: torch.Tensor) -> Product:
         (_, *others), _ = self.fetch_args_kwargs_from_env(n)
         assert callable(n.target)
         without = n.target(data, *others)
@@ -129,12 +145,45 @@ class _Recorder(torch.fx.Interpreter):
         return Product(weight_name(n), image, data.numpy(), np.array(result.numpy()), noise_db)
 
 
-def _path(node: torch.fx.Node) -> str:
+# How much further from the exact value than the reference's worst another kernel may be: it adds the same products in
+# another order, and the errors of both are of one distribution.
+_MARGIN = 8.0
+# What the division by the scale rounds, and the scale itself: two roundings of float32, twice over.
+_REQUANTIZED = 4 * float(np.finfo(np.float32).eps)
+
+
+class _Explained(Double):
+    """Finds which integers float rounding explains, from the values before rounding in float64.
+
+    Every quantized tensor is the reference's, so that a value is the exact result of the integers before it. The
+    reference's own distance from it, the largest in the tensor, is the float error of its sums: their length and the
+    magnitude of what they add are in it.
+    """
+
+    def __init__(self, module: torch.fx.GraphModule, values: Mapping[str, Array], sources: Mapping[str, Array]) -> None:
+        super().__init__(module)
+        self._values, self._sources = values, dict(sources)
+        self.least: dict[str, Array] = {}
+        self.most: dict[str, Array] = {}
+
+    def run_node(self, n: Node) -> object:
+        """Runs a node; what goes onto a grid is the reference's."""
+        if n.name not in self._values:
+            return super().run_node(n)
+        (source, scale, zero, low, high, *_), _ = self.fetch_args_kwargs_from_env(n)
+        exact = source.double().numpy()
+        error = _MARGIN * float(np.abs(exact - self._sources.pop(n.name)).max(initial=0.0)) / float(scale)
+        place = exact / float(scale)
+        unsure = error + _REQUANTIZED * np.abs(place)
+        dtype = self._values[n.name].dtype
+        for side, sign in ((self.least, -1), (self.most, 1)):
+            side[n.name] = np.clip(np.rint(place + sign * unsure) + int(zero), low, high).astype(dtype)
+        return torch.from_numpy(self._values[n.name])
+
+
+def _path(node: Node) -> str:
     """Returns the module path in whose result a quantized tensor has its origin, or that of a product."""
-    source = node.all_input_nodes[0] if node.target in _QUANTIZE else node
-    stack = list(source.meta.get("nn_module_stack", {}).values())
-    path = str(stack[-1][0]) if stack else source.name
-    return re.sub(r"^(L\['self'\]\.)?(module\.?)?", "", path) or source.name
+    return module_path(node.all_input_nodes[0] if node.target in _QUANTIZE else node)
 
 
 def judged(
@@ -148,11 +197,13 @@ def judged(
     for name, values in integers.items():
         difference = np.abs(values.astype(np.int32) - expected.values[name].astype(np.int32))
         differing, largest = int(np.count_nonzero(difference)), int(difference.max(initial=0))
-        found.append(PointResult(name, expected.paths[name], difference.size, differing, largest))
+        strange = (values < expected.least[name]) | (values > expected.most[name])
+        unexplained = int(np.count_nonzero(strange))
+        found.append(PointResult(name, expected.paths[name], difference.size, differing, largest, unexplained))
     for name, product in expected.products.items():
         quality_db = sqnr_db(product.result, (products or {})[name])
         size = product.result.size
-        found.append(PointResult(name, expected.paths[name], size, 0, 0, quality_db, product.noise_db))
+        found.append(PointResult(name, expected.paths[name], size, 0, 0, 0, quality_db, product.noise_db))
     for name, value in expected.outputs.items():
-        found.append(PointResult(name, "output", value.size, 0, 0, sqnr_db(value, outputs[name])))
+        found.append(PointResult(name, "output", value.size, 0, 0, 0, sqnr_db(value, outputs[name])))
     return found

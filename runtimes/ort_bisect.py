@@ -81,5 +81,5 @@ def _onnx_values(model: ir.Model, path: Path, names: list[str], feeds: Mapping[s
 def _module_path(node: ir.Node) -> str:
     """Returns the dotted module path that torch.onnx wrote beside a node, '' if it wrote none."""
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-    modules = [scope for scope in scopes if scope]
-    return modules[-2].removeprefix("module.") if len(modules) > 1 else "".join(modules)
+    modules = [scope for scope in scopes[:-1] if scope]  # the last is the name of the fx node
+    return modules[-1].removeprefix("module.") if modules else ""

@@ -25,7 +25,7 @@ from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_integer_linear import fuse_linear_layers
 from fewstep.runtimes.ort_names import shorten
 from fewstep.runtimes.ort_nbits import multiply_packed
-from fewstep.runtimes.ort_pack import drop_defaults, pack_int4, strip, widen_weights
+from fewstep.runtimes.ort_pack import drop_defaults, own_zero_points, pack_int4, strip, widen_weights
 from fewstep.runtimes.ort_shared import SharedWeights
 from fewstep.runtimes.ort_step_grids import TRANSLATIONS
 from fewstep.runtimes.ort_weights import StoredInitializer, attach
@@ -132,6 +132,7 @@ def _shrink(model: ir.Model, weights: str) -> None:
     pack_int4(model)
     strip(model)
     DeduplicateInitializersPass(size_limit=_SMALLEST_HALF_TENSOR)(model)
+    own_zero_points(model)
 
 
 def translate(program: Program, *, halves: bool = False) -> torch.onnx.ONNXProgram:

@@ -18,6 +18,7 @@ from fewstep.errors import ExportError
 from fewstep.program import Program
 from fewstep.runtimes.base import Array, PointResult, RunModel
 from fewstep.runtimes.integer_reference import integer_reference, judged
+from fewstep.runtimes.ort import session_options
 from fewstep.runtimes.ort_names import restore
 
 _GIVEN = ".given"
@@ -27,8 +28,7 @@ def run_here(
     path: Path, feeds: Mapping[str, Array], outputs: Sequence[str], *, settings: Mapping[str, str] | None = None
 ) -> dict[str, Array]:
     """Returns a model's outputs by name, on this machine; ``settings`` as in `fewstep.runtimes.ort.open_session`."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options(None, path=path)
     for name, value in (settings or {}).items():
         options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -217,6 +217,8 @@ def compare_samples(
             value = ssim(reference.output, result.output)
             checks.append(Check(error, "picture", "picture", None, where, None, "SSIM", value, None))
         checks.append(_not_flat(error, where, result.picture_HWC))
+        if error == LOWERING and each is not None:
+            checks += largest_check(reference, result, each)
     if error == COMPRESSION:
         mean = mean_db(agreement_db(a, b) for a, b in zip(references, results, strict=True))
         metric = "mean PSNR dB" if references[0].kind == "picture" else "mean SQNR dB"
@@ -245,6 +247,21 @@ def _outputs(error: str, reference: Sample, result: Sample, limit: float | None)
     metric = "PSNR dB" if reference.kind == "picture" else "SQNR dB"
     value = agreement_db(reference, result)
     return Check(error, "picture", reference.kind, None, label(reference), None, metric, value, limit)
+
+
+# A mean over a picture hides one value that is wrong. Errors of rounding are spread as normal ones are: of a million,
+# the largest is 5 times the root of the mean square. Half a level of 8 bits is the least that is asked for.
+_LARGEST, _HALF_LEVEL = 8.0, 0.5 / 255
+
+
+def largest_check(reference: Sample, result: Sample, limit_db: float, *, level: str = "picture") -> list[Check]:
+    """Returns the check of the largest difference of two pictures' values, in levels of 255; none of other outputs."""
+    if reference.kind != "picture":
+        return []
+    most = max(_HALF_LEVEL, _LARGEST * 10 ** (-limit_db / 20))
+    value = -float(np.max(np.abs(reference.output - result.output))) * 255
+    metric = "largest difference in levels, negated"
+    return [Check(LOWERING, level, "picture", None, label(reference), None, metric, value, -most * 255)]
 
 
 def _not_flat(error: str, label: str, picture_HWC: Array) -> Check:

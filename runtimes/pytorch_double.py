@@ -33,7 +33,7 @@ _DEQUANTIZE = (
 )
 
 
-class _Double(torch.fx.Interpreter):
+class Double(torch.fx.Interpreter):
     """Interprets a graph with every float32 as a float64, except on the way onto a grid."""
 
     def run_node(self, n: Node) -> Any:
@@ -62,7 +62,7 @@ class _DoubleSession:
     def __init__(self, program: Program) -> None:
         module = program.exported.module()
         assert isinstance(module, GraphModule)
-        self._interpreter: _Double | None = _Double(module)
+        self._interpreter: Double | None = Double(module)
         self._inputs = [spec.name for spec in program.spec.inputs]
         self._outputs = program.spec.outputs
 

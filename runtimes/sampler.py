@@ -245,9 +245,15 @@ class Sampler:
     ) -> StepFeed:
         spec = self._components[component]
         inputs = {s.name: self._bind(values, spec.bindings[s.name], s) for s in spec.inputs}
-        outputs = self.session(component).run(inputs)
+        outputs = self._answer(component, inputs, step, branch)
         values |= {f"{component}.{name}": array for name, array in outputs.items()}
         return StepFeed(component, step, timestep, branch, inputs, outputs)
+
+    def _answer(
+        self, component: str, inputs: Mapping[str, Array], step: int | None, branch: str
+    ) -> Mapping[str, Array]:
+        """Returns what a network call gives, by name."""
+        return self.session(component).run(inputs)
 
     def _bind(self, values: Mapping[str, Any], origin: str, spec: TensorSpec) -> Array:
         value = values[origin]

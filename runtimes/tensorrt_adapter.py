@@ -18,7 +18,7 @@ from fewstep.contract import ComponentSpec
 from fewstep.errors import RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
-from fewstep.runtimes import ort
+from fewstep.runtimes import onnx_file, ort
 from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime
 from fewstep.runtimes.tensorrt_cuda import Cuda
 
@@ -131,4 +131,5 @@ RUNTIME = Runtime(
     _compare_integers,
     open_exact=open_exact,
     executor=executor,
+    stored=onnx_file.stored,
 )

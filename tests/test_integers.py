@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,18 @@ def test_reference_judges_itself_equal_and_a_flip_not() -> None:
     wrong = {**expected.values, name: expected.values[name] ^ np.int8(1)}
     first = judged(expected, wrong, expected.outputs)[0]
     assert (first.equal, first.largest) == (0.0, 1)
+    assert first.unexplained > 0.99 * first.values, "no value but a few lies next to the middle of two integers"
+
+
+def test_an_integer_next_to_the_middle_of_two_may_be_either_of_them() -> None:
+    program = quantized(W8A8)
+    expected = signed_reference(program, feeds(program, X))
+    name = next(iter(expected.values))
+    right = expected.values[name]
+    one = (right > -126).astype(np.int8)  # the others would be beyond the least
+    middle = replace(expected, least={**expected.least, name: right - one})
+    below = {**expected.values, name: right - one}
+    assert judged(middle, below, expected.outputs)[0].unexplained == 0
+    assert judged(expected, below, expected.outputs)[0].unexplained > 0
+    further = {**expected.values, name: right - 2 * one}
+    assert judged(middle, further, expected.outputs)[0].unexplained > 0

@@ -25,6 +25,7 @@ from fewstep.optimize.quantize import ComponentPlan, quantize
 from fewstep.program import Program
 from fewstep.quantization import Quantization, SiteChoice
 from fewstep.runtimes.base import PointResult
+from fewstep.runtimes.ort import EXACT_PRODUCTS, session_options
 from fewstep.runtimes.ort_integer_conv import unfold_convolutions
 from fewstep.runtimes.ort_lower import lower
 from fewstep.runtimes.ort_pack import pack_int4, widen_weights
@@ -38,10 +39,10 @@ Array = np.ndarray[Any, Any]
 
 def ort_run(model: ir.Model | onnx.ModelProto, inputs: dict[str, Array]) -> list[Array]:
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session_of = session_options(1)
+    if any(v.dtype == ir.DataType.UINT8 for v in ir.from_proto(proto).graph.initializers.values()):
+        session_of.add_session_config_entry(*EXACT_PRODUCTS)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), session_of, providers=["CPUExecutionProvider"])
     return list(session.run(None, inputs))
 
 
@@ -223,14 +224,14 @@ def test_every_operation_agrees_in_whole_numbers(lowered: dict[str, Lowered]) ->
         net = lowered[name]
         points = compare_integers(net.program, net.path, feeds(net.program, X))
         assert len(points) == len(net.plan.activations) + 1, name
-        assert [p for p in points if p.equal < 0.999 or p.largest > 1] == [], name
+        assert [p for p in points if p.unexplained or p.largest > 1] == [], name
         assert all(p.module_path for p in points)
 
 
 def test_arm_integers(tmp_path: Path) -> None:
     net = Lowered("w8a8", tmp_path, "arm")
     points = compare_integers(net.program, net.path, feeds(net.program, X))
-    assert points and all(p.equal >= 0.999 and p.largest <= 1 for p in points)
+    assert points and not any(p.unexplained or p.largest > 1 for p in points)
     kinds = {net.model.graph.initializers[v.name].dtype for n in net.model.graph if n.op_type == "QuantizeLinear"
              if (v := n.inputs[2]) is not None and v.name in net.model.graph.initializers}  # fmt: skip
     assert kinds <= {ir.DataType.INT8}
@@ -419,10 +420,10 @@ def test_points_and_checks() -> None:
     good, flipped, far = (
         PointResult("q0", "mid", 10_000, 0, 0),
         PointResult("q1", "mid", 10_000, 11, 1),
-        PointResult("q2", "mid", 10_000, 1, 2),
+        PointResult("q2", "mid", 10_000, 1, 2, unexplained=1),
     )
     checks = operation_checks("denoiser", _sample(), None, [good, flipped, far])
-    assert [c.passed for c in checks] == [True, True, False, True, True, False]
+    assert [c.passed for c in checks] == [True, True, True, True, False, True]
     results = [PointResult("y", "y", 9, 9, 0, sqnr_db=value) for value in (80.0, 79.9, math.nan, math.inf)]
     assert [c.passed for c in operation_checks("denoiser", _sample(), 0, results)] == [True, False, False, True]
     assert not ParityReport(tuple(operation_checks("denoiser", _sample(), None, [])), "r", "e"), "nothing was compared"

@@ -39,7 +39,9 @@ def test_live_verification_passes() -> None:
     result = fewstep.verify(built("lcm").bundle, prompts=1, seeds=1)
     assert result.report
     assert "run now" in result.report.reference
-    assert {check.level for check in result.report.checks} == {"component", "trajectory", "picture", "call"}
+    levels = {"component", "trajectory", "picture", "call", "host", "stored", "manifest", "golden"}
+    assert {check.level for check in result.report.checks} == levels
+    assert result.place is None
 
 
 def test_without_its_source_the_golden_pack_is_used(tmp_path: Path, copy_bundle: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ from fewstep.optimize.quantize.planner import make_plan
 from fewstep.optimize.quantize.programs import QuantizedPrograms
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
 from fewstep.optimize.quantize.sites import Site, find_sites
+from fewstep.optimize.quantize.table import integer_table, table_checks, write_table
 
 __all__ = [
     "ComponentPlan",
@@ -19,6 +20,9 @@ __all__ = [
     "Site",
     "corrected_schedules",
     "find_sites",
+    "integer_table",
     "make_plan",
     "quantize",
+    "table_checks",
+    "write_table",
 ]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fewstep.calibration import CalibrationSet, SampleRequest
 from fewstep.contract import ComponentSpec, Contract
 from fewstep.export import Generator, Programs
 from fewstep.feeds import Sample
+from fewstep.golden_operations import GoldenOperation
 from fewstep.manifest import Artifact
 from fewstep.metrics import sqnr_db
 from fewstep.optimize.quantize.apply import quantize
+from fewstep.optimize.quantize.operations import golden_operations
 from fewstep.optimize.quantize.plan import QuantPlan
 from fewstep.program import Program
 from fewstep.runtimes.base import CheckedSession
@@ -24,6 +27,9 @@ from fewstep.runtimes.quantized_parity import floor_of
 from fewstep.runtimes.sampler import Sampler
 from fewstep.runtimes.tokenizer import Tokenizer
 from fewstep.schedule import Schedule
+
+# Of two values in two modes the middle says nothing: with sixteen, the larger of both modes decides.
+LEAST_CALLS = 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,31 @@ class QuantizedPrograms:
                 for feed in (f for sample in references for f in sample.feeds if f.component == component):
                     outputs = session.run(feed.inputs)
                     values[component] += [sqnr_db(feed.outputs[name], outputs[name]) for name in feed.outputs]
+                values[component] += self._more(component, session, LEAST_CALLS - len(values[component]))
         return floor_of(values, references, others)
+
+    def _more(self, component: str, other: CheckedSession, count: int) -> Iterator[float]:
+        """Yields what two executions agree to on calls of the calibration, which cost no trajectory."""
+        if self.calibration is None or count <= 0:
+            return
+        from fewstep.optimize.quantize.planner import calls_of
+
+        names = [spec.name for spec in self.components[component].inputs]
+        with open_program(self.make(component)) as session:
+            for _, inputs in islice(calls_of(self.programs, self.calibration, component), count):
+                feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+                first, second = session.run(feeds), other.run(feeds)
+                yield from (sqnr_db(first[name], second[name]) for name in first)
+
+    def operations(self, sample: Sample) -> list[GoldenOperation]:
+        """Returns the operations of the golden pack: of the first call of each component that computes in integers."""
+        found = []
+        for component, plan in self.plan.components.items():
+            feed = next((feed for feed in sample.feeds if feed.component == component), None)
+            # Graphs of single rows have grids of their own, and another name for each.
+            if feed is not None and plan.computes and self.contract.form != "specialized":
+                found += golden_operations(self.make(component), feed.inputs, feed.step)
+        return found
 
     def _sampled(
         self, requests: Sequence[SampleRequest], open_session: Callable[[Program], CheckedSession]

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from fewstep.contract import GUIDANCE, TIME, TIMESTEP
 from fewstep.export.dependence import dependence
 from fewstep.program import Program
+from fewstep.runtimes.module_paths import traced_in
 
 _aten = torch.ops.aten
 # Operations with a weight: name, position of the data and of the weight, and the weight's axis of output channels.
@@ -123,7 +124,7 @@ def find_sites(program: Program, module: GraphModule) -> tuple[Site, ...]:
         bias = node.args[_BIAS] if op not in ("embedding", "matmul") and len(node.args) > _BIAS else None
         if weight.op != "get_attr" or (op == "matmul" and reader is node):
             continue  # made by the network itself: it has no parameter to store in fewer bits
-        path = module_path(node) or node.name
+        path = traced_in(node) or node.name
         used[path] += 1
         shape = tuple(weight.meta["val"].shape)
         found.append(
@@ -162,13 +163,6 @@ def _between(module: GraphModule) -> set[Node]:
     for node in reversed(nodes):
         before[node] = any(before[n] or n.target in _WEIGHTED for n in node.users)
     return {node for node in nodes if after[node] and before[node]}
-
-
-def module_path(node: Node) -> str:
-    """Returns the dotted path of the module that a node was traced in, '' for the outermost."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    return path.removeprefix("L['self'].").removeprefix("module.").removeprefix("module")
 
 
 def _rows(op: str, node: Node, weight_shape: tuple[int, ...]) -> int:

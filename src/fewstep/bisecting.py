@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 # Runtimes whose artifacts have a value for every value of the traced program.
 BISECTED = (ort.NAME, coreml.NAME)
-_LEVELS = ("component", "operation")
+_LEVELS = ("component", "operation", "stored")
+# Of these a check names the module by itself.
+_NAMING = ("stored", "operation")
 
 
 def answering(
@@ -59,10 +61,14 @@ def bisect_failures(
     from fewstep.export import load
 
     manifest = bundle.manifest
-    original = load(source, guidance=manifest.contract.guidance.scale, eager=True)
+    original = load(source, guidance=manifest.recipe.get("guidance"), eager=True)
     _, programs, quantized, _ = prepare(bundle, as_built(original, manifest))
     found: dict[str, Departure | None] = {}
     for component in sorted({check.component for check in failures if check.level in _LEVELS}):
+        named = _named(component, failures)
+        if named is not None:
+            found[component] = named
+            continue
         spec, inputs, variant = manifest.components[component], _failed(component, failures, references).inputs, None
         if spec.tiles is not None:
             spec, inputs, variant = first_tile(spec, inputs)
@@ -81,6 +87,18 @@ def bisect_failures(
 
             found[component] = ort_bisect.bisect(program, path, inputs, limit_db=limit)
     return found
+
+
+def _named(component: str, failures: Sequence[Check]) -> Departure | None:
+    """Returns the departure that a check of integers tells, None where none of this component failed."""
+    from fewstep.runtimes.departure import Departure
+
+    checks = [c for c in failures if c.component == component and c.level in _NAMING and c.tensor]
+    if not checks:
+        return None
+    first = min(checks, key=lambda check: _NAMING.index(check.level))
+    path = str(first.tensor).partition(" (")[0].partition(", ")[0]
+    return Departure(str(first.tensor), path, "", first.metric, first.value, len(checks))
 
 
 def _failed(component: str, failures: Sequence[Check], references: Sequence[Sample]) -> StepFeed:

@@ -24,8 +24,11 @@ from fewstep.compiling import (
 from fewstep.errors import ParityError
 from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
+from fewstep.golden import write_tokens
+from fewstep.golden_operations import save_operations
 from fewstep.manifest import PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, Silent, stage
+from fewstep.proof import recorded_checks
 from fewstep.quantization import for_targets
 from fewstep.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
 from fewstep.runtimes.sampler import open_tokenizers
@@ -128,12 +131,14 @@ def build(
         recipe = replace(recipe, form=check_form(form, "form"))
     if image_output is not None:
         recipe = replace(recipe, image_output=image_output)
+    if guidance is not None:
+        recipe = replace(recipe, guidance=guidance)
     check_images(targets, recipe)
     cache = StageCache(options.cache_root)
 
     given = SourceSpec("", tuple(Lora.of(lora) for lora in loras), decoder)
     with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
-        w = recipe.guidance if guidance is None else guidance
+        w = recipe.guidance
         if isinstance(source, (str, SourceSpec)):
             spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
             # Recipes that look at every weight several times hold them all.
@@ -186,6 +191,8 @@ def build(
         if "coreml" in targets:
             write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
         _write_golden(lowered_from, folder / "golden")
+        write_tokens(folder, open_tokenizers(folder, described.tokenizers))
+        save_operations(() if quantized is None else quantized.operations(lowered_from[0]), folder)
         beside = {name: reference(at, at.requests()) for name, at in others.items()}
         for name, (samples, _) in beside.items():
             _write_golden(samples, folder / "golden" / name, least=len(samples))
@@ -217,6 +224,7 @@ def build(
             caveats=caveats,
             progress=progress,
         )
+        verified = verified.with_checks(recorded_checks(Bundle(folder, manifest), lowered_from))
         for name, references in beside.items():
             found = verify_targets(Bundle(folder, manifest.shaped(name)), *references, recipe.limits, progress=progress)
             verified = verified.and_at(name, found)
@@ -247,7 +255,7 @@ def quantize_programs(
     if recipe.quantization is None:
         return None
     from fewstep.calibration import collect, trajectory_key
-    from fewstep.optimize.quantize import QuantizedPrograms, corrected_schedules, make_plan
+    from fewstep.optimize.quantize import QuantizedPrograms, corrected_schedules, make_plan, write_table
 
     q, generator, described = recipe.quantization, programs.generator, programs.described
     # All that tells its shards from others': builds at the same time would remove each other's from one folder.
@@ -274,8 +282,10 @@ def quantize_programs(
     tokenizers = open_tokenizers(folder, described.tokenizers)
     plan = make_plan(programs, q, calls, progress, tokenizers=tokenizers)
     plan.save(folder / PLAN_FOLDER)
+    quantized = QuantizedPrograms(programs, plan, tokenizers, described.schedules, calls)
+    write_table({name: quantized.make(name) for name in quantized.components}, folder)
     schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
-    return QuantizedPrograms(programs, plan, tokenizers, schedules, calls)
+    return replace(quantized, schedules=schedules)
 
 
 def _default_steps(wanted: int, counts: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import util
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,10 @@ from fewstep.bundle import Bundle
 from fewstep.errors import BundleError, ContractError
 from fewstep.feeds import Sample, load_samples
 from fewstep.further import batch_requests, batched_programs, restate
-from fewstep.manifest import PLAN_FOLDER, Manifest
+from fewstep.manifest import INTEGERS, PLAN_FOLDER, Manifest
 from fewstep.progress import Progress, stage
 from fewstep.recipe import Recipe, parse_shapes
-from fewstep.runtimes.parity import Floor
+from fewstep.runtimes.parity import Agreement, Floor
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.source import SourceInfo, SourceSpec
 from fewstep.variants import parts
@@ -21,6 +21,10 @@ from fewstep.variants import parts
 if TYPE_CHECKING:
     from fewstep.export import Generator, Programs
     from fewstep.optimize.quantize import QuantizedPrograms
+
+# Two executions of one network in PyTorch that agree to less than this would be two networks: a random one of 8 bits,
+# whose roundings grow the most, agrees to 27 dB.
+LEAST_FLOOR_DB, LEAST_FLOOR_COUNT = 15.0, 1
 
 
 def usable_source(bundle: Bundle, against: str | SourceSpec | None) -> tuple[SourceSpec | None, str]:
@@ -55,7 +59,7 @@ def load_original(bundle: Bundle, source: SourceSpec, progress: Progress) -> Gen
     with stage(progress, f"load {source}"):
         recipe = bundle.manifest.recipe
         eager = any(recipe.get(key) is not None for key in ("quantization", "palette", "sparsity"))
-        original = load(source, guidance=bundle.manifest.contract.guidance.scale, eager=eager)
+        original = load(source, guidance=recipe.get("guidance"), eager=eager)
         _check_same(bundle.manifest.source, original.source)
     return original
 
@@ -68,9 +72,26 @@ def as_built(generator: Generator, manifest: Manifest) -> Generator:
     return generator.shaped(*parse_shapes(shape, "manifest")[0]) if shape else generator
 
 
-def live_references(
-    bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress
-) -> tuple[QuantizedPrograms | None, list[Sample], list[Sample] | None]:
+@dataclass(frozen=True)
+class Live:
+    """What a bundle of one shape is compared with, computed now.
+
+    Attributes:
+        samples: of the network that was lowered.
+        uncompressed: the same of the original network, if it is another one.
+        quantized: the network that was lowered, if it is quantized.
+        programs: the contract and the components, as they are read from the source now.
+        recorded: samples of the generator's own pipeline, with the calls as the bundle's components take them.
+    """
+
+    samples: list[Sample]
+    uncompressed: list[Sample] | None
+    quantized: QuantizedPrograms | None
+    programs: Programs
+    recorded: list[Sample]
+
+
+def live_references(bundle: Bundle, original: Generator, prompts: int, seeds: int, progress: Progress) -> Live:
     """Returns what a bundle of one shape was lowered from, its samples, and the original's if they differ.
 
     Of a bundle that draws several samples at once, the samples are one batch.
@@ -104,8 +125,13 @@ def live_references(
 
     uncompressed = run(original) if changed else None
     if quantized is None:
-        return None, restate(run(optimized), programs), uncompressed
-    return quantized, list(quantized.samples(requests)), uncompressed
+        samples = restate(run(optimized), programs)
+        return Live(samples, uncompressed, None, programs, samples)
+    assert uncompressed is not None, "quantization changes every network"
+    samples = list(quantized.samples(requests))
+    # A corrected table is not the pipeline's: the samples of the quantized network were drawn with it.
+    corrected = bool((manifest.recipe["quantization"] or {}).get("correction"))
+    return Live(samples, uncompressed, quantized, programs, samples if corrected else restate(uncompressed, programs))
 
 
 def recipe_of(manifest: Manifest) -> Recipe:
@@ -149,12 +175,34 @@ def known_floor(bundle: Bundle) -> Floor:
     if known is None:
         raise BundleError(f"{bundle.path} does not say what its noise floor is", hint="build the bundle again")
     try:
-        return Floor.from_json(known)
+        floor = Floor.from_json(known)
+        agreements = [floor.picture, *(floor.components[name] for name in _integers(bundle.manifest))]
+        usable = all(_is_plausible(agreement) for agreement in agreements)
     except (KeyError, TypeError) as error:
         raise BundleError(
             f"{bundle.path} states its noise floor in another form than this fewstep does",
             hint="build the bundle again",
         ) from error
+    if not usable:
+        raise ContractError(
+            f"{bundle.path} states a noise floor of {floor.picture.median_db:g} dB, expected {LEAST_FLOOR_DB:g} to 150 "
+            f"of {LEAST_FLOOR_COUNT} calls or more",
+            hint="build the bundle again",
+        )
+    return floor
+
+
+def _integers(manifest: Manifest) -> set[str]:
+    return {artifact.component for artifact in manifest.artifacts if artifact.compute == INTEGERS}
+
+
+def _is_plausible(agreement: Agreement) -> bool:
+    """Returns whether two executions of a network can agree so."""
+    return (
+        LEAST_FLOOR_DB <= agreement.median_db <= 150
+        and 0 <= agreement.spread_db <= 150
+        and agreement.count >= LEAST_FLOOR_COUNT
+    )
 
 
 def _check_same(built_from: SourceInfo, found: SourceInfo) -> None:

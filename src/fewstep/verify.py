@@ -13,8 +13,10 @@ from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.executed import compute_notes, executor_text, stand_in_notes
 from fewstep.feeds import Sample
 from fewstep.further import batches
+from fewstep.golden_operations import golden_operation_checks
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.progress import Progress, Silent, stage
+from fewstep.proof import host_of, recorded_checks, source_checks
 from fewstep.recipe import Limits
 from fewstep.references import (
     as_built,
@@ -25,6 +27,7 @@ from fewstep.references import (
     usable_source,
 )
 from fewstep.runtimes import get_runtime
+from fewstep.runtimes.host import first_place
 from fewstep.runtimes.levels import compare_levels
 from fewstep.runtimes.parity import (
     COMPRESSION,
@@ -41,7 +44,9 @@ from fewstep.runtimes.parity import (
 )
 from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
 from fewstep.runtimes.sampler import Sampler, open_sampler
+from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec
+from fewstep.ties import check_limits
 from fewstep.user_calls import Told, UserCalls
 
 if TYPE_CHECKING:
@@ -49,8 +54,8 @@ if TYPE_CHECKING:
     from fewstep.runtimes.departure import Departure
 
 PYTORCH = "PyTorch, the generator's own pipeline, run now"
-# How many samples are run with other kernels to learn the noise floor: its mean is then known to about 1 dB.
-FLOOR_SAMPLES = 8
+# How many samples are run with other kernels to learn the noise floor: its median is then known to about 1 dB.
+FLOOR_SAMPLES = 16
 GOLDEN = "the bundle's golden pack, recorded from PyTorch when it was built"
 
 
@@ -65,8 +70,14 @@ class Verification:
     departures: dict[str, Departure | None] = field(default_factory=dict)
     uncompressed: tuple[Sample, ...] | None = None
     """The samples of the original network, where the recipe changed it."""
+    place: str | None = None
+    """Which part of the host departs first, such as ``tokenizer`` or ``schedule step 2``; None where none does."""
     each: dict[str, Verification] = field(default_factory=dict)
     """The verifications of each runtime, where there are several; ``results`` are those of the first."""
+
+    def with_checks(self, checks: Sequence[Check]) -> Verification:
+        """Returns the verification with checks that are of no runtime."""
+        return replace(self, report=replace(self.report, checks=self.report.checks + tuple(checks)))
 
     def and_at(self, shape: str, other: Verification) -> Verification:
         """Returns the verification with the checks of another shape's."""
@@ -84,6 +95,7 @@ def verify(
     prompts: int = 8,
     seeds: int = 2,
     bisect: bool = False,
+    trust_limits: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Returns a fresh comparison of a bundle with its reference.
@@ -96,17 +108,19 @@ def verify(
         prompts: how many of the generator's prompts, with live references.
         seeds: how many seeds of each.
         bisect: for every component that fails, name its first departing tensor (needs the source).
+        trust_limits: takes the bundle's limits as they are, also where its recipe's kind needs more.
         progress: told where the verification is.
 
     Raises:
         SourceError: ``against`` cannot be loaded.
-        ContractError: ``against`` is not the generator that the bundle was built from.
+        ContractError: ``against`` is not the generator that the bundle was built from, or the bundle's limits are below
+            what its recipe's kind needs.
         RuntimeMissingError: one of the runtimes cannot run here.
     """
     progress, manifest = progress or Silent(), bundle.manifest
     runtimes = manifest.runtimes if runtime is None else (runtime,)
     _check_runtimes(bundle, runtimes)
-    limits = Limits(**manifest.recipe["limits"])
+    limits = Limits(**manifest.recipe["limits"]) if trust_limits else check_limits(manifest)
     source, reason = usable_source(bundle, against)
     if source is None:
         golden = golden_samples(bundle, "")
@@ -117,24 +131,34 @@ def verify(
         verified = verify_targets(
             bundle, golden, None, limits, runtimes=runtimes, reference=GOLDEN, caveats=caveats, progress=progress
         )
+        verified = verified.with_checks(recorded_checks(bundle, golden))
         for shape in bundle.manifest.shapes:
             at, golden = bundle.shaped(shape), golden_samples(bundle, shape)
             found = verify_targets(at, golden, None, limits, runtimes=runtimes, reference=GOLDEN, progress=progress)
-            verified = verified.and_at(shape, found)
-        return verified
+            verified = verified.and_at(shape, found.with_checks(host_of(at, golden)))
+        return replace(verified, place=first_place(verified.report.checks))
     original = load_original(bundle, source, progress)
     told = Told.of(manifest.contract, manifest.default_steps, manifest.schedules, as_built(original, manifest))
     with closing(UserCalls.of(source, told)) as calls:
-        quantized, lowered_from, uncompressed = live_references(bundle, original, prompts, seeds, progress)
+        live = live_references(bundle, original, prompts, seeds, progress)
         verified = verify_targets(
-            bundle, lowered_from, uncompressed, limits, quantized=quantized, runtimes=runtimes, progress=progress
+            bundle,
+            live.samples,
+            live.uncompressed,
+            limits,
+            quantized=live.quantized,
+            runtimes=runtimes,
+            progress=progress,
         )
+        checks, notes = source_checks(bundle, live, limits, verified.report.floor)
+        verified = replace(verified.with_checks(checks), caveats=(*verified.caveats, *notes))
         for shape in manifest.shapes:
             at = bundle.shaped(shape)
-            _, lowered_from, uncompressed = live_references(at, original, 1, 1, progress)
-            found = verify_targets(at, lowered_from, uncompressed, limits, runtimes=runtimes, progress=progress)
-            verified = verified.and_at(shape, found)
+            there = live_references(at, original, 1, 1, progress)
+            found = verify_targets(at, there.samples, there.uncompressed, limits, runtimes=runtimes, progress=progress)
+            verified = verified.and_at(shape, found.with_checks(host_of(at, there.recorded)))
         verified = with_calls(verified, calls, bundle, runtimes, limits, progress)
+    verified = replace(verified, place=first_place(verified.report.checks))
     if bisect and not verified.report:
         for name, of_one in (verified.each or {runtimes[0]: verified}).items():
             if name not in BISECTED:
@@ -277,7 +301,11 @@ def verify_against(
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, exact[: len(some)])
         if quantized is None:
-            notes.append("quantized operations were not compared one by one: that needs the source")
+            inside, why = golden_operation_checks(bundle, name)
+            checks += inside
+            notes += [
+                "quantized operations were compared one by one at those of the golden pack" if why is None else why
+            ]
         else:
             checks += _compare_operations(bundle, name, integers, quantized, references[0], progress)
     if uncompressed is not None:
@@ -286,6 +314,9 @@ def verify_against(
             checks.append(mean_check(uncompressed, references, exact))
         if integers and narrower:
             checks.append(replace(mean_check(uncompressed, references, results), error=LOWERING_FP16))
+    stored, unread = stored_checks(bundle, name, load_table(bundle))
+    checks += stored
+    notes += unread
     executor = executor_text(get_runtime(name), artifacts.values())
     return Verification(
         ParityReport(tuple(checks), reference, executor, floor if integers else None),

@@ -188,6 +188,13 @@ def generate(
 @click.option("--seeds", default=2, show_default=True)
 @click.option("--bisect", is_flag=True, help="If a component fails, name its first departing tensor.")
 @click.option(
+    "--limits",
+    type=click.Choice(["recipe", "bundle"]),
+    default="recipe",
+    show_default=True,
+    help="bundle: take its limits also where they are below what its kind of recipe needs.",
+)
+@click.option(
     "--device-result",
     "device_results",
     multiple=True,
@@ -217,6 +224,7 @@ def verify(
     prompts: int,
     seeds: int,
     bisect: bool,
+    limits: str,
     device_results: tuple[Path, ...],
     executor: str | None,
     minutes: float,
@@ -240,18 +248,21 @@ def verify(
                 prompts=prompts,
                 seeds=seeds,
                 bisect=bisect,
+                trust_limits=limits == "bundle",
                 progress=progress,
             )
     departures = {name: None if d is None else d.__dict__ for name, d in result.departures.items()}
     if as_json:
         values = {**result.report.to_json(), "caveats": list(result.caveats), "departures": departures}
-        print_json({**values, "devices": [device.to_json() for device in devices]})
+        print_json({**values, "host": result.place, "devices": [device.to_json() for device in devices]})
     else:
         if executor is not None:
             OUT.print(f"executor  {result.report.executor}", markup=False)
         print_parity(result.report.summary(), result.caveats)
         for check in result.report.failures[:10]:
             OUT.print(f"failed  {check.where}: {check.metric} {check.value:.1f}, limit {check.limit}", markup=False)
+        if result.place is not None:
+            OUT.print(f"first departure on the host: {result.place}", markup=False)
         for component, departure in departures.items():
             OUT.print(f"first departure in {component}: {departure or 'none found on this feed'}", markup=False)
         for device in devices:

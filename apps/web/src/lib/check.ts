@@ -53,7 +53,7 @@ export interface CheckProgress {
 const FLAT = 0.5 / 255;
 
 // How many samples are compared with the noise floor: those that it was measured with.
-const FLOOR_SAMPLES = 8;
+const FLOOR_SAMPLES = 16;
 /** What an artifact's `compute` says where it multiplies whole numbers. */
 const INTEGERS = "int8";
 

@@ -33,6 +33,10 @@ export interface FloorCheck {
 const BELOW_FLOOR_DB = 1;
 // The standard error of the median of normal values, in those of their mean: sqrt(pi / 2).
 const MEDIAN_TO_MEAN = 1.2533;
+// A spread beyond that of right executions is not theirs: calls without a rounding that fell the other way, among others.
+const MOST_SPREAD_DB = 3;
+// Two executions of one network that agree to less would be two networks.
+const LEAST_FLOOR_DB = 15;
 
 /** Returns the floor that was measured when the bundle was built. */
 export function floorOf(manifest: Manifest): Floor {
@@ -44,7 +48,7 @@ export function floorOf(manifest: Manifest): Floor {
 
 function isAgreement(value: unknown): boolean {
   const { median_db, spread_db, count } = (value ?? {}) as Partial<Agreement>;
-  return [median_db, spread_db, count].every((part) => typeof part === "number");
+  return [median_db, spread_db, count].every((part) => typeof part === "number") && median_db! >= LEAST_FLOOR_DB && median_db! <= 150;
 }
 
 /**
@@ -54,7 +58,7 @@ function isAgreement(value: unknown): boolean {
  * floor alone, so that values that scatter more are no excuse for themselves.
  */
 export function floorLimit(floor: Agreement, count: number, mostDb: number): number {
-  const unsure = 2 * MEDIAN_TO_MEAN * floor.spread_db * Math.sqrt(1 / floor.count + 1 / count);
+  const unsure = 2 * MEDIAN_TO_MEAN * Math.min(floor.spread_db, MOST_SPREAD_DB) * Math.sqrt(1 / floor.count + 1 / count);
   return Math.min(floor.median_db - BELOW_FLOOR_DB - unsure, mostDb);
 }
 

@@ -1,0 +1,58 @@
+"""What is proved of a bundle beside its networks: the host, the golden pack, the manifest, and the plan's integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fewstep.bundle import Bundle
+from fewstep.feeds import Sample
+from fewstep.golden import compare_golden, token_checks
+from fewstep.recipe import Limits
+from fewstep.references import Live, golden_samples, known_floor
+from fewstep.runtimes.host import host_checks
+from fewstep.runtimes.parity import Check, Floor
+from fewstep.runtimes.quantized_parity import recorded_floor_checks
+from fewstep.runtimes.sampler import open_tokenizers
+from fewstep.runtimes.stored_parity import load_table
+from fewstep.ties import contract_ties, golden_ties
+
+
+def recorded_checks(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
+    """Returns the checks that take no network: how samples were recorded, and what the host makes of them."""
+    tokenizers = open_tokenizers(bundle.path, bundle.manifest.tokenizers)
+    return [*golden_ties(bundle.manifest, samples), *host_of(bundle, samples), *token_checks(bundle, tokenizers)]
+
+
+def host_of(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
+    """Returns the checks of what the host makes of samples, see `fewstep.runtimes.host`."""
+    manifest = bundle.manifest
+    tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
+    return host_checks(manifest, tokenizers, samples, manifest.recipe["limits"]["picture_psnr_db"])
+
+
+def source_checks(
+    bundle: Bundle, live: Live, limits: Limits, floor: Floor | None
+) -> tuple[list[Check], tuple[str, ...]]:
+    """Returns the checks of what the source says of contract, golden pack and plan, and what was left out.
+
+    Args:
+        bundle: the bundle, at its first shape.
+        live: what it is compared with, computed now.
+        limits: of float arithmetic.
+        floor: what two executions of the network agree to, measured now, where it computes in integers.
+    """
+    manifest, golden = bundle.manifest, golden_samples(bundle, "")
+    checks = [*host_of(bundle, live.recorded), *contract_ties(manifest, live.programs)]
+    checks += recorded_checks(bundle, golden)
+    pack, compared = compare_golden(golden, live.samples, limits, floor)
+    checks += pack
+    if live.quantized is not None:
+        from fewstep.optimize.quantize import table_checks  # torch: with the source alone
+
+        made = {name: live.quantized.make(name) for name in live.quantized.components}
+        checks += table_checks(load_table(bundle) or {}, made)
+    if floor is not None:
+        checks += recorded_floor_checks(known_floor(bundle), floor, limits)
+    left = len(golden) - compared
+    note = f"{left} of the golden pack's {len(golden)} samples were not drawn again: give more prompts and seeds"
+    return checks, (note,) if left else ()

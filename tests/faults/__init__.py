@@ -1,0 +1,1 @@
+"""Faults seeded into verified bundles, with hashes made to fit: what verification notices of them, and names."""
