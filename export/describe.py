@@ -63,9 +63,9 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     )
     mark = with_outputs(mark, recorded) if is_own_code(generator) else mark
     plain = recorded.guidance
+    tokenizers = read_tokenizers(generator, recorded, count, inputs)
     probe = Probe(generator, recorded, min([n for n in (*steps, count) if n > 1] or [count]), plain, stubs)
     scale = read_scale(probe)
-    tokenizers = read_tokenizers(generator, recorded, count, inputs)
     others = [probe_run(generator, recorded, n, plain, inputs) for n in sorted({min(steps), max(steps)} - {count})]
     reader = Reader(generator, recorded, scale, plain, others)
     schedule = loop_schedule if generator.is_loop else pipeline_schedule

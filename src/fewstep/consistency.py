@@ -15,8 +15,6 @@ from fewstep.contract import (
     AFTER,
     BEFORE,
     DRAW,
-    DRAWS_OF_A_STEP,
-    EARLY_DRAWS,
     GUIDANCE,
     IMAGE,
     INPUT,
@@ -35,6 +33,7 @@ from fewstep.contract import (
     is_denoiser,
 )
 from fewstep.errors import BundleError, FewstepError
+from fewstep.noise import DRAWS_OF_A_STEP, EARLY_DRAWS
 from fewstep.variants import batch_of
 
 if TYPE_CHECKING:
