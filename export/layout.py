@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from fewstep.disk import scratch
 from fewstep.export.generator import Generator
 from fewstep.manifest import TokenizerSpec
 
@@ -33,7 +33,7 @@ def _backend(tokenizer: Any) -> Any:
     if backend is None:  # a slow tokenizer of transformers 4
         from transformers import AutoTokenizer
 
-        with TemporaryDirectory() as folder:
+        with scratch() as folder:
             tokenizer.save_pretrained(folder)
             backend = AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer
     return backend

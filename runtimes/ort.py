@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.contract import ComponentSpec, TensorSpec
+from fewstep.disk import scratch
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.manifest import Artifact
 from fewstep.program import Program
@@ -172,7 +172,7 @@ def _run_cut(
     import onnxruntime
 
     cut = onnx_file.Cut(given, tuple(wanted))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         target = cut.write(path, Path(folder))
         session = onnxruntime.InferenceSession(
             str(target), session_options(None, path=path), providers=["CPUExecutionProvider"]

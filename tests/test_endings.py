@@ -231,7 +231,8 @@ def test_no_folder_for_temporary_files_is_a_sentence_too(run: Run, monkeypatch: 
     def nowhere() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/x']")
 
-    monkeypatch.setattr(faults.tempfile, "gettempdir", nowhere)
-    status, _, err = run(OSError(errno.ENOSPC, "No space left on device"))
+    with monkeypatch.context() as patch:  # pytest makes temporary files, too
+        patch.setattr(faults.tempfile, "gettempdir", nowhere)
+        status, _, err = run(OSError(errno.ENOSPC, "No space left on device"))
     assert status == 2
     assert "hint: set TMPDIR to a folder you can write" in err
