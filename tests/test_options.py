@@ -182,7 +182,7 @@ def test_a_recipe_names_options() -> None:
 
 def test_bundle_is_verified_with_the_options_it_was_built_with(run: Run, tmp_path: Path) -> None:
     small = ("--prompts", "1", "--seeds", "1")
-    options = ("--option", "sigmas=[0.9,0.2]", "--option", "clip_skip=1")
+    options = ("--option", "sigmas=[0.9,0.2]", "--option", "eta=0.5")
     source = with_a_checker(tmp_path / "source")
     status, stdout, stderr = run("build", source, *options, *small, "-o", tmp_path / "bundle", "--json")
     assert status == 0, stderr
@@ -192,7 +192,7 @@ def test_bundle_is_verified_with_the_options_it_was_built_with(run: Run, tmp_pat
     assert manifest.caveats == tuple(fewstep.source.source_notes(manifest.source))
     assert len(manifest.caveats) == 2
     assert "would black out" in (tmp_path / "bundle" / "report" / "index.html").read_text(encoding="utf-8")
-    assert manifest.source.options == {"sigmas": {"value": [0.9, 0.2]}, "clip_skip": {"value": 1}}
+    assert manifest.source.options == {"sigmas": {"value": [0.9, 0.2]}, "eta": {"value": 0.5}}
     assert list(manifest.schedules) == [2]
     status, stdout, stderr = run("verify", tmp_path / "bundle", *small, "--json")
     assert status == 0, stderr
