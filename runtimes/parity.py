@@ -286,16 +286,20 @@ def _outputs(error: str, reference: Sample, result: Sample, limit: float | None)
 # A mean over a picture hides one value that is wrong. Errors of rounding are spread as normal ones are: of a million,
 # the largest is 5 times the root of the mean square. Half a level of 8 bits is the least that is asked for.
 _LARGEST, _HALF_LEVEL = 8.0, 0.5 / 255
+LARGEST = "largest difference in levels, negated"
 
 
 def largest_check(reference: Sample, result: Sample, limit_db: float, *, level: str = "picture") -> list[Check]:
     """Returns the check of the largest difference of two pictures' values, in levels of 255; none of other outputs."""
     if reference.kind != "picture":
         return []
-    most = max(_HALF_LEVEL, _LARGEST * 10 ** (-limit_db / 20))
     value = -float(np.max(np.abs(reference.output - result.output))) * 255
-    metric = "largest difference in levels, negated"
-    return [Check(LOWERING, level, "picture", None, label(reference), None, metric, value, -most * 255)]
+    return [Check(LOWERING, level, "picture", None, label(reference), None, LARGEST, value, -most_levels(limit_db))]
+
+
+def most_levels(limit_db: float) -> float:
+    """Returns the largest difference of a picture's values that a limit of its PSNR allows, in levels of 255."""
+    return 255 * max(_HALF_LEVEL, _LARGEST * 10 ** (-limit_db / 20))
 
 
 def _not_flat(error: str, label: str, picture_HWC: Array) -> Check:

@@ -16,6 +16,7 @@ PACKAGE = REPOSITORY / "src" / "fewstep"
 STAGES = ("export", "calibration", "optimize", "runtimes")
 LINKS = {**{stage: f"../../{stage}" for stage in STAGES}, "stickers": "../../apps/stickers"}
 COMPILE_TIME = {
+    "fewstep.runtimes.module_paths",
     "fewstep.runtimes.ort_bisect",
     "fewstep.runtimes.ort_files",
     "fewstep.runtimes.coreml_bisect",

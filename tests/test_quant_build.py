@@ -152,7 +152,7 @@ def test_a_build_that_lowers_wrongly_fails_and_names_the_operation(
     checks = json.loads((tmp_path / "bundle.failed" / "report" / "parity.json").read_text())["all"]
     failed = [c for c in checks if not c["passed"] and c["level"] == "operation"]
     assert failed
-    assert {c["metric"] for c in failed} <= {"equal integers", "largest difference, negated", "SQNR dB"}
+    assert {c["metric"] for c in failed} <= {"unexplained integers, negated", "SQNR dB"}
     # The changed weight is of one convolution: what follows it, and nothing else.
     assert len({c["tensor"] for c in failed}) == 1, {c["tensor"] for c in failed}
 
@@ -197,7 +197,8 @@ def test_every_target_of_a_build_is_verified(tmp_path: Path, monkeypatch: pytest
     assert both.report and counts["onnxruntime"] == counts["second"] > 0
     assert set(both.each) == set(targets)
     one = fewstep.verify(bundle, runtime="second")
-    assert one.report and not one.each and len(one.report.checks) == counts["second"]
+    of_none = sum(c.runtime is None for c in both.report.checks)  # the host's, which every runtime has in common
+    assert one.report and not one.each and len(one.report.checks) == counts["second"] + of_none
     text = (out / "report" / "index.html").read_text(encoding="utf-8")
     assert "(second)" in text
     monkeypatch.setitem(RUNTIMES, "second", second(open_wrongly=True))

@@ -23,7 +23,16 @@ from fewstep.feeds import Sample
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.recipe import Limits
 from fewstep.references import golden_samples, known_floor, limits_of
-from fewstep.runtimes.parity import FLAT, LOWERING, Check, ParityReport, label, trajectory_limits
+from fewstep.runtimes.parity import (
+    FLAT,
+    LARGEST,
+    LOWERING,
+    Check,
+    ParityReport,
+    label,
+    most_levels,
+    trajectory_limits,
+)
 from fewstep.runtimes.quantized_parity import floor_checks_of
 from fewstep.verify import FLOOR_SAMPLES, GOLDEN
 
@@ -150,6 +159,8 @@ def _expected(bundle: Bundle, golden: Sequence[Sample], limits: Limits) -> Itera
         metric = "PSNR dB" if sample.kind == "picture" else "SQNR dB"
         yield Check(LOWERING, "picture", sample.kind, None, where, None, metric, math.nan, limit)
         yield Check(LOWERING, "picture", "picture", None, where, None, "spread (std)", math.nan, FLAT)
+        if sample.kind == "picture" and limit is not None:
+            yield Check(LOWERING, "picture", "picture", None, where, None, LARGEST, math.nan, -most_levels(limit))
 
 
 def _floor_checks(bundle: Bundle, golden: Sequence[Sample], limits: Limits, checks: Sequence[Check]) -> list[Check]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from fewstep.bisecting import answering
 from fewstep.bundle import Bundle
+from fewstep.errors import ContractError
 from fewstep.feeds import Sample
 from fewstep.golden import compare_golden, token_checks
+from fewstep.progress import Progress, stage
 from fewstep.recipe import Limits
 from fewstep.references import Live, golden_samples, known_floor
+from fewstep.runtimes import get_runtime
 from fewstep.runtimes.host import host_checks
 from fewstep.runtimes.parity import Check, Floor
-from fewstep.runtimes.quantized_parity import recorded_floor_checks
+from fewstep.runtimes.quantized_parity import operation_checks, recorded_floor_checks
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.runtimes.stored_parity import load_table
 from fewstep.ties import contract_ties, golden_ties
+
+if TYPE_CHECKING:
+    from fewstep.optimize.quantize import QuantizedPrograms
 
 
 def recorded_checks(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
@@ -56,3 +64,27 @@ def source_checks(
     left = len(golden) - compared
     note = f"{left} of the golden pack's {len(golden)} samples were not drawn again: give more prompts and seeds"
     return checks, (note,) if left else ()
+
+
+def compare_operations(
+    bundle: Bundle,
+    runtime: str,
+    components: Sequence[str],
+    quantized: QuantizedPrograms,
+    sample: Sample,
+    progress: Progress,
+) -> list[Check]:
+    """Returns the checks of every quantized tensor of a sample's calls, with the quantized network at hand."""
+    checks: list[Check] = []
+    with stage(progress, "compare operations"):
+        for component in components:
+            made = quantized.make(component)
+            for feed in (f for f in sample.feeds if f.component == component):
+                program, inputs, variant = answering(bundle.manifest, made, feed.inputs)
+                artifact = bundle.manifest.artifact(runtime, component, variant)
+                compare = get_runtime(runtime).of(artifact).compare_integers
+                if compare is None:
+                    raise ContractError(f"{runtime} computes with whole numbers and has nothing to compare them with")
+                path = bundle.file(artifact.path)
+                checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
+    return checks

@@ -16,6 +16,7 @@ from fewstep.errors import ContractError
 from fewstep.feeds import Sample
 from fewstep.manifest import Manifest
 from fewstep.recipe import PRESETS, Limits
+from fewstep.references import limits_of
 from fewstep.runtimes.parity import LOWERING, Check, label
 from fewstep.schedule import Schedule
 
@@ -33,7 +34,7 @@ def check_limits(manifest: Manifest) -> Limits:
     Raises:
         ContractError: they are below what its recipe's kind needs.
     """
-    limits = Limits(**manifest.recipe["limits"])
+    limits = limits_of(manifest)
     needed = needed_limits(manifest.recipe)
     for name, least in asdict(needed).items():
         value = getattr(limits, name)

@@ -7,16 +7,16 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from fewstep.bisecting import BISECTED, answering, bisect_failures
+from fewstep.bisecting import BISECTED, bisect_failures
 from fewstep.bundle import Bundle
-from fewstep.errors import ContractError, RuntimeMissingError
+from fewstep.errors import RuntimeMissingError
 from fewstep.executed import compute_notes, executor_text, stand_in_notes
 from fewstep.feeds import Sample
 from fewstep.further import batches
 from fewstep.golden_operations import golden_operation_checks
 from fewstep.manifest import INTEGERS, Manifest
 from fewstep.progress import Progress, Silent, stage
-from fewstep.proof import host_of, recorded_checks, source_checks
+from fewstep.proof import compare_operations, host_of, recorded_checks, source_checks
 from fewstep.recipe import Limits
 from fewstep.references import (
     as_built,
@@ -43,7 +43,7 @@ from fewstep.runtimes.parity import (
     fold,
     label,
 )
-from fewstep.runtimes.quantized_parity import floor_checks, mean_check, operation_checks
+from fewstep.runtimes.quantized_parity import floor_checks, mean_check
 from fewstep.runtimes.sampler import Sampler, open_sampler
 from fewstep.runtimes.stored_parity import load_table, stored_checks
 from fewstep.source import SourceSpec, source_notes
@@ -317,7 +317,7 @@ def verify_against(
                 "quantized operations were compared one by one at those of the golden pack" if why is None else why
             ]
         else:
-            checks += _compare_operations(bundle, name, integers, quantized, references[0], progress)
+            checks += compare_operations(bundle, name, integers, quantized, references[0], progress)
     if uncompressed is not None:
         checks += compare_samples(uncompressed, references, limits.compression_psnr_db, error=COMPRESSION)
         if integers:
@@ -364,29 +364,6 @@ def _floor(
         with stage(progress, "measure the noise floor"):
             return quantized.floor(references)
     return known_floor(bundle)
-
-
-def _compare_operations(
-    bundle: Bundle,
-    runtime: str,
-    components: Sequence[str],
-    quantized: QuantizedPrograms,
-    sample: Sample,
-    progress: Progress,
-) -> list[Check]:
-    checks = []
-    with stage(progress, "compare operations"):
-        for component in components:
-            made = quantized.make(component)
-            for feed in (f for f in sample.feeds if f.component == component):
-                program, inputs, variant = answering(bundle.manifest, made, feed.inputs)
-                artifact = bundle.manifest.artifact(runtime, component, variant)
-                compare = get_runtime(runtime).of(artifact).compare_integers
-                if compare is None:
-                    raise ContractError(f"{runtime} computes with whole numbers and has nothing to compare them with")
-                path = bundle.file(artifact.path)
-                checks += operation_checks(component, sample, feed.step, compare(program, path, inputs))
-    return checks
 
 
 def _compare_shipped(

@@ -56,7 +56,8 @@ def test_compares_what_verify_compares_with_the_golden_pack(bundle: Bundle, prec
     verified = {(c.level, c.component, c.step, c.sample, c.tensor, c.metric, c.limit) for c in checks}
     mine = device_report(result_of(bundle), bundle, where="result").report.checks
     found = {(c.level, c.component, c.step, c.sample, c.tensor, c.metric, c.limit) for c in mine}
-    assert verified - found == {key for key in verified if key[5] == "SSIM"}, "which only informs"
+    here = ("stored", "operation")  # a browser reads no files but as its runtime does
+    assert verified - found == {key for key in verified if key[5] == "SSIM" or key[0] in here}
     assert found <= verified
     assert ("median SQNR dB" in {key[5] for key in found}) == (precision == "w8a8")
 

@@ -123,8 +123,11 @@ export class CheckView {
 
 export const threadsText = (threads: number): string => (threads === 1 ? "1 thread" : `${threads} threads`);
 
+const LARGEST = "largest difference in levels, negated";
+const plain = (check: Check): boolean => check.metric === "spread (std)" || check.metric === LARGEST;
+
 const valueText = (check: Check): string =>
-  check.metric === "spread (std)" ? check.value.toPrecision(3) : `${Number.isFinite(check.value) ? check.value.toFixed(1) : check.value} dB`;
+  plain(check) ? check.value.toPrecision(3) : `${Number.isFinite(check.value) ? check.value.toFixed(1) : check.value} dB`;
 
 const spaced = (name: string): string => name.replaceAll("_", " ");
 
@@ -132,6 +135,7 @@ const spaced = (name: string): string => name.replaceAll("_", " ");
 function subject(check: Check): { order: number; text: string } {
   const step = check.step === null ? "" : `, step ${check.step + 1}`;
   if (check.metric === "spread (std)") return { order: 5, text: "picture’s spread" };
+  if (check.metric === LARGEST) return { order: 3, text: "picture’s largest difference, in levels" };
   if (check.sample === null) return { order: 4, text: `${spaced(check.component)}, median` };
   if (check.level === "picture") return { order: 2, text: "picture" };
   if (check.level === "trajectory") return { order: 1 + check.step! / 1000, text: `latent${step}` };
@@ -147,7 +151,7 @@ function worstTable(check: DeviceCheck): HTMLTableElement {
   }
   const rows = [...groups].map(([what, all]) => {
     const worst = all.reduce((a, b) => (Number.isNaN(b.value) || (!b.passed && a.passed) || b.value < a.value ? b : a));
-    const limit = worst.limit === null ? "–" : worst.metric === "spread (std)" ? worst.limit.toPrecision(2) : `${Number(worst.limit.toFixed(1))} dB`;
+    const limit = worst.limit === null ? "–" : plain(worst) ? worst.limit.toPrecision(2) : `${Number(worst.limit.toFixed(1))} dB`;
     const passed = all.every((c) => c.passed);
     const verdict = !passed ? "✗" : worst.limit === null ? "" : "✓"; // what has no limit only informs
     return h(
