@@ -28,6 +28,7 @@ from fewstep.contract import (
     TIME,
     TIMESTEP,
     TOKENS,
+    ZEROS,
     ComponentSpec,
     TensorSpec,
     is_denoiser,
@@ -176,7 +177,7 @@ def _given(manifest: Manifest) -> dict[str, int]:
     known = {f"{INPUT}{i.name}": batch * max(1, math.prod(i.shape)) for i in contract.inputs if i.kind != TEXT}
     for name, tokenizer in manifest.tokenizers.items():
         known |= {f"{TOKENS}{name}": batch * tokenizer.length, f"{MASK}{name}": batch * tokenizer.length}
-    if contract.guidance.kind not in ("none", "two_pass"):
+    if contract.guidance.kind in ("embedded", "scalar"):
         known[GUIDANCE] = 1  # one row is enough for all samples
     return known
 
@@ -210,6 +211,9 @@ def _of_results(manifest: Manifest) -> Iterator[str]:
     }
     given = {**before, **{o: size for o, size in _given(manifest).items() if o.startswith(INPUT)}}
     whole = TensorSpec("latent", "float32", (contract.batch, *contract.latent_shape))
+    for origin in contract.guidance.unconditional:
+        if origin not in before and origin not in _given(manifest):
+            yield f"contract/guidance/unconditional: {origin!r} is nothing that is known before the loop"
     for name, origin in (("initial", contract.initial), ("anchor", contract.anchor)):
         size = None if origin is None else given.get(origin, _drawn(origin, BEFORE, whole))
         if origin is not None and size != latent:
@@ -230,6 +234,11 @@ def _of_paths(manifest: Manifest) -> Iterator[str]:
     for path in artifacts:
         if path not in manifest.files:
             yield f"artifact {path} is not listed in the manifest's files"
+    for path in set(manifest.contract.guidance.unconditional.values()) - {ZEROS}:
+        if not is_inside(path):
+            yield f"path {path[:200]!r} leaves the bundle, expected a relative path inside it"
+        if path not in manifest.files:
+            yield f"contract/guidance/unconditional: {path} is not listed in the manifest's files"
     for folder in folders:
         if f"{folder}/{TOKENIZER}" not in manifest.files:
             yield f"{folder}/{TOKENIZER} is not listed in the manifest's files"

@@ -198,13 +198,19 @@ describe("steps that call different networks", () => {
 describe("guidance with two passes", () => {
   const guidance = { ...unguided, kind: "two_pass", scale: 2, threshold: 1, unconditional: { "encoder.c": "zeros" }, takes_negative: true };
   const guided = (more: object = {}): Manifest => {
-    const { components, contract } = manifest({ c: "encoder.c", m: "mask:words" });
+    const { components, contract, artifacts, files } = manifest({ c: "encoder.c", m: "mask:words" });
     components.denoiser!.inputs.push(spec("c", "float32", [1, 2]) as never, spec("m", "int64", [1, 1]) as never);
     const encoder = { inputs: [spec("ids", "int64", [1, 1])], outputs: [spec("c", "float32", [1, 2])], bindings: { ids: "tokens:words" }, phase: "before" };
-    Object.assign(contract.output, { kind: "depth" });
-    Object.assign(contract, { guidance: { ...guidance, ...more } });
-    const words = { folder: "words", length: 1, pad_id: 0, padding_side: "right", prefix: "", suffix: "", clean: false, input: "prompt" };
-    return parsed(manifest({}, { components: { encoder, ...components }, contract, tokenizers: { words }, schedules: { "2": { ...table(2), g: [0, 0] } } }));
+    Object.assign(contract, { guidance: { ...guidance, ...more }, inputs: [{ name: "prompt", kind: "text", shape: [], count: null }] });
+    const words = { folder: "words", length: 1, pad_id: 0, padding_side: "right", prefix: "", suffix: "", operations: [], expansions: {}, input: "prompt" };
+    const file = files["onnxruntime/model.onnx"]!;
+    const parts = {
+      artifacts: [...artifacts, { ...artifacts[0]!, component: "encoder" }],
+      components: { encoder, ...components },
+      files: { ...files, "words/tokenizer.json": file, "guidance/unconditional.safetensors": file },
+      tokenizers: { words },
+    };
+    return parsed(manifest({}, { contract, ...parts }));
   };
 
   /** Returns what networks were given: encodings are the text's length, the denoiser's output is its condition. */
@@ -252,7 +258,8 @@ describe("guidance with two passes", () => {
   });
 
   it("refuses an origin that is not known, a path that leaves, and scales of a bundle for one alone", async () => {
-    expect(() => checkOrigins(guided({ unconditional: { "moon.c": "zeros" } }))).toThrow("the unconditional pass is bound to");
+    expect(() => guided({ unconditional: { "moon.c": "zeros" } })).toThrow("the unconditional pass is bound to");
+    expect(() => guided({ unconditional: { "encoder.c": "other.safetensors" } })).toThrow("other.safetensors is not listed in files");
     expect(() => guided({ unconditional: { "encoder.c": "../x" } })).toThrow("leaves the bundle");
     const fixed = guided({ kind: "fixed", threshold: null, unconditional: {}, takes_negative: false, reason: "it rescales" });
     await expect(drawn(fixed, { guidance: 3 })).rejects.toThrow("guidance is 3, but this bundle is made for 2 alone");

@@ -119,7 +119,7 @@ function given({ contract, tokenizers }: Manifest): Map<string, number> {
   const known = new Map<string, number>();
   for (const input of contract.inputs) if (input.kind !== "text") known.set(`input:${input.name}`, batch * Math.max(1, sizeOf(input.shape)));
   for (const [name, { length }] of Object.entries(tokenizers)) known.set(`tokens:${name}`, batch * length).set(`mask:${name}`, batch * length);
-  if (contract.guidance.kind !== "none" && contract.guidance.kind !== "two_pass") known.set("guidance_embedding", 1);
+  if (contract.guidance.kind === "embedded" || contract.guidance.kind === "scalar") known.set("guidance_embedding", 1);
   return known;
 }
 
@@ -160,6 +160,9 @@ function checkFiles({ artifacts, components, contract, files, tokenizers }: Mani
   for (const runtime of new Set(artifacts.map((a) => a.runtime))) {
     const missing = Object.keys(components).find((name) => !artifacts.some((a) => a.runtime === runtime && a.component === name));
     if (missing !== undefined) throw refuse(`artifacts: there is no ${missing} for ${runtime}`);
+  }
+  for (const path of Object.values(contract.guidance.unconditional)) {
+    if (path !== "zeros" && !Object.hasOwn(files, path)) throw refuse(`contract/guidance/unconditional: ${path} is not listed in files`);
   }
   const texts = contract.inputs.filter((input) => input.kind === "text").map((input) => input.name);
   for (const [name, tokenizer] of Object.entries(tokenizers)) {
