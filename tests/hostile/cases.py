@@ -64,6 +64,10 @@ class Cases:
         chance = random.Random(f"{kind} {seed}")
         return getattr(self, f"_{kind}")(chance, self._work / f"{kind}-{seed}")
 
+    def good(self, name: str) -> Case:
+        """Returns a case with nothing wrong about it."""
+        return Case(lambda: _use(self._bundles[name]))
+
     def _bundle(self, chance: random.Random, folder: Path) -> Case:
         """A bundle whose manifest was changed, and mostly its hash with it, as a stranger would."""
         name = chance.choice(sorted(self._bundles))
