@@ -211,9 +211,9 @@ def _of_results(manifest: Manifest) -> Iterator[str]:
     }
     given = {**before, **{o: size for o, size in _given(manifest).items() if o.startswith(INPUT)}}
     whole = TensorSpec("latent", "float32", (contract.batch, *contract.latent_shape))
-    for origin in contract.guidance.unconditional:
-        if origin not in before and origin not in _given(manifest):
-            yield f"contract/guidance/unconditional: {origin!r} is nothing that is known before the loop"
+    for replaced in contract.guidance.unconditional:
+        if replaced not in before and replaced not in _given(manifest):
+            yield f"contract/guidance/unconditional: {replaced!r} is nothing that is known before the loop"
     for name, origin in (("initial", contract.initial), ("anchor", contract.anchor)):
         size = None if origin is None else given.get(origin, _drawn(origin, BEFORE, whole))
         if origin is not None and size != latent:
