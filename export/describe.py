@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
 from fewstep.export.embedding import read_scale
 from fewstep.export.fingerprint import fingerprint, is_own_code, with_outputs
+from fewstep.export.finite import check_finite
 from fewstep.export.generator import Generator
 from fewstep.export.guidance_probe import Probe
 from fewstep.export.guided import Guided, read_two_passes
@@ -49,7 +50,9 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     Raises:
         ScheduleError: its sampler is not a table.
         ExportError: it does something between the networks that a bundle cannot express.
+        SourceError: a weight is NaN or Inf.
     """
+    check_finite(generator)
     mark = fingerprint(generator)  # before anything runs, which may leave traces in the networks
     inputs = stacked([example_inputs(generator.inputs, i) for i in range(generator.batch)])
     prompt = example_prompts(generator)
