@@ -25,6 +25,7 @@ _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _OP_TYPE, _ATTRIBUTE = 1, 2, 4, 5
 _DIMS, _TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _DOUBLES, _EXTERNAL = 1, 2, 4, 5, 7, 8, 9, 10, 13
 _ATTRIBUTE_TENSOR = 5
+_ATTRIBUTE_GRAPHS = (6, 11)
 # TensorProto.DataType of what models of ours hold; the others are passed over by name.
 _DTYPES = {1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8", 12: "<u4"}
 _UINT4, _INT4 = 21, 22
@@ -93,7 +94,12 @@ def stored(path: Path) -> Stored:
     """Returns the constants of an ONNX file, read one at a time, and its grids of activations."""
     data = path.read_bytes()
     graph, names = _graph_and_names(data)
-    return Stored(lambda: _constants(graph, path), _grids(graph, path, names))
+    # What nothing reads proves nothing.
+    used = _used(graph)
+    return Stored(
+        lambda: ((name, values) for name, values in _constants(graph, path) if name in used),
+        _grids(graph, path, names),
+    )
 
 
 def multiplies_unsigned(path: Path) -> bool:
@@ -132,6 +138,18 @@ def _constants(graph: bytes, path: Path) -> Iterator[tuple[str, Array]]:
                 tensors = [p for m, _, p in fields(attribute) if m == _ATTRIBUTE_TENSOR] if n == _ATTRIBUTE else []
                 for tensor in tensors:
                     yield name, _tensor(tensor, path)[1]
+
+
+def _used(graph: bytes) -> set[str]:
+    """Returns the names that nodes read, those inside of control flow too, and the outputs."""
+    found = {_texts(payload, 1)[0] for number, _, payload in fields(graph) if number == _OUTPUT}
+    for node in _nodes(graph):
+        found.update(_texts(node, _NODE_INPUT))
+        for number, _, attribute in fields(node):
+            if number == _ATTRIBUTE:
+                inner = (payload for at, _, payload in fields(attribute) if at in _ATTRIBUTE_GRAPHS)
+                found.update(name for block in inner for name in _used(block))
+    return found
 
 
 def _tensor(message: bytes, path: Path) -> tuple[str, Array]:
