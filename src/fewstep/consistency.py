@@ -131,10 +131,7 @@ def _of_schedules(manifest: Manifest) -> Iterator[str]:
         yield f"contract/rows has {len(contract.rows)} rows, and the form is {contract.form}"
     for steps, table in manifest.schedules.items():
         where = f"schedules/{steps}"
-        if table.steps != steps:
-            yield f"{where} has {table.steps} timesteps"
-            continue
-        for k in range(steps):
+        for k in range(table.steps):  # of an image-to-image pipeline fewer than its step count
             if rowed:
                 contract.row(table, k)
             spec = components.get(table.network(k))

@@ -58,11 +58,12 @@ function checkSchedules(manifest: Manifest): void {
   for (const [steps, table] of Object.entries(schedules)) {
     const columns = { ...table.times, ...Object.fromEntries(COLUMNS.map((name) => [name, table[name]])) };
     for (const [name, column] of Object.entries(columns)) {
-      if (column.length !== Number(steps)) throw refuse(`schedules/${steps}: ${name} has ${column.length} entries`);
+      if (column.length !== table.timesteps.length) throw refuse(`schedules/${steps}: ${name} has ${column.length} entries`);
     }
     if (table.h.some((row, k) => row.length > k)) throw refuse(`schedules/${steps}: h reaches before the first step`);
     if (table.clip !== null && !(table.clip > 0)) throw refuse(`schedules/${steps}: clip is ${table.clip}, expected more than 0`);
-    if (![0, Number(steps)].includes(table.networks?.length ?? 0)) {
+    if (table.timesteps.length === 0) throw refuse(`schedules/${steps} has no timesteps`);
+    if (![0, table.timesteps.length].includes(table.networks?.length ?? 0)) {
       throw refuse(`schedules/${steps}: networks has ${table.networks!.length} entries`);
     }
     for (let k = 0; k < table.timesteps.length; k++) {
