@@ -82,9 +82,7 @@ def look(fault: Fault, bundle: Path, *, against: str | None = None) -> Seen:
         golden, from_golden = _verdict(lambda: _golden(folder.path))
     said = place if seen else from_golden
     # Faults of integers are told by the module whose integers they are.
-    named = (
-        any(fault.place in text for text in (place, from_golden)) if fault.place else "." in place or "stored" in place
-    )
+    named = any(fault.place in text if fault.place else "stored denoiser" in text for text in (place, from_golden))
     where = f"{fault.recipe}, painter" if against == PAINTER else fault.recipe
     return Seen(fault.name, where, seen, golden, (seen or golden) and named, said[:160])
 

@@ -436,5 +436,4 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "b[0] + 1 %, integers", W8A8, "schedule step 0", _schedules(lambda t: t["b"].__setitem__(0, t["b"][0] * 1.01))
     ),
-    Fault("pad id 0, integers", W8A8, "tokenizer", _set("tokenizers/tokenizer/pad_id", 0)),
 )
