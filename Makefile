@@ -194,6 +194,10 @@ TRAIN := $(BIN)/python -m fewstep.stickers
 # Training frees and takes hundreds of MB a step: kept by malloc instead of given back, a quarter of the time is saved.
 stickers-train: export MALLOC_MMAP_THRESHOLD_ = 8589934592
 stickers-train: export MALLOC_TRIM_THRESHOLD_ = 8589934592
+.PHONY: stickers-sets
+stickers-sets: $(VENV)/.dev ## Fetches emoji in other styles from npm, for STICKERS_VARIANT=styles or large
+	$(TRAIN).sets
+
 .PHONY: stickers-train
 stickers-train: $(VENV)/.dev ## Trains the built-in generator again (a day on two cores; goes on where it was interrupted)
 	$(TRAIN).autoencoder --iterations $(AUTOENCODER_STEPS)

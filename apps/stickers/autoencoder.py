@@ -1,36 +1,45 @@
-"""Trains the autoencoder: 64x64 pictures to 16x16x4 latents and back (diffusers ``AutoencoderTiny``)."""
+"""Trains the autoencoder: images to 16x16 latents and back (diffusers ``AutoencoderTiny``)."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch.nn import functional as F
 
-from fewstep.stickers.data import read_stickers
-from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps
+from fewstep.stickers.data import Sticker
+from fewstep.stickers.sets import training_images
+from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps, training_precision
+from fewstep.stickers.variant import Variant, variant
 
-LATENT_CHANNELS = 4
 
-
-def make_autoencoder() -> AutoencoderTiny:
-    """Returns an untrained autoencoder of factor 4."""
+def make_autoencoder(chosen: Variant | None = None) -> AutoencoderTiny:
+    """Returns an untrained autoencoder of the variant's factor; each further stage halves the size."""
+    chosen = chosen or variant()
+    stages = chosen.factor.bit_length()
+    # diffusers' class builds no other than equal widths.
+    widths = (chosen.width,) * stages
     return AutoencoderTiny(
-        encoder_block_out_channels=(48, 48, 48),
-        decoder_block_out_channels=(48, 48, 48),
-        num_encoder_blocks=(1, 2, 2),
-        num_decoder_blocks=(2, 2, 1),
-        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=(1, *[2] * (stages - 1)),
+        num_decoder_blocks=(*[2] * (stages - 1), 1),
+        latent_channels=chosen.latent_channels,
         scaling_factor=1.0,
     )
 
 
-def pictures(size: int = 64) -> torch.Tensor:
-    """Returns all pictures, float32 [P, 3, 64, 64] in [-1, 1]."""
-    stickers = read_stickers(size)
+def pictures() -> torch.Tensor:
+    """Returns all training images of the variant, float32 [P, 3, size, size] in [-1, 1]."""
+    return as_tensor([styled.sticker for styled in training_images()])
+
+
+def as_tensor(stickers: Sequence[Sticker]) -> torch.Tensor:
+    """Returns the images of stickers, float32 [P, 3, size, size] in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([s.pixels_HWC for s in stickers]))
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
@@ -62,7 +71,7 @@ def train(iterations: int, *, decoder_only: bool, batch: int = 16, peak: float =
         x = x_all[torch.randint(len(x_all), (batch,), generator=rng)].to(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, iterations, peak=peak)
-        with torch.autocast("cpu", torch.bfloat16):
+        with training_precision():
             with torch.set_grad_enabled(not decoder_only):
                 z = model.encode(x).latents
             # Noise of 5 % of the latents' spread: the decoder must forgive a sampler's small errors.

@@ -32,7 +32,7 @@ from fewstep.stickers.teacher import (
     make_text_encoder,
     make_unet,
 )
-from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps, update_ema
+from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps, training_precision, update_ema
 
 TRAIN_STEPS = 1000
 GRID_STEPS = 50
@@ -220,7 +220,7 @@ def losses(networks: Networks, batch: Batch, levels: NoiseLevels) -> tuple[Tenso
     guidance = guidance_embedding(batch.w_B)
     t_next = batch.t_B - SKIPPED_STEPS * TRAIN_STEPS // GRID_STEPS
     t_target = t_next.clamp(min=0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with training_precision():
         with torch.no_grad():
             # Both branches of guidance in one call.
             text = torch.cat([batch.text_BLC, networks.empty_1LC.expand_as(batch.text_BLC)])

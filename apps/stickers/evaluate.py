@@ -1,7 +1,8 @@
 """Measures how well teacher and student draw what a caption names: retrieval, a Frechet distance, picture grids.
 
 The features of a picture are its latents (the autoencoder's encoding, 16x16x4 numbers at unit spread). For 300 fixed
-captions, all of them names from the data set, a sampler's picture is encoded and its nearest training picture found:
+captions, all of them names of the font's images, a sampler's picture is encoded and the nearest of all training
+pictures found:
 
 - ``own``: it is the caption's own (or one that equals it pixel for pixel: France has the same flag as Clipperton);
 - ``subgroup``: it is of the same Unicode subgroup, e.g. "food-fruit";
@@ -30,18 +31,30 @@ from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, LatentConsis
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional as F
 
 from fewstep.errors import SourceError
-from fewstep.stickers.autoencoder import pictures
-from fewstep.stickers.data import Sticker, read_stickers
+from fewstep.stickers.autoencoder import as_tensor
+from fewstep.stickers.compositions import (
+    Composition,
+    CompositionScore,
+    colour_compositions,
+    score_compositions,
+    style_compositions,
+)
+from fewstep.stickers.data import read_stickers
 from fewstep.stickers.distill import Teacher, guide, load_teacher
 from fewstep.stickers.package import FOLDER, load_final_autoencoder
+from fewstep.stickers.sets import FONT_STYLES, StyledSticker, styled_stickers, training_images
 from fewstep.stickers.teacher import Captions, make_scheduler
 from fewstep.stickers.training import WORK
+from fewstep.stickers.variant import variant
 
 CAPTION_COUNT = 300
 TEACHER_STEPS = 25
 STUDENT_STEPS = (1, 2, 4, 8)
+COMPOSERS = (("teacher", TEACHER_STEPS), ("student", 4))
+"""The samplers that the composition test is run on: it needs captions of its own."""
 COMPONENTS = 64
 BATCH = 25
 GRID_ROWS = 16
@@ -113,7 +126,9 @@ class TeacherSampler:
         """Returns one picture for each caption, from the noise the student would get."""
         ids = self._tokens([*captions, *[""] * len(captions)])
         text = self._teacher.text_encoder(ids).last_hidden_state
-        x = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        config = self._teacher.unet.config
+        shape = (1, config["in_channels"], config["sample_size"], config["sample_size"])
+        x = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         w = torch.full((len(captions),), self._guidance)
         self._scheduler.set_timesteps(self._steps)
         for t in self._scheduler.timesteps:
@@ -126,9 +141,11 @@ class TeacherSampler:
 class Gallery:
     """The training pictures and their features, to compare a sampler's pictures with."""
 
-    def __init__(self, stickers: list[Sticker], autoencoder: AutoencoderTiny) -> None:
-        self.stickers = stickers
-        self.pixels = pictures()
+    def __init__(self, images: Sequence[StyledSticker], autoencoder: AutoencoderTiny) -> None:
+        self.stickers = stickers = [image.sticker for image in images]
+        self.plain = [i for i, image in enumerate(images) if image.styles in ((), FONT_STYLES)]
+        """The font's images, whose names are captions of their own."""
+        self.pixels = as_tensor(stickers)
         self._autoencoder = autoencoder
         self._features_PD = self.features(self.pixels)
         self._mean_D = self._features_PD.mean(axis=0)
@@ -168,6 +185,18 @@ class Gallery:
         features = self.features(images)
         return Score(sampler, steps, *self.retrieval(indices, features), self.frechet(features), seconds)
 
+    def composition(self, kind: str, compositions: Sequence[Composition], sampler: Sampler) -> CompositionScore:
+        """Returns how often a sampler composes what the captions ask for."""
+        images = draw(sampler, [c.caption for c in compositions])
+        return score_compositions(
+            compositions,
+            kind=kind,
+            trained=self.stickers,
+            features_PD=self._features_PD,
+            features=lambda stickers: self.features(as_tensor(stickers)),
+            results_BD=self.features(images),
+        )
+
     def frechet(self, features_BD: NDArray[np.float64]) -> float:
         """Returns the Frechet distance to all training pictures, in 64 principal components."""
         project = [(f - self._mean_D) @ self._axes_KD.T for f in (features_BD, self._features_PD)]
@@ -189,9 +218,22 @@ def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     return rooted
 
 
-def fixed_captions(stickers: Sequence[Sticker], limit: int) -> list[int]:
-    """Returns the indices of the stickers whose names are the captions: a prefix of a fixed choice of 300."""
-    return random.Random(300).sample(range(len(stickers)), k=CAPTION_COUNT)[:limit]
+def fixed_captions(plain: Sequence[int], limit: int) -> list[int]:
+    """Returns the indices of the images whose names are the captions: a prefix of a fixed choice of 300.
+
+    ``plain`` has the indices of the font's images: the same names whatever other sets are in the gallery.
+    """
+    return random.Random(300).sample(plain, k=CAPTION_COUNT)[:limit]
+
+
+def compositions() -> dict[str, list[Composition]]:
+    """Returns the held-out compositions by kind: colours for every variant, styles where they were trained on."""
+    chosen = variant()
+    stickers = read_stickers(chosen.size)
+    found = {"colour": colour_compositions(stickers)}
+    if chosen.styles:
+        found["style"] = style_compositions(styled_stickers(stickers))
+    return found
 
 
 def draw(sampler: Sampler, captions: list[str]) -> Tensor:
@@ -205,7 +247,8 @@ def draw(sampler: Sampler, captions: list[str]) -> Tensor:
 
 def save_grid(path: Path, names: list[str], columns: dict[str, Tensor], *, scale: int = 1) -> None:
     """Writes a PNG: a row for each caption, a column for each sampler, headings above and captions at the left."""
-    cell, left, top = 64 * scale + 4, 190, 18
+    side = scale * next(iter(columns.values())).shape[-1]
+    cell, left, top = side + 4, 190, 18
     font = ImageFont.load_default(size=11)
     sheet = Image.new("RGB", (left + cell * len(columns), top + cell * len(names)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -215,7 +258,7 @@ def save_grid(path: Path, names: list[str], columns: dict[str, Tensor], *, scale
         pen.text((left + column * cell, 2), heading, "black", font)
         for row in range(len(names)):
             pixels = images[row].clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
-            picture = Image.fromarray(pixels).resize((64 * scale, 64 * scale), Image.Resampling.NEAREST)
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (left + column * cell, top + row * cell))
     sheet.save(path)
 
@@ -228,7 +271,11 @@ def load_student_pipeline(folder: Path) -> LatentConsistencyModelPipeline:
 
 
 def make_samplers(
-    pipeline: LatentConsistencyModelPipeline | None, teacher: Teacher | None, *, guidance: float
+    pipeline: LatentConsistencyModelPipeline | None,
+    teacher: Teacher | None,
+    *,
+    guidance: float,
+    student_steps: Sequence[int] = STUDENT_STEPS,
 ) -> tuple[dict[tuple[str, int], Sampler], AutoencoderTiny]:
     """Returns the samplers by name and steps, and the autoencoder they share (the pipeline's, where there is one)."""
     if pipeline is not None:
@@ -241,8 +288,22 @@ def make_samplers(
     if teacher is not None:
         samplers["teacher", TEACHER_STEPS] = TeacherSampler(teacher, autoencoder, TEACHER_STEPS, guidance)
     if pipeline is not None:
-        samplers |= {("student", steps): StudentSampler(pipeline, steps, guidance) for steps in STUDENT_STEPS}
+        samplers |= {("student", steps): StudentSampler(pipeline, steps, guidance) for steps in student_steps}
     return samplers, autoencoder
+
+
+def compose(samplers: dict[tuple[str, int], Sampler], gallery: Gallery) -> list[dict[str, object]]:
+    """Returns the composition scores of the samplers that take the test, as the report has them, and prints them."""
+    rows: list[dict[str, object]] = []
+    for kind, asked in compositions().items():
+        for name, steps in COMPOSERS:
+            if (name, steps) not in samplers:
+                continue
+            result = gallery.composition(kind, asked, samplers[name, steps])
+            shares = f"object {result.object:.1%}, both {result.both:.1%}"
+            print(f"{name} {steps}: {result.count} captions with a held-out {kind}: {shares}")
+            rows.append({"sampler": name, "steps": steps} | asdict(result))
+    return rows
 
 
 def evaluate(
@@ -250,10 +311,11 @@ def evaluate(
 ) -> list[Score]:
     """Returns the scores of every sampler; writes ``evaluation.json``, ``grid-names.png`` and ``grid-others.png``."""
     out.mkdir(parents=True, exist_ok=True)
-    indices = fixed_captions(gallery.stickers, limit)
+    indices = fixed_captions(gallery.plain, limit)
     names = [gallery.stickers[i].name for i in indices]
     columns, others = {"picture": gallery.pixels[indices]}, {}
-    scores = [gallery.score("data", 0, indices, gallery.reconstruct(columns["picture"]), 0.0)]
+    reconstructed = gallery.reconstruct(columns["picture"])
+    scores = [gallery.score("data", 0, indices, reconstructed, 0.0)]
     for (name, steps), sampler in samplers.items():
         started = time.perf_counter()
         images = draw(sampler, names)
@@ -261,9 +323,12 @@ def evaluate(
         scores.append(gallery.score(name, steps, indices, images, seconds))
         columns[f"{name} {steps}"] = images
         others[f"{name} {steps}"] = draw(sampler, list(OTHER_CAPTIONS))
+    composed = compose(samplers, gallery)
     save_grid(out / "grid-names.png", names[:GRID_ROWS], columns)
     save_grid(out / "grid-others.png", list(OTHER_CAPTIONS), others)
-    report = {"captions": len(names), "guidance": guidance, "rows": [asdict(score) for score in scores]}
+    report: dict[str, object] = {"captions": len(names), "guidance": guidance, "rows": [asdict(row) for row in scores]}
+    report["reconstruction_psnr_db"] = -10 * float(torch.log10(F.mse_loss(reconstructed, columns["picture"]) / 4))
+    report["compositions"] = composed
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
     return scores
 
@@ -273,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the packaged generator")
     parser.add_argument("--teacher-only", action="store_true", help="leave the student out (before it exists)")
+    parser.add_argument("--steps", type=int, nargs="+", default=STUDENT_STEPS, help="steps of the student")
     parser.add_argument("--out", type=Path, default=Path("build/stickers-eval"))
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--limit", type=int, default=CAPTION_COUNT, help="use only the first captions")
@@ -283,8 +349,8 @@ def main() -> None:
     else:
         print(f"no teacher rows: {WORK / 'teacher.pt'} is missing", file=sys.stderr)
     pipeline = None if options.teacher_only else load_student_pipeline(options.folder)
-    samplers, autoencoder = make_samplers(pipeline, teacher, guidance=options.guidance)
-    gallery = Gallery(read_stickers(), autoencoder)
+    samplers, autoencoder = make_samplers(pipeline, teacher, guidance=options.guidance, student_steps=options.steps)
+    gallery = Gallery(training_images(), autoencoder)
     scores = evaluate(samplers, gallery, options.out, limit=options.limit, guidance=options.guidance)
     print("sampler  steps    own  subgroup  frechet  s/picture")
     for s in scores:

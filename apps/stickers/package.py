@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, LatentConsistencyModelPipeline, UNet2DConditionModel
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep.errors import SourceError
 from fewstep.stickers.autoencoder import make_autoencoder
-from fewstep.stickers.distill import load_teacher, make_student, make_student_scheduler
+from fewstep.stickers.distill import Teacher, load_teacher, make_student, make_student_scheduler
+from fewstep.stickers.teacher import make_text_encoder
 from fewstep.stickers.training import WORK, load_state
 from fewstep.stickers.vocabulary import MAX_TOKENS
 
@@ -34,24 +35,30 @@ def load_final_autoencoder(latent_factor: float) -> AutoencoderTiny:
     return model.eval().requires_grad_(False)
 
 
-def load_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Returns the averaged weights of the student."""
+def load_student(teacher: Teacher) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Returns the averaged weights of text encoder and student: of `refine` where it ran, else of `distill`."""
+    student = make_student(teacher.unet)
+    if (refined := load_state(WORK / "refined.pt")) is not None:
+        both = torch.nn.ModuleDict({"text_encoder": make_text_encoder(), "unet": student})
+        both.load_state_dict(refined["ema"])
+        both.eval().requires_grad_(False)
+        return both["text_encoder"], both["unet"]
     state = load_state(WORK / "student.pt")
     if state is None:
         raise SourceError(f"{WORK / 'student.pt'} is missing", hint="run python -m fewstep.stickers.distill first")
-    student = make_student(teacher)
     student.load_state_dict(state["ema"])
-    return student.eval().requires_grad_(False)
+    return teacher.text_encoder, student.eval().requires_grad_(False)
 
 
 def assemble() -> LatentConsistencyModelPipeline:
     """Returns the pipeline of the trained parts, in float32."""
     teacher = load_teacher()
+    text_encoder, student = load_student(teacher)
     return LatentConsistencyModelPipeline(
         vae=load_final_autoencoder(teacher.latent_factor),
-        text_encoder=teacher.text_encoder,
+        text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(WORK / "tokenizer", model_max_length=MAX_TOKENS),
-        unet=load_student(teacher.unet),
+        unet=student,
         scheduler=make_student_scheduler(),
         safety_checker=None,
         feature_extractor=None,

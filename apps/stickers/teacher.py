@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fewstep.stickers.autoencoder import make_autoencoder, pictures
-from fewstep.stickers.data import caption, read_stickers
+from fewstep.stickers.sets import styled_caption, training_images
 from fewstep.stickers.training import (
     WORK,
     MuonAdamW,
@@ -22,8 +22,10 @@ from fewstep.stickers.training import (
     load_state,
     save_state,
     steps,
+    training_precision,
     update_ema,
 )
+from fewstep.stickers.variant import GRID, variant
 from fewstep.stickers.vocabulary import MAX_TOKENS, VOCABULARY_SIZE, make_tokenizer
 
 WIDTH = 192
@@ -52,10 +54,11 @@ def make_text_encoder() -> CLIPTextModel:
 
 def make_unet(*, time_cond_proj_dim: int | None = None) -> UNet2DConditionModel:
     """Returns an untrained UNet on 16x16 latents; ``time_cond_proj_dim`` adds the student's guidance embedding."""
+    channels = variant().latent_channels
     return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        sample_size=GRID,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(96, 192),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -83,7 +86,7 @@ def load_autoencoder() -> AutoencoderTiny:
 
 @torch.no_grad()
 def latents(model: AutoencoderTiny) -> tuple[torch.Tensor, float]:
-    """Returns the latents of all pictures at unit spread, float32 [P, 4, 16, 16], and the factor that makes it so."""
+    """Returns the latents of all pictures at unit spread, float32 [P, C, 16, 16], and the factor that makes it so."""
     z = torch.cat([model.encode(x).latents for x in pictures().split(64)])
     factor = round(1 / z.std().item(), 4)
     return z * factor, factor
@@ -93,9 +96,9 @@ class Captions:
     """Token ids of random captions."""
 
     def __init__(self) -> None:
-        self.stickers = read_stickers()
+        self.images = training_images()
         folder = WORK / "tokenizer"
-        self.tokenizer = make_tokenizer(self.stickers, folder)
+        self.tokenizer = make_tokenizer([image.sticker for image in self.images], folder)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Returns int64 [B, 24]."""
@@ -105,7 +108,7 @@ class Captions:
 
     def draw(self, indices: list[int], rng: random.Random, *, dropout: float) -> torch.Tensor:
         """Returns the ids of one random caption for each picture."""
-        return self([("" if rng.random() < dropout else caption(self.stickers[i], rng)) for i in indices])
+        return self([("" if rng.random() < dropout else styled_caption(self.images[i], rng)) for i in indices])
 
 
 def train(iterations: int, *, batch: int = 32, peak: float = 1.2e-3, seed: int = 0) -> None:
@@ -137,7 +140,7 @@ def train(iterations: int, *, batch: int = 32, peak: float = 1.2e-3, seed: int =
         # More of the noisy half, where only the caption can tell what to draw and where few-step samplers call.
         t = (1000 * torch.rand(batch, generator=noise_rng) ** 0.5).long()
         x = scheduler.add_noise(z, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with training_precision():
             v = denoise(x, t, text_encoder(ids).last_hidden_state).sample
         loss = F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
         loss.backward()

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.stickers.teacher import WIDTH, Captions, latents, load_autoencoder, make_text_encoder
-from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps
+from fewstep.stickers.training import WORK, learning_rate, load_state, save_state, steps, training_precision
+from fewstep.stickers.variant import variant
 
-_GRID, _PATCH, _CHANNELS = 8, 2, 4
+_GRID, _PATCH = 8, 2
 
 
 class LatentGuess(nn.Module):
@@ -29,10 +30,10 @@ class LatentGuess(nn.Module):
         self.queries = nn.Parameter(torch.randn(_GRID * _GRID, WIDTH))
         layer = nn.TransformerDecoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerDecoder(layer, 2)
-        self.out = nn.Linear(WIDTH, _CHANNELS * _PATCH * _PATCH)
+        self.out = nn.Linear(WIDTH, variant().latent_channels * _PATCH * _PATCH)
 
     def forward(self, states_BLD: Tensor) -> Tensor:
-        """Returns latents, [B, 4, 16, 16]."""
+        """Returns latents, [B, C, 16, 16]."""
         patches = self.out(self.layers(self.queries.expand(len(states_BLD), -1, -1), states_BLD))
         return F.fold(patches.transpose(1, 2).float(), _GRID * _PATCH, _PATCH, stride=_PATCH)
 
@@ -54,7 +55,7 @@ def train(iterations: int, *, batch: int = 128, peak: float = 1e-3, seed: int = 
         ids = captions.draw(indices.tolist(), random.Random(seed * 1_000_003 + step), dropout=0.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, iterations, peak=peak, warmup=100)
-        with torch.autocast("cpu", torch.bfloat16):
+        with training_precision():
             guess = model["guess"](model["text_encoder"](ids).last_hidden_state)
         loss = F.mse_loss(guess, z_all[indices])
         optimizer.zero_grad(set_to_none=True)

@@ -6,11 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._inductor.config
+from torch import Tensor
 
 # Compiled kernels follow torch.set_num_threads instead of freezing the count of the first call.
 torch._inductor.config.cpp.dynamic_threads = True
@@ -49,6 +51,55 @@ def steps(first: int, last: int, *, say_every: int = 50) -> Iterator[int]:
             print(f"step {step + 1}/{last}  {pace:.3f} s/step", end="  ", file=sys.stderr, flush=True)
 
 
+def has_fast_bfloat16() -> bool:
+    """Returns whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def training_precision() -> AbstractContextManager[object]:
+    """Returns bfloat16 autocast where the CPU has it, else float32.
+
+    A CPU without it emulates it. Measured on an EPYC with AVX2 alone, in processor time of one core: one call of the
+    denoiser with its gradients, batch 2, 0.6 s in float32 and 2.8 s in bfloat16.
+    """
+    return torch.autocast("cpu", torch.bfloat16) if has_fast_bfloat16() else nullcontext()
+
+
+class Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` with its matrix products in float32, for CPUs on which bfloat16 is emulated.
+
+    The same update, defaults and state as torch's with ``adjust_lr_fn="match_rms_adamw"``.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Applies the gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(momentum, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Returns nearly the nearest orthogonal matrix: five Newton-Schulz steps, Jordan et al. (2024)'s polynomial."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
 class MuonAdamW:
     """Muon for the weights of linear maps and convolutions, AdamW for everything else, stepped as one optimizer.
 
@@ -69,7 +120,9 @@ class MuonAdamW:
             muon.append({"params": [self._matrix(p) for p in matrices], "scale": scale})
             adamw.append({"params": rest, "scale": scale})
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(muon, lr=peak, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(muon, lr=peak, weight_decay=1e-2, adjust_lr_fn="match_rms_adamw")
+            if has_fast_bfloat16()
+            else Muon(muon, lr=peak, weight_decay=1e-2),
             torch.optim.AdamW(adamw, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2, fused=True),
         )
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fewstep.stickers.data import read_stickers
 from fewstep.stickers.evaluate import Gallery, load_student_pipeline
 from fewstep.stickers.package import FOLDER
+from fewstep.stickers.sets import training_images
 
 
 def evaluate(pictures: Mapping[str, str], steps: int) -> dict[str, dict[str, float]]:
@@ -24,9 +24,8 @@ def evaluate(pictures: Mapping[str, str], steps: int) -> dict[str, dict[str, flo
         steps: N of the sampler.
     """
     torch.set_num_threads(1)
-    stickers = read_stickers()
-    gallery = Gallery(stickers, load_student_pipeline(FOLDER).vae)
-    places = {sticker.name: i for i, sticker in enumerate(stickers)}
+    gallery = Gallery(training_images(), load_student_pipeline(FOLDER).vae)
+    places = {gallery.stickers[i].name: i for i in gallery.plain}
     found = {}
     for row, path in pictures.items():
         with np.load(Path(path), allow_pickle=False) as saved:
