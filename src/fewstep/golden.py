@@ -14,6 +14,7 @@ from fewstep.recipe import Limits
 from fewstep.runtimes.host import HOST
 from fewstep.runtimes.parity import LOWERING, Check, Floor, agreement_db, label, largest_check
 from fewstep.runtimes.quantized_parity import floor_limit
+from fewstep.strict import read_json
 from fewstep.texts import PROBES
 from fewstep.tokens import Tokenizer
 
@@ -53,13 +54,13 @@ def token_checks(bundle: Bundle, tokenizers: Mapping[str, Tokenizer]) -> list[Ch
     path = bundle.file(f"{FOLDER}/{TOKENS}")
     checks = []
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = read_json(path, error=BundleError, hint="build the bundle again")
         for name, tokenizer in tokenizers.items():
             for text, expected in zip(recorded["texts"], recorded["tokenizers"][name], strict=True):
                 ids, mask = tokenizer(text)
                 same = [ids.tolist(), mask.tolist()] == [[expected["ids"]], [expected["mask"]]]
                 checks.append(_tokens_check(name, text, same))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{path} has no token ids: {error}", hint="build the bundle again") from error
     return checks
 

@@ -49,7 +49,7 @@ def _check_sample(where: str, header: Header, manifest: Manifest) -> None:
     if head["steps"] not in manifest.schedules:
         raise BundleError(f"{where} has {head['steps']} steps, which the manifest has no schedule for", hint=_REBUILD)
     latent = TensorSpec("latent", "float32", (1, *contract.latent_shape))
-    for k in range(head["steps"]):
+    for k in range(manifest.schedules[head["steps"]].steps):
         _check_tensor(where, header, f"latents/{k}", latent)
     for i, call in enumerate(head["calls"]):
         spec = manifest.components.get(call["component"])

@@ -22,9 +22,11 @@ from fewstep.errors import BundleError
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import PointResult
 from fewstep.runtimes.parity import LOWERING, Check
+from fewstep.strict import parse_json
 
 Array = npt.NDArray[Any]
 
+_REBUILD = "build the bundle again"
 FILE = "golden/operations/integers.safetensors"
 MOST_OPERATIONS, MOST_BYTES = 8, 1 << 20
 
@@ -88,7 +90,7 @@ def load_operations(bundle: Bundle) -> list[GoldenOperation]:
     path = bundle.file(FILE)
     try:
         with safe_open(path, framework="numpy") as stream:
-            heads = json.loads((stream.metadata() or {})["fewstep"])
+            heads = parse_json((stream.metadata() or {})["fewstep"], str(path), error=BundleError, hint=_REBUILD)
             return [
                 GoldenOperation(
                     head["component"],
@@ -102,8 +104,8 @@ def load_operations(bundle: Bundle) -> list[GoldenOperation]:
                 )
                 for i, head in enumerate(heads)
             ]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path} has no operations: {error}", hint="build the bundle again") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} has no operations: {error}", hint=_REBUILD) from error
 
 
 def golden_operation_checks(bundle: Bundle, runtime: str) -> tuple[list[Check], str | None]:
