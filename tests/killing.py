@@ -162,11 +162,6 @@ def damage(cache: Path, rng: random.Random) -> str:
 
 def kill_builds(arguments: Sequence[str], folder: Path, *, points: int, damages: int, seed: int) -> Iterator[Outcome]:
     """Yields what came of so many kills and damages, after each build that was let finish."""
-    from fewstep import cli, compiling, stages  # noqa: F401 - loaded before the fork
-    from fewstep.calibration import sets  # noqa: F401
-    from fewstep.export import load  # noqa: F401
-    from fewstep.optimize.quantize import programs  # noqa: F401
-
     rng, outcome = random.Random(seed), Outcome()
     whole = fresh(arguments, folder / "whole")
     begun = time.monotonic()
@@ -205,6 +200,14 @@ def kill_builds(arguments: Sequence[str], folder: Path, *, points: int, damages:
         yield outcome
 
 
+def load_libraries() -> None:
+    """Imports what a build does, so that no fork has to."""
+    from fewstep import cli, compiling, stages  # noqa: F401
+    from fewstep.calibration import sets  # noqa: F401
+    from fewstep.export import load  # noqa: F401
+    from fewstep.optimize.quantize import programs  # noqa: F401
+
+
 def check(work: Work, expected: dict[str, bytes | str], outcome: Outcome, when: str) -> None:
     """Builds to the end, and notes what is not as it must be."""
     shutil.rmtree(work.bundle, ignore_errors=True)
@@ -230,7 +233,7 @@ def tail(work: Work) -> str:
     return (work.folder / "log.txt").read_text()[-400:]
 
 
-def main() -> None:
+def main(*, libraries: bool = True) -> None:
     """Prints what came of it as JSON, a line after each build; exit 1 if anything was not as it must be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=50, help="kills")
@@ -239,6 +242,8 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of fewstep build")
     given = parser.parse_args()
     outcome = Outcome()
+    if libraries:
+        load_libraries()
     folder = Path(tempfile.mkdtemp(prefix="killing-"))  # an object would remove it at the end of each fork, too
     try:
         arguments = [a for a in given.arguments if a != "--"]
