@@ -12,8 +12,8 @@ from fewstep.errors import SourceError
 from fewstep.export.stored import check_variant, variant_of
 from fewstep.export.weights import component_class, meta_module, refuse_missing, stored_weights, unused_keys
 
-# diffusers and transformers raise any of these for files that are not what a configuration says.
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+# What diffusers and transformers raise for files that are not what their configurations say: anything.
+LOAD_ERRORS = Exception
 # What is loaded from files by the names of pipelines' components and is no part of what is compiled by default.
 SAFETY_CHECKER, IMAGE_ENCODER = "safety_checker", "image_encoder"
 FILTERS = (SAFETY_CHECKER, "feature_extractor", IMAGE_ENCODER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from fewstep.errors import SourceError
 from fewstep.export.adapters import component_names, lora_sha256, merge_loras
 from fewstep.export.checks import check_weights_folder
 from fewstep.export.generator import Generator
+from fewstep.export.model_index import read_config
 from fewstep.export.networks import load_network
 from fewstep.export.single_file import load_component
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
@@ -67,8 +67,8 @@ def _with_decoder(generator: Generator, folder: Path) -> Generator:
 def _decoder_class(folder: Path) -> str:
     path = folder / "config.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        return str(read_config(path)["_class_name"])
+    except (SourceError, KeyError) as error:
         raise SourceError(
             f"decoder {folder} has no config.json that names its class, expected the folder of a diffusers autoencoder",
             hint="save it with save_pretrained; of a whole checkpoint, give its vae folder",
