@@ -10,12 +10,10 @@ import numpy as np
 
 from fewstep.contract import Guidance
 from fewstep.export import Description, Generator, record
-from fewstep.feeds import Sample
+from fewstep.feeds import BESIDE, Sample
 from fewstep.inputs import example_inputs
 
-# With capitals, as people write; samples beside the others have a seed of their own, because seeds tell them apart.
-NEGATIVE = "Blurry, low quality"
-_OTHER_SEED = 1000
+NEGATIVE = "Blurry, low quality"  # with capitals, as people write
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,10 @@ class SampleRequest:
             return []
         above = max(2.0, 2 * (guidance.threshold or 1.0))
         other = guidance.threshold if two else above
-        found = [] if other is None else [replace(self, seed=self.seed + _OTHER_SEED, guidance=other)]
+        found = [] if other is None else [replace(self, seed=self.seed + BESIDE, guidance=other)]
         if guidance.takes_negative:
             guided = self.guidance if two else above
-            found.append(replace(self, seed=self.seed + _OTHER_SEED, guidance=guided, negative=NEGATIVE))
+            found.append(replace(self, seed=self.seed + BESIDE, guidance=guided, negative=NEGATIVE))
         return found
 
 

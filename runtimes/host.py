@@ -44,8 +44,14 @@ class _Compared:
 class _Playback(Sampler):
     """A sampler whose networks give what was recorded."""
 
-    def __init__(self, manifest: Manifest, tokenizers: Mapping[str, Tokenizer], recorded: Mapping[_Key, StepFeed]):
-        super().__init__(manifest.contract, manifest.components, tokenizers, _no_session)
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizers: Mapping[str, Tokenizer],
+        recorded: Mapping[_Key, StepFeed],
+        unconditional: Mapping[str, Array] | None,
+    ) -> None:
+        super().__init__(manifest.contract, manifest.components, tokenizers, _no_session, unconditional=unconditional)
         self._recorded = recorded
 
     def _answer(
@@ -69,6 +75,7 @@ def host_checks(
     tokenizers: Mapping[str, Tokenizer],
     references: Sequence[Sample],
     limit_db: float,
+    unconditional: Mapping[str, Array] | None = None,
 ) -> list[Check]:
     """Returns the checks of what the host makes of every recorded call of every sample that has its calls.
 
@@ -77,12 +84,13 @@ def host_checks(
         tokenizers: the bundle's, by name.
         references: recorded samples, of a batch one after the other; those without calls are passed over.
         limit_db: the least SQNR of what is a number; integers must be equal.
+        unconditional: the bundle's tensors of the unconditional branch that are more than zeros, by origin.
     """
     checks = []
     for start in range(0, len(references), manifest.contract.batch):
         rows = references[start : start + manifest.contract.batch]
         if rows[0].feeds:
-            for found in _compared(manifest, tokenizers, rows):
+            for found in _compared(manifest, tokenizers, rows, unconditional):
                 where = (LOWERING, HOST, found.place, found.step, label(rows[0]), found.tensor)
                 checks.append(Check(*where, "SQNR dB", found.value_db, limit_db))
     return checks
@@ -94,15 +102,21 @@ def first_place(checks: Sequence[Check]) -> str | None:
     return next((check.component for check in failed), None)
 
 
-def _compared(manifest: Manifest, tokenizers: Mapping[str, Tokenizer], rows: Sequence[Sample]) -> Iterator[_Compared]:
+def _compared(
+    manifest: Manifest,
+    tokenizers: Mapping[str, Tokenizer],
+    rows: Sequence[Sample],
+    unconditional: Mapping[str, Array] | None,
+) -> Iterator[_Compared]:
     recorded = {(feed.component, feed.step, feed.branch): feed for feed in rows[0].feeds}
-    sampler = _Playback(manifest, tokenizers, recorded)
+    sampler = _Playback(manifest, tokenizers, recorded, unconditional)
     try:
         ours = sampler.batch(
             [sample.prompt for sample in rows],
             [sample.seed for sample in rows],
             manifest.schedule(rows[0].steps),
             guidance=rows[0].guidance,
+            negative=rows[0].negative,
             inputs=[sample.inputs for sample in rows],
         )
     except _NotRecordedError as error:

@@ -21,6 +21,10 @@ from fewstep.strict import parse_json, validator
 
 Array = npt.NDArray[Any]
 
+# Seeds from here on are of samples beside the others, which show other guidance than the bundle's default: seeds tell
+# them apart.
+BESIDE = 1000
+
 _REBUILD = "build the bundle again"
 _DTYPES = {
     "BOOL": "bool",

@@ -10,6 +10,7 @@ from fewstep.bundle import Bundle
 from fewstep.errors import ContractError
 from fewstep.feeds import Sample
 from fewstep.golden import compare_golden, token_checks
+from fewstep.guidance import read_unconditional
 from fewstep.progress import Progress, stage
 from fewstep.recipe import Limits
 from fewstep.references import Live, golden_samples, known_floor
@@ -35,7 +36,8 @@ def host_of(bundle: Bundle, samples: Sequence[Sample]) -> list[Check]:
     """Returns the checks of what the host makes of samples, see `fewstep.runtimes.host`."""
     manifest = bundle.manifest
     tokenizers = open_tokenizers(bundle.path, manifest.tokenizers)
-    return host_checks(manifest, tokenizers, samples, manifest.recipe["limits"]["picture_psnr_db"])
+    unconditional = read_unconditional(manifest.contract.guidance, bundle.file)
+    return host_checks(manifest, tokenizers, samples, manifest.recipe["limits"]["picture_psnr_db"], unconditional)
 
 
 def source_checks(

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from fewstep.contract import Guidance
 from fewstep.errors import ContractError
-from fewstep.feeds import Sample
+from fewstep.feeds import BESIDE, Sample
 from fewstep.manifest import Manifest
 from fewstep.recipe import PRESETS, Limits
 from fewstep.references import limits_of
@@ -63,7 +64,7 @@ def golden_ties(manifest: Manifest, golden: Sequence[Sample]) -> list[Check]:
     checks = []
     for sample, expected in zip(golden, _order(manifest, golden), strict=True):
         found = {
-            "guidance.scale": sample.guidance == manifest.contract.guidance.scale,
+            "guidance.scale": _guided(manifest.contract.guidance, sample),
             "output.kind": sample.kind == manifest.contract.output.kind,
             "prompts": (sample.prompt, sample.seed) == expected,
             "schedules": sample.steps in manifest.schedules,
@@ -110,10 +111,21 @@ def _order(manifest: Manifest, golden: Sequence[Sample]) -> list[tuple[str, int]
         prompts = tuple(dict.fromkeys(sample.prompt for sample in golden)) or prompts
     if manifest.contract.batch > 1:
         return [(prompts[i % len(prompts)], i) for i in range(len(golden))]
-    own = [sample for sample in golden if sample.steps == manifest.default_steps]
+    own = [sample for sample in golden if sample.steps == manifest.default_steps and sample.seed < BESIDE]
     seeds = next((i for i, sample in enumerate(own) if sample.seed != i), len(own)) or 1
     grid = [(prompts[i // seeds] if i // seeds < len(prompts) else "", i % seeds) for i in range(len(own))]
-    return [grid.pop(0) if sample.steps == manifest.default_steps else (prompts[0], 0) for sample in golden]
+    others = [(prompts[0], BESIDE if sample.seed >= BESIDE else 0) for sample in golden]
+    main = [sample.steps == manifest.default_steps and sample.seed < BESIDE for sample in golden]
+    return [grid.pop(0) if is_main else other for is_main, other in zip(main, others, strict=True)]
+
+
+def _guided(guidance: Guidance, sample: Sample) -> bool:
+    """Returns whether a sample has the bundle's scale or, beside the others, shows the rest of two-pass guidance."""
+    if sample.seed < BESIDE:
+        return sample.guidance == guidance.scale and sample.negative is None
+    if sample.negative is not None:
+        return guidance.takes_negative and guidance.two_passes(sample.guidance)
+    return guidance.two_passes(sample.guidance) != guidance.two_passes(guidance.scale)
 
 
 def _same_times(sample: Sample, schedule: Schedule) -> bool:
