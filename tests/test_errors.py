@@ -407,4 +407,4 @@ def test_what_a_library_raises_of_no_file_is_told(run: Run, monkeypatch: pytest.
     monkeypatch.setattr(machines, "self_test", raises)
     status, stdout, stderr = run("runtimes", "--self-test", "onnxruntime")
     assert (status, stdout) == (2, "")
-    assert stderr.strip().endswith("error: could not get source code")
+    assert stderr.strip().startswith("error: could not get source code\n\nhint: ")

@@ -240,9 +240,9 @@ def test_labels_of_artifacts(plan: ComponentPlan) -> None:
     [
         (lambda folder: (folder / PLAN).unlink(), "No such file"),
         (lambda folder: (folder / ARRAYS).unlink(), "has no plan that can be read"),
-        (lambda folder: (folder / PLAN).write_text("{"), "has no plan that can be read"),
-        (lambda folder: (folder / PLAN).write_text("[]"), "has no plan that can be read"),
-        (lambda folder: (folder / PLAN).write_text('{"version": 1}'), "has no plan that can be read"),
+        (lambda folder: (folder / PLAN).write_text("{"), "is not JSON"),
+        (lambda folder: (folder / PLAN).write_text("[]"), "has version None, expected 1"),
+        (lambda folder: (folder / PLAN).write_text('{"version": 1}'), "'source' is a required property"),
         (lambda folder: (folder / PLAN).write_text('{"version": 99}'), "has version 99, expected 1"),
         (lambda folder: (folder / ARRAYS).write_bytes(b"\x00"), "has no plan that can be read"),
     ],

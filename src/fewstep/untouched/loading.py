@@ -78,7 +78,7 @@ def tokenizers_of(pipeline: Any) -> dict[str, Any]:
 
 
 def _of_folder(source: Source) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     index = json.loads(Path(source.folder, "model_index.json").read_text(encoding="utf-8"))
     arguments: dict[str, Any] = {n: None for n in FILTERS if n in index and n not in source.keep}
@@ -86,7 +86,9 @@ def _of_folder(source: Source) -> Any:
         arguments["requires_safety_checker"] = False
     if source.variant is not None:
         arguments["variant"] = source.variant
-    pipeline = DiffusionPipeline.from_pretrained(
+    # By its own class: the general one looks for an image encoder's files although it is told to leave it out.
+    pipeline_class = getattr(diffusers, str(index["_class_name"]), diffusers.DiffusionPipeline)
+    pipeline = pipeline_class.from_pretrained(
         source.folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, **arguments
     )
     pipeline.to(torch.float32)  # what transformers leaves in the precision of its file
