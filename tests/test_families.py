@@ -44,6 +44,9 @@ def test_family(family: Family, record_property: Callable[[str, object], None]) 
     assert not row.error
     assert row.sqnr_db is not None and row.sqnr_db >= 100
     assert row.output_db is not None and row.output_db >= 80
+    assert row.default_db is not None and row.default_db >= 80
+    takes_prompt = any(given.kind == "prompt" for given in family.inputs.values())
+    assert (row.capitals_db is not None and row.capitals_db >= 80) == takes_prompt
     assert family_code(row) == 0
 
 
@@ -68,4 +71,5 @@ def test_page_is_of_this_zoo() -> None:
         if row[0] not in refused:
             assert float(row[6]) >= 100, row
             assert float(row[7]) >= 80, row
-            assert row[8] == "0", row
+            assert row[9] == "0", row
+            assert all(float(value) >= 80 for value in row[8].split(", ") if value), row

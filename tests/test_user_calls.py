@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import fewstep
 from fewstep.bundle import Bundle
 from fewstep.contract import Contract
-from fewstep.export import load
+from fewstep.export import describe, load, write_tokenizers
 from fewstep.manifest import Manifest
 from fewstep.recipe import Limits
 from fewstep.runtimes.parity import Check
@@ -27,6 +28,7 @@ from fewstep.user_calls import CALL, WHOLE, Told, UserCalls, compare_calls, sour
 from fewstep.user_process import Asked
 from tests import loras, tiny
 from tests.bundles import built, plain, plain_generator
+from tests.zoo.unets import euler, sdxl
 
 TOKENIZER = "tokenizer"
 Change = Callable[[Manifest], Manifest]
@@ -128,7 +130,7 @@ def test_other_weights_than_the_files_fail(tmp_path: Path) -> None:
 
 def test_what_python_changed_since_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"""
-from fewstep.export import load
+from fewstep.export import describe, load, write_tokenizers
 
 def make():
     generator = load({str(built("lcm").source)!r})
@@ -217,3 +219,88 @@ def test_a_generator_of_a_folder_that_python_changed_is_what_is_called() -> None
     with closing(UserCalls.of(generator, told(it.bundle.manifest))) as calls:
         checks, _ = calls.checks(it.bundle, ("onnxruntime",), Limits(), changed=False)
     assert failing(checks) == IMAGES
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+@functools.cache
+def guided() -> tuple[Bundle, Request, Answer]:
+    """Returns a bundle with two passes in each step, and what its untouched pipeline answers."""
+    folder = Path(tempfile.mkdtemp(prefix="fewstep-guided-"))
+    source = str(sdxl(folder / "source", scheduler=euler()))
+    options = fewstep.Options(prompts=1, seeds=1, cache_root=folder / "cache", profile=False)
+    bundle = fewstep.build(source, out=folder / "bundle", steps=(1,), guidance=2.0, options=options)
+    request = told(bundle.manifest).request(source_of(SourceSpec(source)))
+    with closing(Asked(request)) as running:
+        return bundle, request, running.answer()
+
+
+GUIDED = {"default", "capitals", "over-long", "guidance 1.75"}
+
+
+@pytest.mark.parametrize(
+    ("change", "fails"),
+    [
+        pytest.param(lambda manifest: manifest, set(), id="nothing"),
+        pytest.param(_guidance(unconditional={}), GUIDED, id="an empty text where there is none"),
+        pytest.param(_guidance(threshold=None), {"guidance 0.5"}, id="no threshold"),
+        pytest.param(_guidance(shift=0.25), {*GUIDED, "negative prompt", "empty negative prompt"}, id="scale"),
+        pytest.param(_guidance(empty_is_none=True), {"empty negative prompt"}, id="an empty negative prompt is none"),
+    ],
+)
+def test_guidance_that_is_not_the_pipelines_fails(change: Change, fails: set[str]) -> None:
+    bundle, request, answer = guided()
+    spoilt = Bundle(bundle.path, change(bundle.manifest))
+    assert failing(compare_calls(spoilt, ("onnxruntime",), request, answer, Limits(), changed=False)) == fails
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+INVERSION = """
+import torch
+from fewstep.export import describe, load, write_tokenizers
+
+def make():
+    generator = load({source!r})
+    vectors = torch.linspace(-1, 1, 96).reshape(3, 32)
+    generator.pipeline.load_textual_inversion({{"<cat>": vectors}})
+    return generator
+"""
+
+
+def read_by(source: str, folder: Path) -> tuple[Bundle, Answer, Request]:
+    """Returns a bundle that has the tokenizers of a source and no networks of its own, and what its pipeline reads."""
+    generator = load(source)
+    described = describe(generator, (min(generator.steps),))
+    write_tokenizers(generator, described.tokenizers, folder)
+    manifest = replace(built("lcm").bundle.manifest, contract=described.contract, tokenizers=described.tokenizers)
+    request = replace(Told(described.contract, 1, (min(generator.steps),)).request(source_of(SourceSpec(source))))
+    with closing(Asked(request)) as running:
+        return Bundle(folder, manifest), running.answer(), request
+
+
+def read_alike(bundle: Bundle, answer: Answer, request: Request) -> list[Check]:
+    return compare_calls(bundle, (), request, answer, Limits(), changed=False)
+
+
+def test_an_operation_on_the_text_that_is_lost_fails(tmp_path: Path) -> None:
+    bundle, answer, request = read_by("tests.families:pixart_lcm", tmp_path)
+    assert not failing(read_alike(bundle, answer, request))
+    (spec,) = bundle.manifest.tokenizers.values()
+    assert spec.operations
+    for lost in spec.operations:
+        fewer = tuple(operation for operation in spec.operations if operation != lost)
+        found = read_alike(Bundle(tmp_path, _tokenizer(operations=fewer)(bundle.manifest)), answer, request)
+        assert "token ids" in failing(found), lost
+
+
+def test_a_textual_inversion_that_is_not_expanded_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "inverted.py").write_text(INVERSION.format(source=str(built("lcm").source)))
+    monkeypatch.syspath_prepend(tmp_path)
+    bundle, answer, request = read_by("inverted:make", tmp_path)
+    assert not failing(read_alike(bundle, answer, request))
+    assert any("<cat>" in text for text in answer.texts)
+    found = read_alike(Bundle(tmp_path, _tokenizer(expansions={})(bundle.manifest)), answer, request)
+    assert failing(found) == {"token ids", "masks"}
+    assert any("<cat>" in str(check.sample) for check in found if not check.passed)

@@ -57,7 +57,7 @@ def user_calls(contract: Contract, default_steps: int, counts: Iterable[int]) ->
         calls.append(UserCall("over-long", OVER_LONG, few, SEED))
     scales = _scales(guidance)
     calls += [replace(default, name=f"guidance {w:g}", steps=few, guidance=w) for w in scales]
-    if getattr(guidance, "takes_negative", False):
+    if guidance.takes_negative:
         above = scales[-1] if scales else None
         for name, negative in (("negative prompt", NEGATIVE), ("empty negative prompt", "")):
             calls.append(replace(default, name=name, steps=few, guidance=above, negative=negative))
@@ -69,10 +69,7 @@ def _scales(guidance: Guidance) -> tuple[float, ...]:
         return ()
     if guidance.kind != "two_pass":
         return _SCALES
-    if not hasattr(guidance, "threshold"):
-        return ()
-    threshold = guidance.threshold
-    around = 1.0 if threshold is None else threshold  # 1 where there should be one: diffusers' own
+    around = 1.0 if guidance.threshold is None else guidance.threshold  # 1 where there should be one: diffusers' own
     return max(0.0, around - _BELOW), around + _ABOVE
 
 
@@ -105,7 +102,8 @@ class Told:
             kind=contract.output.kind,
             inputs={spec.name: spec.kind for spec in contract.inputs},
             options=self.options,
-            guidance=contract.guidance.scale,
+            # A scale that does nothing is left to the pipeline: if it does something after all, that shows.
+            guidance=None if contract.guidance.kind == "none" else contract.guidance.scale,
             calls=user_calls(contract, self.default_steps, self.counts),
             texts=odd_texts() if contract.takes_text else (),
             given=_given(contract),
@@ -138,9 +136,10 @@ def source_of(spec: SourceSpec) -> Source:
         uri=uri,
         folder=folder,
         config=spec.config,
-        variant=getattr(spec, "variant", None),
+        variant=spec.variant,
         decoder=spec.decoder,
         components={r.component: r.path for r in spec.replacements},
+        keep=("safety_checker", "feature_extractor") if spec.keep_safety_checker else (),
         loras=tuple((lora.path, lora.scale) for lora in spec.loras),
         path=tuple(sys.path),
         cwd=str(Path.cwd()),

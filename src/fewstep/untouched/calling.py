@@ -85,7 +85,7 @@ def call_loop(subject: Subject, request: Request, call: UserCall, draws: Draws) 
     for name, kind in request.inputs.items():
         if kind == "text":
             inputs[name] = torch.as_tensor(loop_tokens(subject.tokenizers[name], call.prompt)["input_ids"])
-    w = subject.guidance if call.guidance is None else call.guidance
+    w = next(w for w in (call.guidance, request.guidance, subject.guidance) if w is not None)
     with _steps_of(subject.pipeline, draws):
         return subject.pipeline(inputs, steps=call.steps, guidance=w, noise=draws)
 
