@@ -112,7 +112,7 @@ def test_verify_from_the_golden_pack_takes_the_floor_of_the_manifest() -> None:
     assert found.report
     assert found.report.floor is not None and bundle.manifest.parity is not None
     assert found.report.floor.to_json() == bundle.manifest.parity["floor"]
-    assert "quantized operations were not compared one by one: that needs the source" in found.caveats
+    assert "quantized operations were compared one by one at those of the golden pack" in found.caveats
     assert any("compared with the golden pack" in caveat for caveat in found.caveats)
     without = replace(bundle, manifest=replace(bundle.manifest, parity={"passed": True}))
     with pytest.raises(BundleError, match="does not say what its noise floor is"):
