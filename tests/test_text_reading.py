@@ -25,6 +25,7 @@ from fewstep.export.layout import tokenizer_json
 from fewstep.export.reference import run
 from fewstep.export.tape import Tape
 from fewstep.metrics import psnr_db
+from fewstep.seal import write_seal
 from fewstep.source import SourceInfo
 from fewstep.text_operations import OPERATIONS, apply_operations, sequences
 from fewstep.texts import path_texts
@@ -235,6 +236,7 @@ def test_tokens_of_several_vectors(folder: Path, tmp_path: Path) -> None:
     values = json.loads((changed / "manifest.json").read_text())
     values["tokenizers"]["tokenizer"]["expansions"] = {}
     (changed / "manifest.json").write_text(json.dumps(values))
+    write_seal(changed)
     assert psnr_db(reference, fewstep.Bundle.open(changed).generate(text, seed=3).output) < 60
 
 
@@ -273,11 +275,13 @@ def test_an_operation_that_is_dropped_is_noticed(folder: Path, tmp_path: Path, m
     assert values["versions"].keys() >= {"bs4", "ftfy"}
     values["versions"]["ftfy"] = "6.3"
     (bundle.path / "manifest.json").write_text(json.dumps(values))
+    write_seal(bundle.path)
     verified = fewstep.verify(fewstep.Bundle.open(bundle.path), prompts=1, seeds=1)
     assert verified.report
     assert any(note.startswith("ftfy was installed where the bundle was built") for note in verified.caveats)
     values["tokenizers"]["tokenizer"]["operations"] = ["lower"]
     (bundle.path / "manifest.json").write_text(json.dumps(values))
+    write_seal(bundle.path)
     with pytest.raises(
         ContractError, match=r"tokenizer: operations is \('lower',\) in the bundle and \(\) in the pipe"
     ):
