@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from fewstep.further import joined
 from fewstep.inputs import example_inputs, stacked
 from fewstep.manifest import Manifest
 from fewstep.recipe import PRESETS, parse_recipe
+from fewstep.runtimes.parity import Check
 from fewstep.variants import nearest, parts, variant
 from tests.bundles import built, plain_generator
 from tests.families import generator_of
@@ -122,6 +123,11 @@ def test_inputs_beside_the_prompt(plain: fewstep.Bundle) -> None:
     for seed, given, sample in zip((1, 2, 3), inputs, several, strict=True):
         alone = plain.generate("", seed, inputs=given, steps=2)
         np.testing.assert_allclose(sample.output, alone.output, rtol=0, atol=SAME)
+
+
+def pictures_of(checks: Sequence[Check], shape: str) -> set[str | None]:
+    """Returns the samples of a shape or batch whose pictures were compared."""
+    return {c.sample for c in checks if c.level == "picture" and str(c.sample).endswith(f", {shape}")}
 
 
 def test_verified_again_with_and_without_the_source(
