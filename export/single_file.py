@@ -74,7 +74,7 @@ def load_component(path: Path, name: str, module: Any) -> torch.nn.Module:
     with scratch() as folder:
         module.save_config(folder)
         try:
-            replaced = type(module).from_single_file(str(path), config=folder, local_files_only=True)
+            replaced = type(module).from_single_file(str(path), config=str(folder), local_files_only=True)
         except _FAILURES as error:
             raise _other_weights(path, name, module, weights, expected) from error
     check_complete(path, name, replaced)

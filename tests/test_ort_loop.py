@@ -73,7 +73,7 @@ def test_a_file_that_draws_something_else_is_not_left(tmp_path: Path, monkeypatc
 def test_two_passes_are_refused(tmp_path: Path) -> None:
     bundle = built("turbo").bundle
     contract = bundle.manifest.contract
-    guided = replace(contract, guidance=replace(contract.guidance, kind="two_pass"))
+    guided = replace(contract, guidance=replace(contract.guidance, kind="two_pass", scale=2.0))
     changed = replace(bundle, manifest=replace(bundle.manifest, contract=guided))
     with pytest.raises(ContractError, match="guided with two passes"):
         stages.loop(changed, tmp_path / "x.onnx", steps=1, runtime=None, progress=Silent())

@@ -44,7 +44,7 @@ def test_same_networks_as_the_folder(generator: Generator, config: Path, tmp_pat
     assert same(loaded, generator)
     assert loaded.name == "model"
     assert loaded.source.kind == "single-file"
-    assert loaded.source.spec() == fewstep.SourceSpec(str(path), config=str(config))
+    assert loaded.source.spec() == fewstep.SourceSpec(str(path), config=str(config), kind="single-file")
     (config / "scheduler" / "scheduler_config.json").write_text(
         (config / "scheduler" / "scheduler_config.json").read_text().replace("trailing", "linspace")
     )
