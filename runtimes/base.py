@@ -96,6 +96,8 @@ class Runtime:
     """(artifact path) -> what its file holds, for comparing integers exactly; None where the format cannot be read."""
     run_cut: Callable[[Path, Mapping[str, Array], Mapping[str, Array], Sequence[str]], dict[str, Array]] | None = None
     """(artifact path, inputs, quantized tensors to give to their readers, names of those wanted) -> these by name."""
+    session_settings: Callable[[Path], Mapping[str, str]] = lambda _: {}
+    """(artifact path) -> settings of a session that computes its integers exactly, by the runtime's names."""
     image_outputs: bool = False
     """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
 

@@ -60,7 +60,7 @@ def write_loop(bundle: Bundle, path: Path, *, steps: int | None = None) -> Path:
                 for name, artifact in artifacts.items()
             }
         model = _Loop(manifest, schedule, parts).model()
-        save(MLModel(model, weights_dir=folder, skip_model_load=True), path)
+        save(MLModel(model, weights_dir=str(folder), skip_model_load=True), path)
     return path
 
 

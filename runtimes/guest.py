@@ -22,8 +22,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Run = Callable[[Mapping[str, Array], "Sequence[str] | None"], "dict[str, Array]"]
 """(inputs, names of outputs or None for all) -> outputs by name."""
-Open = Callable[[str, "int | None"], Run]
-"""(path, threads) -> what runs the artifact."""
+Open = Callable[[str, "int | None", Mapping[str, str]], Run]
+"""(path, threads, settings of the session) -> what runs the artifact."""
 
 PREFIX = struct.Struct("<QQ")
 
@@ -61,7 +61,7 @@ def serve(opener: Open, version: str, requests: IO[bytes], answers: IO[bytes]) -
         results: dict[str, Array] = {}
         try:
             if values["do"] == "open":
-                opened[values["id"]] = opener(values["path"], values["threads"])
+                opened[values["id"]] = opener(values["path"], values["threads"], values["settings"])
             elif values["do"] == "run":
                 results = opened[values["id"]](arrays, values["outputs"])
             else:
@@ -75,10 +75,12 @@ def serve(opener: Open, version: str, requests: IO[bytes], answers: IO[bytes]) -
 def _onnxruntime() -> tuple[str, Open]:
     import onnxruntime
 
-    def opened(path: str, threads: int | None) -> Run:
+    def opened(path: str, threads: int | None, settings: Mapping[str, str]) -> Run:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
+        for name, value in settings.items():
+            options.add_session_config_entry(name, value)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         every = [output.name for output in session.get_outputs()]
 
@@ -96,7 +98,7 @@ def _litert() -> tuple[str, Open]:
 
     from ai_edge_litert.interpreter import Interpreter
 
-    def opened(path: str, threads: int | None) -> Run:
+    def opened(path: str, threads: int | None, _: Mapping[str, str]) -> Run:
         interpreter = Interpreter(model_path=path, num_threads=threads)
         interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner("serving_default")

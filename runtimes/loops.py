@@ -61,7 +61,8 @@ def open_loop(path: Path, runtime: str) -> OpenLoop:
     if runtime == ort.NAME:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = ort.session_options(None, path=path)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         shapes = {value.name: value.shape for value in session.get_inputs()}
         return OpenLoop(shapes, lambda feeds: session.run(None, dict(feeds))[0])
     from fewstep.runtimes.mil import Evaluator, open_package

@@ -24,7 +24,7 @@ _GRAPH, _METADATA = 7, 14
 _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _OP_TYPE, _ATTRIBUTE = 1, 2, 4, 5
 _DIMS, _TYPE, _FLOATS, _INT32S, _INT64S, _NAME, _RAW, _DOUBLES, _EXTERNAL = 1, 2, 4, 5, 7, 8, 9, 10, 13
-_ATTRIBUTE_TENSOR = 5
+_ATTRIBUTE_INT, _ATTRIBUTE_TENSOR = 3, 5
 _ATTRIBUTE_GRAPHS = (6, 11)
 # TensorProto.DataType of what models of ours hold; the others are passed over by name.
 _DTYPES = {1: "<f4", 2: "u1", 3: "i1", 4: "<u2", 5: "<i2", 6: "<i4", 7: "<i8", 9: "?", 10: "<f2", 11: "<f8", 12: "<u4"}
@@ -103,18 +103,46 @@ def stored(path: Path) -> Stored:
 
 
 def multiplies_unsigned(path: Path) -> bool:
-    """Returns whether a model's activations go onto unsigned grids."""
+    """Returns whether a model quantizes activations to unsigned integers: uint8 is the type of a zero point."""
     data = path.read_bytes()
-    if b"QuantizeLinear" not in data:
-        return False
-    graph, _ = _graph_and_names(data)
-    packed = {name for node in _nodes(graph) if b"MatMulNBits" in node for name in _texts(node, _NODE_INPUT)}
-    for number, _, payload in fields(graph):
-        if number == _INITIALIZER:
-            kinds = [_varint(p, 0)[0] for n, _, p in fields(payload) if n == _TYPE]
-            if kinds == [_ELEMENTS["uint8"]] and _texts(payload, _NAME)[0] not in packed:
+    return b"QuantizeLinear" in data and _quantizes_unsigned(_graph_and_names(data)[0])
+
+
+def _quantizes_unsigned(graph: bytes) -> bool:
+    unsigned = _ELEMENTS["uint8"]
+    made = {name: node for node in _nodes(graph) for name in _texts(node, _NODE_OUTPUT)}
+    kinds = {
+        _texts(payload, _NAME)[0]: [_varint(p, 0)[0] for n, _, p in fields(payload) if n == _TYPE]
+        for number, _, payload in fields(graph)
+        if number == _INITIALIZER
+    }
+    for node in _nodes(graph):
+        kind = _texts(node, _OP_TYPE)[0]
+        if kind == "DynamicQuantizeLinear":
+            return True
+        if kind == "QuantizeLinear":
+            # One that depends on the step is taken from a table and cast.
+            name = (*_texts(node, _NODE_INPUT), "", "")[2]
+            while name in made and _texts(made[name], _OP_TYPE) != ["Cast"]:
+                name = _texts(made[name], _NODE_INPUT)[0]
+            if not name or kinds.get(name) == [unsigned] or (name in made and _cast_to(made[name]) == unsigned):
                 return True
+        if any(_quantizes_unsigned(block) for block in _blocks(node)):
+            return True
     return False
+
+
+def _cast_to(node: bytes) -> int:
+    """Returns the type that a Cast gives."""
+    (attribute,) = (payload for number, _, payload in fields(node) if number == _ATTRIBUTE)
+    return next(_varint(payload, 0)[0] for number, _, payload in fields(attribute) if number == _ATTRIBUTE_INT)
+
+
+def _blocks(node: bytes) -> Iterator[bytes]:
+    """Yields the graphs inside of a node of control flow."""
+    for number, _, attribute in fields(node):
+        if number == _ATTRIBUTE:
+            yield from (payload for at, _, payload in fields(attribute) if at in _ATTRIBUTE_GRAPHS)
 
 
 def _graph_and_names(data: bytes) -> tuple[bytes, Mapping[str, str]]:
@@ -145,10 +173,7 @@ def _used(graph: bytes) -> set[str]:
     found = {_texts(payload, 1)[0] for number, _, payload in fields(graph) if number == _OUTPUT}
     for node in _nodes(graph):
         found.update(_texts(node, _NODE_INPUT))
-        for number, _, attribute in fields(node):
-            if number == _ATTRIBUTE:
-                inner = (payload for at, _, payload in fields(attribute) if at in _ATTRIBUTE_GRAPHS)
-                found.update(name for block in inner for name in _used(block))
+        found.update(name for block in _blocks(node) for name in _used(block))
     return found
 
 

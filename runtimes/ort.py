@@ -88,8 +88,8 @@ def session_options(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if path is not None and path.is_file() and onnx_file.multiplies_unsigned(path):
-        options.add_session_config_entry(*EXACT_PRODUCTS)  # it fails on signed by signed
+    for name, value in ({} if path is None else session_settings(path)).items():
+        options.add_session_config_entry(name, value)
     if threads is not None:
         options.intra_op_num_threads = threads
     if mapped:
@@ -99,6 +99,12 @@ def session_options(
         # The level above lays the weights of convolutions out anew.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return options
+
+
+def session_settings(path: Path) -> dict[str, str]:
+    """Returns the settings of a session that computes a model's integers exactly, by ONNX Runtime's names."""
+    # ONNX Runtime fails with them where both factors are signed.
+    return dict([EXACT_PRODUCTS]) if path.is_file() and onnx_file.multiplies_unsigned(path) else {}
 
 
 @functools.cache
@@ -192,4 +198,5 @@ RUNTIME = Runtime(
     open_mapped=functools.partial(open_session, mapped=True),
     stored=onnx_file.stored,
     run_cut=_run_cut,
+    session_settings=session_settings,
 )

@@ -19,6 +19,7 @@ from fewstep.metrics import sqnr_db
 from fewstep.program import Program
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.departure import Departure, module_paths, traced_values
+from fewstep.runtimes.ort import session_options
 from fewstep.runtimes.ort_lower import translate
 from fewstep.runtimes.ort_names import restore
 
@@ -70,8 +71,7 @@ def _onnx_values(model: ir.Model, path: Path, names: list[str], feeds: Mapping[s
     with scratch() as folder:
         target = Path(folder) / path.name
         ir.save(model, target, external_data=f"{path.name}.data")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options(None, path=path)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
         outputs = [output.name for output in session.get_outputs()]

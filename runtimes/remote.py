@@ -70,15 +70,16 @@ class Guest:
         """What runs artifacts there, for people."""
         return f"{self._runtime} {self.told['version']} on {self._launch.where}"
 
-    def open(self, path: Path, threads: int | None) -> int:
-        """Returns the number of an artifact that is open there.
+    def open(self, path: Path, threads: int | None, settings: Mapping[str, str] | None = None) -> int:
+        """Returns the number of an artifact that is open there; ``settings`` are of the runtime's session.
 
         Raises:
             ContractError: the runtime there refuses it.
             RuntimeMissingError: the process ended or did not answer in time.
         """
         number = next(self._ids)
-        self._call({"do": "open", "id": number, "path": self._launch.put(path.resolve()), "threads": threads}, {}, path)
+        there = {"path": self._launch.put(path.resolve()), "threads": threads, "settings": dict(settings or {})}
+        self._call({"do": "open", "id": number, **there}, {}, path)
         return number
 
     def run(
@@ -156,19 +157,23 @@ class Guest:
         return RuntimeMissingError(f"{self._launch.where}: {how}, asked to {doing}{last}", hint=hint)
 
 
-def open_remote(guest: Guest, path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
+def open_remote(
+    guest: Guest, path: Path, spec: ComponentSpec, threads: int | None, settings: Mapping[str, str] | None = None
+) -> CheckedSession:
     """Returns a session on an artifact that runs elsewhere, whose outputs must be those of the manifest."""
-    return CheckedSession(path.parent.name, spec, _RemoteSession(guest, path, spec, threads))
+    return CheckedSession(
+        path.parent.name, spec, _RemoteSession(guest, path, spec, guest.open(path, threads, settings))
+    )
 
 
 def remote_runtime(runtime: Runtime, guest: Guest) -> Runtime:
     """Returns a runtime whose artifacts run in a guest."""
 
     def opened(path: Path, spec: ComponentSpec, threads: int | None) -> CheckedSession:
-        return open_remote(guest, path, spec, threads)
+        return open_remote(guest, path, spec, threads, runtime.session_settings(path))
 
     def run(path: Path, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        number = guest.open(path, None)
+        number = guest.open(path, None, runtime.session_settings(path))
         try:
             return guest.run(number, feeds, outputs, path)
         finally:
@@ -193,9 +198,9 @@ def remote_runtime(runtime: Runtime, guest: Guest) -> Runtime:
 
 
 class _RemoteSession:
-    def __init__(self, guest: Guest, path: Path, spec: ComponentSpec, threads: int | None) -> None:
+    def __init__(self, guest: Guest, path: Path, spec: ComponentSpec, number: int) -> None:
         self._guest, self._path, self._spec = guest, path, spec
-        self._number: int | None = guest.open(path, threads)
+        self._number: int | None = number
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Returns the outputs by name."""

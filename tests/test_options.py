@@ -205,6 +205,7 @@ def test_bundle_is_verified_with_the_options_it_was_built_with(run: Run, tmp_pat
     values = json.loads(path.read_text())
     values["source"]["options"]["sigmas"] = {"python": "ndarray"}
     path.write_text(json.dumps(values))
+    fewstep.bundle.write_seal(tmp_path / "bundle")
     status, stdout, stderr = run("verify", tmp_path / "bundle", *small, "--json")
     assert status == 0, stderr
     assert "options sigmas were given in Python" in json.loads(stdout)["caveats"][0]

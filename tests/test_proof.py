@@ -25,7 +25,7 @@ from fewstep.runtimes.parity import Agreement, Floor
 from fewstep.runtimes.quantized_parity import MOST_SPREAD_DB, floor_limit, recorded_floor_checks
 from fewstep.runtimes.sampler import open_tokenizers
 from fewstep.ties import check_limits, golden_ties
-from tests.bundles import built
+from tests.bundles import built, plain
 from tests.faults.__main__ import look
 from tests.faults.seeded import FAULTS
 from tests.quantized import painted
@@ -124,6 +124,7 @@ def test_files_are_read_as_the_onnx_package_reads_them(tmp_path: Path) -> None:
     for name, values in theirs.items():
         np.testing.assert_array_equal(ours[name], values)
     assert multiplies_unsigned(path)
+    assert not multiplies_unsigned(plain().path / "onnxruntime/denoiser/model.onnx")
 
 
 def test_a_cut_model_is_a_model(tmp_path: Path) -> None:

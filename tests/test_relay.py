@@ -117,7 +117,8 @@ def test_networks_must_take_the_latent_by_one_name() -> None:
 
 def test_a_network_that_is_none_of_the_loop_is_refused(tmp_path: Path) -> None:
     manifest = built("table").manifest
-    schedules = {2: dataclasses.replace(manifest.schedule(2), networks=("denoiser", "decoder"))}
+    wrong = dataclasses.replace(manifest.schedule(2), networks=("denoiser", "decoder"))
+    schedules = {**manifest.schedules, 2: wrong}
     values = dataclasses.replace(manifest, schedules=schedules).to_json()
     with pytest.raises(BundleError, match="schedules/2/networks: 'decoder' is no network of the loop, expected one of"):
         fewstep.bundle.Manifest.from_json(values, where="manifest.json")

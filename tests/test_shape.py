@@ -85,9 +85,9 @@ def test_every_shape_is_verified_and_drawn(several: fewstep.Bundle, tmp_path: Pa
     manifest = fewstep.Bundle.open(several.path).manifest
     assert (manifest.shape, *manifest.shapes) == SHAPES
     checks = json.loads((several.path / "report" / "parity.json").read_text())["all"]
-    samples = {check["sample"] for check in checks if "#" in check["sample"]}
+    samples = {check["sample"] for check in checks if "#" in str(check["sample"])}
     for shape in SHAPES[1:]:
-        mine = [check for check in checks if check["sample"].endswith(f", {shape}")]
+        mine = [check for check in checks if str(check["sample"]).endswith(f", {shape}")]
         assert {"text_encoder", "denoiser", "decoder", "picture"} <= {check["component"] for check in mine}
     # Two step counts at the first shape, one sample at the other; two passes, and a negative prompt.
     assert len(samples) == 3 + 2

