@@ -95,7 +95,8 @@ def test_every_shape_is_verified_and_drawn(several: fewstep.Bundle, tmp_path: Pa
         height, width = map(int, shape.split("x"))
         assert several.shaped(shape).generate("cat", seed=1).output.shape == (height, width, 3)
     verified = fewstep.verify(several, prompts=1, seeds=1)
-    assert verified.report and len({c.sample for c in verified.report.checks if "#" in str(c.sample)}) == 4
+    # At each of both shapes: two step counts, another guidance scale, and a negative prompt.
+    assert verified.report and len({c.sample for c in verified.report.checks if "#" in str(c.sample)}) == 2 * 4
     out = tmp_path / "cat.png"
     result = CliRunner().invoke(cli, ["generate", str(several.path), "cat", "--shape", "16x24", "-o", str(out)])
     assert result.exit_code == 0

@@ -51,8 +51,8 @@ def main() -> None:
 
 def _run(options: argparse.Namespace, work: Path) -> dict[str, object]:
     _place_canary(work)
-    bundles = {f"bundle {i}": _linked(path, work / f"bundle-{i}") for i, path in enumerate(options.bundles)}
-    sources = {f"source {i}": _linked(path, work / f"source-{i}") for i, path in enumerate(options.sources)}
+    bundles = {f"bundle {i}": _linked(path, work / f"good-bundle-{i}") for i, path in enumerate(options.bundles)}
+    sources = {f"source {i}": _linked(path, work / f"good-source-{i}") for i, path in enumerate(options.sources)}
     cases, watch = Cases(bundles, sources, work), Watch()
     kinds = [kind for kind in options.kinds for _ in range({**LIGHT, **HEAVY}[kind])]
     counts: Counter[str] = Counter()
