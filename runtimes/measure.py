@@ -17,6 +17,7 @@ import psutil
 from fewstep.bundle import Bundle
 from fewstep.contract import DENOISER, is_denoiser
 from fewstep.errors import RuntimeMissingError
+from fewstep.faults import naming_packages
 from fewstep.inputs import example_inputs
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.sampler import open_sampler
@@ -51,6 +52,7 @@ class Profile:
         return asdict(self)
 
 
+@naming_packages()
 def profile(
     bundle: Bundle, *, runtime: str | None = None, steps: int | None = None, runs: int = 10, threads: int | None = None
 ) -> Profile:

@@ -32,18 +32,18 @@ def hostile(*arguments: str | Path) -> dict[str, Any]:
 
 
 def test_bundles_tokenizers_and_recipes() -> None:
-    found = hostile("--count", "420", "--bundles", built("lcm").bundle.path, plain().path)
+    found = hostile("--count", "460", "--bundles", built("lcm").bundle.path, plain().path)
     assert found["problems"] == []
     refused = sum(count for outcome, count in found["counts"].items() if outcome.endswith("refused"))
-    assert refused > 250, "hostile inputs that nobody refuses show nothing"
+    assert refused > 270, "hostile inputs that nobody refuses show nothing"
 
 
 def test_plans_and_sources() -> None:
     arguments = ("--bundles", built("lcm").bundle.path, "--sources", built("lcm").source)
-    found = hostile("--count", "80", *arguments, "--kinds", "plan", "reference", "source")
+    found = hostile("--count", "40", *arguments, "--kinds", "plan", "reference", "source")
     assert found["problems"] == []
     refused = sum(count for outcome, count in found["counts"].items() if outcome.endswith("refused"))
-    assert refused > 30
+    assert refused > 15
 
 
 def _wrong(what: str, tmp_path: Path) -> None:

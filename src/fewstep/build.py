@@ -22,6 +22,7 @@ from fewstep.compiling import (
     versions,
 )
 from fewstep.errors import ParityError
+from fewstep.faults import naming_packages
 from fewstep.feeds import Sample, save_samples
 from fewstep.further import Further, further_programs
 from fewstep.golden import write_tokens
@@ -62,6 +63,7 @@ class Options:
     """Look for decoder values beyond fp16 whatever the recipe; recipes with fp16 weights always do."""
 
 
+@naming_packages()
 def build(
     source: str | SourceSpec | Generator,
     recipe: str | Recipe = "fp32",

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from fewstep.consistency import is_inside
 from fewstep.disk import check_place, replacing
 from fewstep.errors import BundleError
+from fewstep.faults import naming_packages
 from fewstep.golden_headers import check_golden
 from fewstep.hashing import file_sha256
 from fewstep.manifest import FileEntry, Manifest
@@ -98,6 +99,7 @@ class Bundle:
         """Returns the bundle for so many pictures at once; `fewstep.manifest.Manifest.batched` refuses."""
         return replace(self, manifest=self.manifest.batched(batch))
 
+    @naming_packages()
     def generate(
         self,
         prompt: str = "",
@@ -115,6 +117,7 @@ class Bundle:
             self, prompt, seed, steps=steps, guidance=guidance, negative_prompt=negative_prompt, inputs=inputs
         )
 
+    @naming_packages()
     def generate_batch(
         self,
         prompts: Sequence[str],

@@ -206,6 +206,22 @@ def missing_package(error: ImportError) -> RuntimeMissingError | None:
     )
 
 
+@contextmanager
+def naming_packages() -> Iterator[None]:
+    """Raises a failed import in the block as a sentence with the extra to install; also a decorator of functions.
+
+    Raises:
+        RuntimeMissingError: a package that is not fewstep's own cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        found = missing_package(error)
+        if found is None:
+            raise
+        raise found from error
+
+
 def extra_of(module: str) -> str | None:
     """Returns the first extra of fewstep that installs a module, None if none does or fewstep is not installed."""
     try:

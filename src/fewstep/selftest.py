@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fewstep.build import Options, build
 from fewstep.disk import scratch
 from fewstep.errors import FewstepError, RuntimeMissingError
+from fewstep.faults import naming_packages
 from fewstep.progress import Progress, Silent
 from fewstep.recipe import load_recipe
 from fewstep.runtimes import get_runtime
@@ -41,6 +42,7 @@ def recipes_of(name: str) -> tuple[str, ...]:
     return (*RECIPES, *([WHOLE_NUMBERS] if get_runtime(name).compare_integers is not None else []))
 
 
+@naming_packages()
 def self_test(name: str, recipes: Sequence[str] | None = None, progress: Progress | None = None) -> list[Trial]:
     """Returns what came of compiling and running a small generator for a runtime, with `recipes_of` unless given.
 

@@ -17,6 +17,7 @@ from fewstep.cache import StageCache
 from fewstep.compiling import check_images, check_targets, compile_targets
 from fewstep.disk import beside, check_place, sync
 from fewstep.errors import BundleError, ParityError
+from fewstep.faults import naming_packages
 from fewstep.feeds import Sample
 from fewstep.further import further_programs
 from fewstep.inputs import example_inputs
@@ -36,6 +37,7 @@ Array = npt.NDArray[Any]
 _ELSEWHERE = "free some space there, or choose another -o file"
 
 
+@naming_packages()
 def draw(
     bundle: Bundle,
     prompts: Sequence[str],
@@ -74,6 +76,7 @@ def draw(
     return samples
 
 
+@naming_packages()
 def inspect(source: str | SourceSpec) -> dict[str, Any]:
     """Returns what is in a bundle, or, by loading and running it once, in a source."""
     spec = SourceSpec.of(source)
@@ -101,6 +104,7 @@ def inspect(source: str | SourceSpec) -> dict[str, Any]:
     }
 
 
+@naming_packages()
 def export(
     source: str | SourceSpec, out: Path, *, steps: Sequence[int] | None, guidance: float | None, progress: Progress
 ) -> list[Path]:
@@ -129,6 +133,7 @@ def export(
     return [out / name for name in (*names, "contract.json")]
 
 
+@naming_packages()
 def calibrate(
     source: str | SourceSpec,
     out: Path,
@@ -171,6 +176,7 @@ def calibrate(
     )
 
 
+@naming_packages()
 def optimize(source: str | SourceSpec, out: Path, *, recipe: str, progress: Progress) -> list[Path]:
     """Writes the optimized generator as a diffusers folder with the passes' notes, and returns the paths."""
     from fewstep.export import load
@@ -188,6 +194,7 @@ def optimize(source: str | SourceSpec, out: Path, *, recipe: str, progress: Prog
     return [out, out / "fewstep-notes.json"]
 
 
+@naming_packages()
 def compile(
     source: str | SourceSpec,
     out: Path,
@@ -244,6 +251,7 @@ class Loop:
     """Its bytes as a share of those of the bundle's components."""
 
 
+@naming_packages()
 def loop(bundle: Bundle, out: Path, *, steps: int | None, runtime: str | None, progress: Progress) -> Loop:
     """Writes one file that samples with a bundle's networks, and returns how it compares with the bundle.
 

@@ -11,6 +11,7 @@ from fewstep.bisecting import BISECTED, bisect_failures
 from fewstep.bundle import Bundle
 from fewstep.errors import RuntimeMissingError
 from fewstep.executed import compute_notes, executor_text, stand_in_notes
+from fewstep.faults import naming_packages
 from fewstep.feeds import Sample
 from fewstep.further import batches
 from fewstep.golden_operations import golden_operation_checks
@@ -89,6 +90,7 @@ class Verification:
         return replace(self, report=replace(self.report, checks=self.report.checks + checks))
 
 
+@naming_packages()
 def verify(
     bundle: Bundle,
     *,
@@ -117,7 +119,7 @@ def verify(
         SourceError: ``against`` cannot be loaded.
         ContractError: ``against`` is not the generator that the bundle was built from, or the bundle's limits are below
             what its recipe's kind needs.
-        RuntimeMissingError: one of the runtimes cannot run here.
+        RuntimeMissingError: one of the runtimes cannot run here, or a package that comparing needs is not installed.
         BundleError: there is a file in the bundle that the manifest does not list.
     """
     progress, manifest = progress or Silent(), bundle.manifest
@@ -280,8 +282,7 @@ def verify_against(
         progress: told where the verification is.
     """
     progress = progress or Silent()
-    manifest = bundle.manifest
-    name = runtime or manifest.runtimes[0]
+    manifest, name = bundle.manifest, runtime or bundle.manifest.runtimes[0]
     artifacts = {component: manifest.artifact(name, component) for component in manifest.components}
     integers = [component for component, artifact in artifacts.items() if artifact.compute == INTEGERS]
     notes = [*caveats, *stand_in_notes(name), *compute_notes(name, artifacts.values())]

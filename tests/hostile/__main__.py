@@ -34,8 +34,8 @@ _ADDRESSES = 24 << 30
 def main() -> None:
     """Reads so many cases, prints one line of JSON, and exits with 1 if one was not what it should be."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundles", nargs="*", default=[], type=Path)
-    parser.add_argument("--sources", nargs="*", default=[], type=Path)
+    parser.add_argument("--bundles", nargs="*", default=[], type=_path)
+    parser.add_argument("--sources", nargs="*", default=[], type=_path)
     parser.add_argument("--kinds", nargs="+", default=[*LIGHT])
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -131,6 +131,11 @@ def _place_canary(work: Path) -> None:
     (folder / f"{CANARY}.py").write_text("def make():\n    raise SystemExit('ran')\n")
     sys.path.insert(0, str(folder))
     os.chdir(folder)
+
+
+def _path(text: str) -> Path:
+    """Returns an argument's path as it is wherever the process goes."""
+    return Path(text).absolute()
 
 
 def _linked(path: Path, to: Path) -> Path:
