@@ -56,6 +56,12 @@ def test_a_seeded_integer_is_noticed_without_its_source_and_named(name: str) -> 
     assert seen.golden and seen.localised, seen
 
 
+def test_golden_operations_are_compared_with_the_source_too() -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "integers of a golden operation")
+    seen = look(fault, painted("w8a8").bundle.path, against="tests.quantized:painter")
+    assert seen.live and seen.golden and seen.localised, seen
+
+
 def test_a_right_bundle_passes_without_its_source() -> None:
     bundle = painted("w8a8").bundle
     result = fewstep.verify(bundle)

@@ -311,9 +311,9 @@ def verify_against(
         of_some = [x for x in checks if (x.error, x.level) == (LOWERING, "component") and x.sample in labels]
         found = {c: [x.value for x in of_some if x.component == c] for c in integers}
         checks += floor_checks(floor, limits, found, some, exact[: len(some)])
+        inside, why = golden_operation_checks(bundle, name)
+        checks += inside
         if quantized is None:
-            inside, why = golden_operation_checks(bundle, name)
-            checks += inside
             notes += [
                 "quantized operations were compared one by one at those of the golden pack" if why is None else why
             ]

@@ -129,7 +129,7 @@ def _steps(model: ir.Model) -> ir.Value:
     found = [
         value
         for value in model.graph.initializers.values()
-        if value.const_value is not None and len(value.const_value.shape) == 2 and 4 <= value.const_value.shape[0] <= 8
+        if value.const_value is not None and len(value.const_value.shape) > 1 and 4 <= value.const_value.shape[0] <= 8
     ]
     return max(found, key=lambda value: value.const_value.size)  # type: ignore[union-attr]  # looked at above
 
@@ -432,7 +432,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("floor of -50 dB, wrong column", W8A8, "floor", _floor_and_column),
     Fault("network in float put in", W8A8, "denoiser", _float_denoiser),
     Fault("table of integers alone", W8A8, "", _table_alone),
-    Fault("integers of a golden operation", W8A8, "", _operation),
+    Fault("integers of a golden operation", W8A8, "operation denoiser", _operation),
     Fault(
         "b[0] + 1 %, integers", W8A8, "schedule step 0", _schedules(lambda t: t["b"].__setitem__(0, t["b"][0] * 1.01))
     ),
