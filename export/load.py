@@ -29,13 +29,13 @@ from fewstep.export.networks import (
     FILTERS,
     IMAGE_ENCODER,
     SAFETY_CHECKER,
-    check_variants,
     load_networks,
     network_classes,
     networks_without_values,
 )
 from fewstep.export.overlay import lay_over
 from fewstep.export.single_file import load_single_file
+from fewstep.export.stored import variant_of_all
 from fewstep.export.stored_networks import StoredNetworks
 from fewstep.hashing import file_sha256, folder_sha256, value_sha256
 from fewstep.source import FUNCTION, SourceInfo, SourceSpec
@@ -157,11 +157,11 @@ def from_folder(folder: Path, spec: SourceSpec | None = None, *, eager: bool = F
     _quiet()
     index = read_model_index(folder)
     classes = network_classes(folder, index, FILTERS)
-    check_variants(folder, classes, spec.variant)
+    variant = variant_of_all([folder / name for name in classes], spec.variant)
     size = sum(p.stat().st_size for p in _files(folder, (".safetensors",)))
-    stored = StoredNetworks(folder, variant=spec.variant) if not eager and size >= STORED_BYTES else None
+    stored = StoredNetworks(folder, variant=variant) if not eager and size >= STORED_BYTES else None
     make = load_networks if stored is None else networks_without_values
-    networks, unused = make(folder, classes, spec.variant)
+    networks, unused = make(folder, classes, variant)
     # The class itself knows which of its components may be None.
     pipeline_class: Any = getattr(diffusers, str(index.get("_class_name")), diffusers.DiffusionPipeline)
     try:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fewstep.errors import SourceError
-from fewstep.export.stored import check_variant, variant_of
+from fewstep.export.model_index import read_model_index
+from fewstep.export.stored import variant_of, variant_of_all
 from fewstep.export.weights import component_class, meta_module, refuse_missing, stored_weights, unused_keys
 
 # What diffusers and transformers raise for files that are not what their configurations say: anything.
@@ -38,10 +39,10 @@ def network_classes(folder: Path, index: Mapping[str, Any], left_out: Iterable[s
     return found
 
 
-def check_variants(folder: Path, names: Iterable[str], variant: str | None) -> None:
-    """Raises SourceError unless one of a folder's networks has files of the variant that is asked for."""
-    if variant is not None:
-        check_variant([folder / name for name in names], variant)
+def variant_of_folder(folder: Path, asked: str | None) -> str | None:
+    """Returns the variant that a user of diffusers names for a diffusers folder: see `variant_of_all`."""
+    classes = network_classes(folder, read_model_index(folder), FILTERS)
+    return variant_of_all([folder / name for name in classes], asked)
 
 
 def load_network(folder: Path, cls: Any, variant: str | None) -> tuple[Any, tuple[str, ...]]:

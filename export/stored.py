@@ -106,15 +106,34 @@ def variant_of(folder: Path, variant: str | None) -> str | None:
     return next((v for v in (None, *_VARIANTS, *sorted(v for v in found if v)) if v in found), None)
 
 
-def check_variant(folders: Iterable[Path], variant: str) -> None:
-    """Raises SourceError unless one of the folders of components has files of a variant."""
-    found = {v for folder in folders for v in _files_of(folder)}
-    if variant not in found:
-        have = ", ".join(sorted(v or "files without a variant in their names" for v in found)) or "no weights"
+def variant_of_all(folders: Iterable[Path], asked: str | None) -> str | None:
+    """Returns the variant that loads a checkpoint whose components have these folders, as a user of diffusers tells it.
+
+    ``from_pretrained`` takes one variant for all: of each component its files, or those that name none. What is asked
+    for is that one. Otherwise it is None where every component has files that name none, else fp16, bf16, fp32 or the
+    first by name that every component without such files has.
+
+    Raises:
+        SourceError: no component has the variant that is asked for, or no one variant loads all of them.
+    """
+    found = {folder.name: files for folder in folders if (files := set(_files_of(folder)))}
+    variants = sorted({v for files in found.values() for v in files if v is not None})
+    if asked is not None and asked not in variants:
+        have = [*variants, *(["files without a variant in their names"] if any(None in f for f in found.values()) else [])]
         raise SourceError(
-            f"no component has files of the variant {variant!r}, there are: {have}",
+            f"no component has files of the variant {asked!r}, there are: {', '.join(have) or 'no weights'}",
             hint="leave --variant out to take what is there",
         )
+    named = {name: files for name, files in found.items() if None not in files}
+    candidates = (None, *_VARIANTS, *variants) if asked is None else (asked,)
+    for variant in candidates:
+        if all(variant in files for files in named.values()):
+            return variant
+    told = "; ".join(f"{name} has {', '.join(sorted(filter(None, files)))}" for name, files in sorted(named.items()))
+    raise SourceError(
+        f"no one variant loads every component: {told}",
+        hint="give every component files of one variant, or files that name none",
+    )
 
 
 def _files_of(folder: Path) -> dict[str | None, Path]:

@@ -357,9 +357,11 @@ def test_of_both_the_plain_files_are_taken_unless_asked(
 
     if stored:
         monkeypatch.setattr(importlib.import_module("fewstep.export.load"), "STORED_BYTES", 0)
-    weights = load_file(halves / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    weights["conv_in.bias"] = weights["conv_in.bias"] + 1
-    save_file(weights, halves / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    for path in sorted(halves.rglob("*.fp16.safetensors")):
+        weights = load_file(path)
+        if path.parent.name == "unet":
+            weights["conv_in.bias"] = weights["conv_in.bias"] + 1
+        save_file(weights, path.with_name(path.name.replace(".fp16", "")), metadata={"format": "pt"})
 
     def bias(spec: SourceSpec) -> torch.Tensor:
         generator = load(spec)
@@ -371,6 +373,17 @@ def test_of_both_the_plain_files_are_taken_unless_asked(
     torch.testing.assert_close(plain, asked + 1)
     both = load(SourceSpec(str(halves))), load(SourceSpec(str(halves), variant="fp16"))
     assert both[0].source.sha256 != both[1].source.sha256
+    # diffusers needs the variant's name when one component has no other files, and then takes it of all.
+    (halves / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.testing.assert_close(bias(SourceSpec(str(halves))), asked)
+
+
+def test_no_one_variant_for_all_components_is_refused(halves: Path) -> None:
+    path = halves / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    for variant in (None, "fp16"):
+        with pytest.raises(SourceError, match="no one variant loads every component: .*unet has fp16; vae has bf16"):
+            load(SourceSpec(str(halves), variant=variant))
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["loaded", "stored"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -126,6 +127,16 @@ def test_a_spoilt_manifest_fails(change: Change, fails: set[str]) -> None:
 def test_other_weights_than_the_files_fail(tmp_path: Path) -> None:
     checks, _ = checks_against("lcm", str(tiny.lcm_folder(tmp_path / "other", seed=1)))
     assert failing(checks) == IMAGES
+
+
+def test_files_of_a_variant_alone_are_loaded_as_their_user_does(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(built("lcm").source, tmp_path / "halves"))
+    for path in source.rglob("*.safetensors"):
+        path.rename(path.with_suffix(f".fp16{path.suffix}"))
+    checks, notes = checks_against("lcm", str(source))
+    assert checks
+    assert not failing(checks)
+    assert notes == []
 
 
 def test_what_python_changed_since_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,7 @@ def source_of(spec: SourceSpec) -> Source:
     """Returns how a user loads a source."""
     from fewstep.export.hub import download, is_hub_id
     from fewstep.export.load import BUILT_IN, SUFFIXES
+    from fewstep.export.networks import variant_of_folder
 
     kind, uri, folder = "single-file", spec.uri, ""
     if uri in BUILT_IN:
@@ -136,7 +137,7 @@ def source_of(spec: SourceSpec) -> Source:
         uri=uri,
         folder=folder,
         config=spec.config,
-        variant=spec.variant,
+        variant=variant_of_folder(Path(folder), spec.variant) if folder else spec.variant,
         decoder=spec.decoder,
         components={r.component: r.path for r in spec.replacements},
         keep=("safety_checker", "feature_extractor") if spec.keep_safety_checker else (),

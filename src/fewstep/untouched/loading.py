@@ -144,7 +144,8 @@ def _by_the_loader(source: Source, why: str) -> Subject:
 
     loras = tuple(Lora(path, scale) for path, scale in source.loras)
     replacements = tuple(Replacement(name, path) for name, path in source.components.items())
-    generator = load(SourceSpec(source.uri, loras, source.decoder, replacements, source.config), eager=True)
+    spec = SourceSpec(source.uri, loras, source.decoder, replacements, source.config, source.variant)
+    generator = load(spec, eager=True)
     subject = of_generator(generator if source.tile is None else generator.tiled(source.tile))
     return Subject(**{**subject.__dict__, "through": why})
 
