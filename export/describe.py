@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
+from fewstep.errors import PipelineError
 from fewstep.export.embedding import read_scale
 from fewstep.export.fingerprint import fingerprint, is_own_code, with_outputs
 from fewstep.export.finite import check_finite
@@ -23,7 +24,11 @@ from fewstep.export.tiled_decoder import tiles_of
 from fewstep.export.wiring import Wiring
 from fewstep.inputs import example_inputs, stacked
 from fewstep.manifest import TokenizerSpec
+from fewstep.metrics import sqnr_db
 from fewstep.schedule import Schedule
+
+# Two runs of one network on one machine are equal to the bit; what differs by less than kernels do fails no check.
+_REPEATED_DB = 100.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
     recorded = one_pass(
         generator, lambda w: run(generator, prompt, 0, steps=count, guidance=w, inputs=inputs, stubs=stubs)
     )
+    if generator.is_loop:
+        again = run(generator, prompt, 0, steps=count, guidance=recorded.guidance, inputs=inputs, stubs=stubs)
+        check_repeatable(generator, recorded, again)
     mark = with_outputs(mark, recorded) if is_own_code(generator) else mark
     plain = recorded.guidance
     tokenizers = read_tokenizers(generator, recorded, count, inputs)
@@ -88,6 +96,19 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
 
     check_texts(generator, described, recorded, inputs)
     return described
+
+
+def check_repeatable(generator: Generator, recorded: Run, again: Run) -> None:
+    """Raises PipelineError where two runs on the same inputs and noise give different outputs."""
+    first, second = recorded.output, again.output
+    found = sqnr_db(first, second) if first.shape == second.shape else float("-inf")
+    if not found >= _REPEATED_DB:
+        raise PipelineError(
+            f"{generator.name}: two runs of its loop on the same inputs and noise differ: SQNR {found:.0f} dB, "
+            f"expected {_REPEATED_DB:.0f} or more",
+            hint="draw every random number with noise(shape), keep nothing from one call for the next, and switch off "
+            "dropout",
+        )
 
 
 def one_pass(generator: Generator, at: Callable[[float], Run]) -> Run:

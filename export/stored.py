@@ -119,7 +119,10 @@ def variant_of_all(folders: Iterable[Path], asked: str | None) -> str | None:
     found = {folder.name: files for folder in folders if (files := set(_files_of(folder)))}
     variants = sorted({v for files in found.values() for v in files if v is not None})
     if asked is not None and asked not in variants:
-        have = [*variants, *(["files without a variant in their names"] if any(None in f for f in found.values()) else [])]
+        have = [
+            *variants,
+            *(["files without a variant in their names"] if any(None in f for f in found.values()) else []),
+        ]
         raise SourceError(
             f"no component has files of the variant {asked!r}, there are: {', '.join(have) or 'no weights'}",
             hint="leave --variant out to take what is there",

@@ -117,3 +117,21 @@ def test_refusals_of_the_page_are_those_of_the_code() -> None:
     for phrase in re.findall(r"`([^`]+)`", "".join(cells)):
         for part in re.split(r" ?\.\.\.,? ?", phrase):
             assert part in code, phrase
+
+
+def test_tests_of_the_parity_page_exist() -> None:
+    text = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = text.partition("| kind of difference |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [re.findall(r"`([^`]+)`", row.rsplit("|", 2)[1]) for row in rows]
+    assert len(cells) > 10
+    assert all(cells), "each kind of difference has a test"
+    for named in cells:
+        file, function = "", ""
+        for name in named:
+            path, _, rest = name.rpartition("::")
+            function = rest.partition("[")[0] or function
+            file = path or (file if rest.startswith("[") else "test_user_calls.py")
+            code = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"\ndef {function}(" in code, name
+            case = rest.partition("[")[2].removesuffix("]")
+            assert not case or f'id="{case}"' in code, name

@@ -12,7 +12,7 @@ import torch
 import fewstep
 from fewstep import noise
 from fewstep.contract import InputSpec
-from fewstep.errors import FewstepError, SourceError
+from fewstep.errors import FewstepError, PipelineError, SourceError
 from fewstep.export import Generator, describe
 from fewstep.export.describe import Description
 from fewstep.export.loop import Draw, Loop, Networks, SampleFunction
@@ -311,6 +311,44 @@ def test_loops_that_are_refused(sample: SampleFunction, text: str, networks: dic
         described(sample, steps=(2, 4), **networks)
     assert text in caught.value.message
     assert caught.value.hint
+
+
+def drawing_by_itself(nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
+    x = torch.randn(SHAPE)
+    for k in range(steps):
+        x = x - nets["denoiser"](x, torch.tensor([1 - k / steps]))
+    return x
+
+
+class Counting:
+    """A loop that keeps something from one call for the next."""
+
+    calls = 0
+
+    def __call__(self, nets: Networks, inputs: Inputs, *, steps: int, guidance: float, noise: Draw) -> torch.Tensor:
+        self.calls += 1
+        x = noise(SHAPE)
+        for k in range(steps):
+            x = x - (1 + 0.001 * self.calls) * nets["denoiser"](x, torch.tensor([1 - k / steps]))
+        return x
+
+
+class Dropping(Net):
+    """A network with dropout that is never switched off."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None, s: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().forward(x, t, s), 0.1, training=True)
+
+
+@pytest.mark.parametrize(
+    ("sample", "network"),
+    [(drawing_by_itself, Net()), (Counting(), Net()), (euler, Dropping())],
+    ids=["own noise", "state", "dropout"],
+)
+def test_loops_that_cannot_be_repeated(sample: SampleFunction, network: torch.nn.Module) -> None:
+    with pytest.raises(PipelineError, match="two runs of its loop on the same inputs and noise differ") as caught:
+        described(sample, steps=(2,), denoiser=network)
+    assert "noise(shape)" in str(caught.value.hint)
 
 
 def test_networks_without_a_denoiser() -> None:

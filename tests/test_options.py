@@ -382,7 +382,7 @@ def test_no_one_variant_for_all_components_is_refused(halves: Path) -> None:
     path = halves / "vae" / "diffusion_pytorch_model.fp16.safetensors"
     path.rename(path.with_name("diffusion_pytorch_model.bf16.safetensors"))
     for variant in (None, "fp16"):
-        with pytest.raises(SourceError, match="no one variant loads every component: .*unet has fp16; vae has bf16"):
+        with pytest.raises(SourceError, match=r"no one variant loads every component: .*unet has fp16; vae has bf16"):
             load(SourceSpec(str(halves), variant=variant))
 
 

@@ -18,6 +18,7 @@ import pytest
 import fewstep
 from fewstep.bundle import Bundle
 from fewstep.contract import Contract
+from fewstep.errors import SourceError
 from fewstep.export import describe, load, write_tokenizers
 from fewstep.manifest import Manifest
 from fewstep.recipe import Limits
@@ -153,6 +154,26 @@ def make():
     checks, notes = checks_against("lcm", "changed_since:make")
     assert failing(checks) == IMAGES
     assert notes == []
+
+
+def test_a_function_that_returns_another_generator_each_time_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""
+import torch
+from fewstep.export import load
+
+def make():
+    generator = load({str(built("lcm").source)!r})
+    with torch.no_grad():
+        generator.pipeline.unet.conv_in.bias += torch.randn(generator.pipeline.unet.conv_in.bias.shape)
+    return generator
+"""
+    (tmp_path / "unseeded.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SourceError, match="unseeded:make returns another generator each time it is called") as caught:
+        checks_against("lcm", "unseeded:make")
+    assert "torch.manual_seed" in str(caught.value.hint)
 
 
 def test_a_process_that_dies_is_a_failure_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import psutil
 from fewstep import call_options
 from fewstep.bundle import Bundle
 from fewstep.contract import IMAGE, Contract, Guidance
-from fewstep.errors import ExportError
+from fewstep.errors import ExportError, SourceError
 from fewstep.inputs import example_inputs
 from fewstep.metrics import psnr_db, sqnr_db
 from fewstep.recipe import Limits
@@ -41,6 +42,8 @@ CAPITALS = 'A Red, Apple &amp; "Pear"'
 OVER_LONG = "far longer than the text of any model, " * 60
 NEGATIVE = "low quality, blurry"
 SEED = 7
+# A function that seeds what it makes returns the same generator whatever this is; 100 dB as of two kernels.
+_OTHER_SEED, _REPEATED_DB = 16, 100.0
 # On both sides of a threshold of the guidance scale (at 1, one pass and two give the same); without one, two scales.
 _BELOW, _ABOVE, _SCALES = 0.5, 0.75, (1.0, 2.5)
 # A pipeline in fp32, with what diffusers and torch themselves take.
@@ -184,6 +187,9 @@ class UserCalls:
             runtimes: whose artifacts are compared.
             limits: the recipe's.
             changed: whether the recipe changed the network: images are then held to the recipe's limit for it.
+
+        Raises:
+            SourceError: a function returns another generator each time it is called.
         """
         available = psutil.virtual_memory().available
         if self._asked is None and self._generator is None:
@@ -196,8 +202,27 @@ class UserCalls:
         except ExportError as error:
             failed = Check(LOWERING, CALL, "pipeline", None, None, None, "calls made", 0.0, 1.0)
             return [failed], [f"{error.message}; {error.hint}"]
-        notes = _notes(self.request, answer, in_memory=self._generator is not None)
-        return compare_calls(bundle, runtimes, self.request, answer, limits, changed=changed), notes
+        checks = compare_calls(bundle, runtimes, self.request, answer, limits, changed=changed)
+        if self.request.source.kind == "function" and not all(check.passed for check in checks):
+            self._check_repeatable(answer)
+        return checks, _notes(self.request, answer, in_memory=self._generator is not None)
+
+    def _check_repeatable(self, answer: Answer) -> None:
+        """Raises SourceError where a function returns another generator when it is called again."""
+        source, first = self.request.source, self.request.calls[:1]
+        other = replace(self.request, source=replace(source, seed=_OTHER_SEED), calls=first, texts=())
+        with closing(Asked(other)) as asked:
+            again = asked.answer().outputs[0]
+        one = answer.outputs[0]
+        if isinstance(one, str) or isinstance(again, str):
+            return
+        found = sqnr_db(one, again) if one.shape == again.shape else float("-inf")
+        if not found >= _REPEATED_DB:
+            raise SourceError(
+                f"{source.uri} returns another generator each time it is called: what two of them make has an SQNR of "
+                f"{found:.0f} dB, expected {_REPEATED_DB:.0f} or more",
+                hint="seed all that it makes (torch.manual_seed before the networks), or load the weights from files",
+            )
 
     def _answer(self) -> Answer:
         if self._asked is not None:

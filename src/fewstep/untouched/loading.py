@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -46,6 +48,8 @@ def load_subject(source: Source) -> Subject:
     _quiet()
     try:
         if source.kind == "function":
+            if source.seed is not None:
+                _seed(source.seed)
             module, _, function = source.uri.partition(":")
             subject = of_generator(getattr(importlib.import_module(module), function)())
             _lay_over(subject.pipeline, source)
@@ -57,6 +61,12 @@ def load_subject(source: Source) -> Subject:
         return Subject(pipeline, tokenizers=tokenizers_of(pipeline))
     except NotPlain as error:
         return _by_the_loader(source, str(error))
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def of_generator(generator: Any) -> Subject:

@@ -53,6 +53,8 @@ class Source:
     """Components of `loading.FILTERS` that the bundle has too."""
     path: tuple[str, ...] = ()
     cwd: str = "."
+    seed: int | None = None
+    """Of the process's own random numbers when a function is called, on which nothing should depend; None: as it is."""
 
 
 @dataclass(frozen=True)
