@@ -12,6 +12,7 @@ export class Form {
   private readonly fresh = byId<HTMLInputElement>("fresh");
   private readonly previews = byId<HTMLInputElement>("previews");
   private readonly guidance = byId<HTMLInputElement>("guidance");
+  private readonly negative = byId<HTMLInputElement>("negative");
   private readonly choice = byId<HTMLSelectElement>("choice");
   private readonly more = byId("extra-inputs");
   private inputs: InputInfo[] = [];
@@ -25,6 +26,7 @@ export class Form {
     this.seed.value = settings.seed;
     this.fresh.checked = settings.fresh;
     this.previews.checked = settings.previews;
+    this.negative.value = settings.negative;
     this.choice.value = settings.engine;
     this.form.onsubmit = (event) => {
       event.preventDefault();
@@ -44,7 +46,7 @@ export class Form {
     this.choice.onchange = () => onEngine(this.choice.value as EngineChoice);
     this.guidance.oninput = () => this.showGuidance();
     this.form.onchange = () => this.keep();
-    this.prompt.oninput = () => this.keep();
+    this.prompt.oninput = this.negative.oninput = () => this.keep();
   }
 
   /** Fills in what depends on the bundle. */
@@ -67,6 +69,7 @@ export class Form {
         },
       }, text);
     byId("suggestions").replaceChildren(...bundle.prompts.map(suggest));
+    byId("negative-field").hidden = !bundle.takesNegative;
     byId("guidance-field").hidden = bundle.guidance === null;
     if (bundle.guidance !== null) {
       this.guidance.min = bundle.guidance < 1 ? "0" : "1"; // 0 where the bundle's own is none
@@ -90,6 +93,7 @@ export class Form {
       seed: readSeed(this.seed.value)!,
       steps: this.steps(),
       guidance: byId("guidance-field").hidden ? null : Number(this.guidance.value),
+      negative: this.negativePrompt(),
       inputs,
       previews: this.previews.checked,
       raw: false,
@@ -97,13 +101,14 @@ export class Form {
   }
 
   /** Shows an earlier request again, its seed held. */
-  restore(request: Pick<GenerateRequest, "prompt" | "seed" | "steps" | "guidance">): void {
+  restore(request: Pick<GenerateRequest, "prompt" | "seed" | "steps" | "guidance"> & { negative?: string | null }): void {
     this.prompt.value = request.prompt;
     this.seed.value = request.seed;
     this.fresh.checked = false;
     const steps = document.querySelector<HTMLInputElement>(`input[name=steps][value="${request.steps}"]`);
     if (steps !== null) steps.checked = true;
     if (request.guidance !== null) this.guidance.value = String(request.guidance);
+    this.negative.value = request.negative ?? "";
     this.showGuidance();
     this.checkSeed();
     this.keep();
@@ -122,6 +127,7 @@ export class Form {
       fresh: this.fresh.checked,
       steps: this.steps(),
       guidance: byId("guidance-field").hidden ? this.settings.guidance : Number(this.guidance.value),
+      negative: this.negative.value,
       previews: this.previews.checked,
       engine: this.choice.value as EngineChoice,
     });
@@ -130,6 +136,11 @@ export class Form {
 
   private steps(): number {
     return Number(document.querySelector<HTMLInputElement>("input[name=steps]:checked")?.value ?? this.settings.steps);
+  }
+
+  /** Returns the negative prompt; a field that is empty gives none. */
+  private negativePrompt(): string | null {
+    return byId("negative-field").hidden || this.negative.value === "" ? null : this.negative.value;
   }
 
   private showGuidance(): void {

@@ -6,6 +6,7 @@ export interface Entry {
   seed: string;
   steps: number;
   guidance: number | null;
+  negative?: string | null;
   ms: number;
   png: Blob;
 }

@@ -113,7 +113,13 @@ async function draw(): Promise<void> {
   }
 }
 
-const kept = ({ prompt, seed, steps, guidance }: GenerateRequest): Omit<Entry, "ms" | "png"> => ({ prompt, seed, steps, guidance });
+const kept = ({ prompt, seed, steps, guidance, negative }: GenerateRequest): Omit<Entry, "ms" | "png"> => ({
+  prompt,
+  seed,
+  steps,
+  guidance,
+  negative,
+});
 
 async function remember(entry: Entry): Promise<void> {
   await pictures?.add(entry);

@@ -17,6 +17,8 @@ export interface GenerateRequest {
   seed: string;
   steps: number;
   guidance: number | null;
+  /** Null where none is given, which is not the empty one. */
+  negative: string | null;
   /** Classes by number, pictures as float32 [1, C, H, W] in [0, 1]. */
   inputs: { [name: string]: number | { shape: number[]; data: Float32Array } };
   previews: boolean;
@@ -52,6 +54,7 @@ export interface BundleInfo {
   stepCounts: number[];
   defaultSteps: number;
   guidance: number | null;
+  takesNegative: boolean;
   prompts: string[];
   licences: { [part: string]: string };
   caveats: string[];

@@ -8,6 +8,7 @@ export interface Settings {
   fresh: boolean;
   steps: number | null;
   guidance: number | null;
+  negative: string;
   previews: boolean;
   engine: EngineChoice;
   /** Whether a picture was being drawn. */
@@ -22,6 +23,7 @@ const DEFAULTS: Settings = {
   fresh: true,
   steps: null,
   guidance: null,
+  negative: "",
   previews: true,
   engine: "auto",
   drawing: false,

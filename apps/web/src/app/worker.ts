@@ -81,6 +81,7 @@ async function load(bundle: string, choice: EngineChoice): Promise<void> {
     stepCounts: stepCounts(manifest),
     defaultSteps: manifest.default_steps,
     guidance: guidance.kind === "none" || guidance.kind === "fixed" ? null : guidance.scale,
+    takesNegative: guidance.takes_negative,
     prompts: manifest.prompts,
     licences: manifest.licences,
     caveats: manifest.caveats,
@@ -160,6 +161,7 @@ async function generate({ manifest, sampler }: Open, id: number, request: Genera
     seed: BigInt(request.seed),
     schedule: scheduleOf(manifest, request.steps),
     ...(request.guidance === null ? {} : { guidance: request.guidance }),
+    ...(request.negative === null ? {} : { negativePrompt: request.negative }),
     inputs: Object.fromEntries(Object.entries(request.inputs).map(([name, value]) => [name, toTensor(value)])),
     cancelled: () => cancelled.has(id),
     async onStep({ done, steps, x0 }) {

@@ -44,7 +44,7 @@ async function drawRaw(page: Page, cases: Reference[]): Promise<Float32Array[]> 
       const { bundle } = await answer("ready", { type: "open", bundle: new URL("./bundle/", location.href).href, engine: "wasm" });
       const pictures: number[][] = [];
       for (const [id, { prompt, seed }] of cases.entries()) {
-        const request = { prompt, seed, steps: bundle.defaultSteps, guidance: null, inputs: {}, previews: id % 2 === 0, raw: true };
+        const request = { prompt, seed, steps: bundle.defaultSteps, guidance: null, negative: null, inputs: {}, previews: id % 2 === 0, raw: true };
         pictures.push([...(await answer("picture", { type: "generate", id, request })).output]);
       }
       worker.terminate();
