@@ -101,6 +101,8 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
 def check_repeatable(generator: Generator, recorded: Run, again: Run) -> None:
     """Raises PipelineError where two runs on the same inputs and noise give different outputs."""
     first, second = recorded.output, again.output
+    assert first is not None
+    assert second is not None
     found = sqnr_db(first, second) if first.shape == second.shape else float("-inf")
     if not found >= _REPEATED_DB:
         raise PipelineError(
