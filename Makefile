@@ -84,7 +84,7 @@ POINTS ?= 50
 .PHONY: test-kill
 test-kill: $(VENV)/.dev ## Kills builds of the built-in generator at POINTS random points and damages their caches (an hour or more)
 	for recipe in fp32 w8a8; do \
-		OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.killing --points $(POINTS) -- stickers --recipe $$recipe; \
+		OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.support.killing --points $(POINTS) -- stickers --recipe $$recipe; \
 	done
 HOSTILE ?= 10000
 HOSTILE_SOURCES ?= 1000
@@ -100,12 +100,12 @@ test-faults: $(VENV)/.dev ## Seeds faults into verified bundles and writes what 
 
 .PHONY: families
 families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md
-	$(BIN)/python -W ignore -m tests.families > docs/families.new
+	$(BIN)/python -W ignore -m tests.support.families > docs/families.new
 	mv docs/families.new docs/families.md
 
 .PHONY: coreml-operators
 coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator and writes docs/coreml-operators.md (minutes; goes on where it was interrupted)
-	$(BIN)/python -W ignore -m tests.mil.operators > docs/coreml-operators.new
+	$(BIN)/python -W ignore -m tests.unit.runtimes.coreml.mil.operators > docs/coreml-operators.new
 	mv docs/coreml-operators.new docs/coreml-operators.md
 
 .PHONY: coreml-families

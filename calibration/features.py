@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.bundle.contract import DENOISER, is_denoiser
 from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Floats
-from fewstep.contract import DENOISER, is_denoiser
 from fewstep.export import Description, Generator
 
 _MIDDLES = ("mid_block", "middle_block")

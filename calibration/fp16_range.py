@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fewstep.contract import DECODER
+from fewstep.bundle.contract import DECODER
+from fewstep.bundle.samples import Sample
 from fewstep.export import Description, Generator
-from fewstep.export.wiring import running_module
-from fewstep.feeds import Sample
+from fewstep.export.trace.component_module import running_module
 
 FP16_MAX = 65504.0
 

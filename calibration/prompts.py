@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.contract import TEXT
+from fewstep.bundle.contract import TEXT
 from fewstep.errors import CalibrationError
 from fewstep.export import Generator
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.contract import Guidance
+from fewstep.bundle.contract import Guidance
+from fewstep.bundle.samples import BESIDE, Sample
 from fewstep.export import Description, Generator, record
-from fewstep.feeds import BESIDE, Sample
-from fewstep.inputs import example_inputs
+from fewstep.numerics.inputs import example_inputs
 
 NEGATIVE = "Blurry, low quality"  # with capitals, as people write
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fewstep import noise
+from fewstep.bundle.samples import Sample, StepFeed
 from fewstep.errors import CalibrationError
-from fewstep.feeds import Sample, StepFeed
+from fewstep.numerics import noise
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -28,7 +28,7 @@ Floats = npt.NDArray[np.float64]
 NDTC_MEAN = NDTC_SPREAD = 0.4
 # Weight of the variety term beside that of density, and fewest steps that have something to be compared.
 TDAC_VARIETY, TDAC_FEWEST = 1.0, 3
-# Draws of noise beyond those of any sampler and of `fewstep.inputs`.
+# Draws of noise beyond those of any sampler and of `fewstep.numerics.inputs`.
 _OFFSET = 1 << 29
 
 Kept = tuple[int, ...]

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
+from fewstep.bundle.contract import LATENT, SAMPLE
+from fewstep.bundle.samples import Sample, StepFeed, load_sample, read_feeds, read_head, save_sample
 from fewstep.cache import code_sha256
 from fewstep.cache_entries import content_name, is_as_named
 from fewstep.calibration.features import step_features
 from fewstep.calibration.record import SampleRequest, record_samples
 from fewstep.calibration.samplers import Kept, LatentNames, Question, get_sampler, prompt_order
-from fewstep.contract import LATENT, SAMPLE
 from fewstep.disk import PARTIAL, begin, discard, remove_stale, sync, sync_names, write_whole
 from fewstep.errors import CalibrationError
 from fewstep.export import Description, Generator, digest
-from fewstep.feeds import Sample, StepFeed, load_sample, read_feeds, read_head, save_sample
 from fewstep.hashing import value_sha256
-from fewstep.inputs import example_inputs
+from fewstep.numerics.inputs import example_inputs
 from fewstep.progress import Progress, Silent
 
 INDEX = "calibration.json"

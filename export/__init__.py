@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from fewstep.export import quiet  # isort: skip  # noqa: F401  # first: torchao speaks up when it is imported
-from fewstep.export.arguments import check_counts
+from fewstep.export.contract.diffusers_layout import diffusers_files, write_tokenizers
+from fewstep.export.custom_loop import SampleFunction
 from fewstep.export.describe import Description, describe
 from fewstep.export.fingerprint import fingerprint
 from fewstep.export.generator import Generator, recorded_source
-from fewstep.export.layout import diffusers_files, write_tokenizers
-from fewstep.export.load import load, missing
-from fewstep.export.loop import SampleFunction
-from fewstep.export.overlay import lay_over
 from fewstep.export.programs import Programs, programs_of
-from fewstep.export.recording import record
-from fewstep.export.wiring import digest, trace
+from fewstep.export.record.arguments import check_counts
+from fewstep.export.record.to_samples import record
+from fewstep.export.source.load import load, missing
+from fewstep.export.source.overrides import lay_over
+from fewstep.export.trace.component_module import digest, trace
 
 __all__ = [
     "Description",

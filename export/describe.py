@@ -5,27 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fewstep.contract import DECODER, ComponentSpec, Contract, is_denoiser
+from fewstep.bundle.contract import DECODER, ComponentSpec, Contract, is_denoiser
+from fewstep.bundle.manifest import TokenizerSpec
+from fewstep.bundle.schedule import Schedule
 from fewstep.errors import PipelineError
-from fewstep.export.embedding import read_scale
+from fewstep.export.contract.guidance_embedding import read_scale
+from fewstep.export.contract.guidance_probe import Probe
+from fewstep.export.contract.reader import Reader
+from fewstep.export.contract.specs import read_specs, without_glue
+from fewstep.export.contract.two_pass_guidance import Guided, read_two_passes
 from fewstep.export.fingerprint import fingerprint, is_own_code, with_outputs
-from fewstep.export.finite import check_finite
 from fewstep.export.generator import Generator
-from fewstep.export.guidance_probe import Probe
-from fewstep.export.guided import Guided, read_two_passes
-from fewstep.export.reader import Reader
-from fewstep.export.recorded import Run
-from fewstep.export.reference import run
-from fewstep.export.sampling import Anatomy, example_prompts, loop_schedule, pipeline_schedule, probe_run, refuse
-from fewstep.export.specs import read_specs, without_glue
-from fewstep.export.stored_networks import shape_stand_ins
-from fewstep.export.text_reading import read_tokenizers
-from fewstep.export.tiled_decoder import tiles_of
-from fewstep.export.wiring import Wiring
-from fewstep.inputs import example_inputs, stacked
-from fewstep.manifest import TokenizerSpec
-from fewstep.metrics import sqnr_db
-from fewstep.schedule import Schedule
+from fewstep.export.record.run import run
+from fewstep.export.record.run_record import Run
+from fewstep.export.schedule.extract import (
+    Anatomy,
+    example_prompts,
+    loop_schedule,
+    pipeline_schedule,
+    probe_run,
+    refuse,
+)
+from fewstep.export.source.finite_weights import check_finite
+from fewstep.export.source.offloaded_networks import shape_stand_ins
+from fewstep.export.source.tiled_decoder import tiles_of
+from fewstep.export.text.describe import read_tokenizers
+from fewstep.export.trace.component_module import Wiring
+from fewstep.numerics.inputs import example_inputs, stacked
+from fewstep.numerics.metrics import sqnr_db
 
 # Two runs of one network on one machine are equal to the bit; what differs by less than kernels do fails no check.
 _REPEATED_DB = 100.0
@@ -35,7 +42,7 @@ _REPEATED_DB = 100.0
 class Description:
     """A generator's contract, what its components take and give, and how each becomes a program.
 
-    ``anatomy`` and ``guided`` are what `fewstep.export.recording` needs to read network calls off another run.
+    ``anatomy`` and ``guided`` are what `fewstep.export.record.to_samples` needs to read network calls off another run.
     """
 
     contract: Contract
@@ -92,7 +99,7 @@ def describe(generator: Generator, steps: Sequence[int]) -> Description:
         specs[DECODER] = replace(specs[DECODER], tiles=tiles)
     contract = replace(contract, batch=generator.batch, guidance=guided.guidance)
     described = Description(contract, specs, wirings, schedules, tokenizers, reader.anatomy, guided, mark)
-    from fewstep.export.text_check import check_texts  # it records runs by a description
+    from fewstep.export.text.check import check_texts  # it records runs by a description
 
     check_texts(generator, described, recorded, inputs)
     return described

@@ -26,7 +26,7 @@ import torch
 
 if TYPE_CHECKING:
     from fewstep.export.generator import Generator
-    from fewstep.export.recorded import Run
+    from fewstep.export.record.run_record import Run
 
 # Fields of a module that say how it is used and not what it computes, and that runs or tracing change.
 _OF_MODULES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})

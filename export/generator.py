@@ -12,15 +12,22 @@ from typing import Any
 import diffusers.utils
 import torch
 
-from fewstep import call_options
-from fewstep.contract import DECODER, DENOISER, ENCODER, TEXT, InputSpec
+from fewstep.bundle.contract import DECODER, DENOISER, ENCODER, TEXT, InputSpec
+from fewstep.bundle.source import SourceInfo
 from fewstep.errors import ExportError, SourceError
-from fewstep.export.arguments import as_the_call_wants, call_inputs, check_options, listed_steps, resized, wanted_inputs
+from fewstep.export.custom_loop import Loop, SampleFunction
 from fewstep.export.fingerprint import code_and_weights
-from fewstep.export.loop import Loop, SampleFunction
-from fewstep.export.stored_networks import StoredNetworks
-from fewstep.export.tiled_decoder import with_tiling
-from fewstep.source import SourceInfo
+from fewstep.export.record.arguments import (
+    as_the_call_wants,
+    call_inputs,
+    check_options,
+    listed_steps,
+    resized,
+    wanted_inputs,
+)
+from fewstep.export.source.offloaded_networks import StoredNetworks
+from fewstep.export.source.tiled_decoder import with_tiling
+from fewstep.recipe import call_options
 
 DEFAULT_PROMPTS = (
     "a red apple on a table",
@@ -44,7 +51,10 @@ _KINDS = {"images": "picture", "frames": "video", "audios": "audio", "prediction
 
 
 class UndecidedScale(float):
-    """No guidance, unless the scale turns out to be an input of the network: see `fewstep.export.embedding.decided`."""
+    """No guidance, unless the scale turns out to be an input of the network.
+
+    See `fewstep.export.contract.guidance_embedding.decided`.
+    """
 
 
 @dataclass(frozen=True)

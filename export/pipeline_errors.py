@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewstep.errors import PipelineError
-from fewstep.export.arguments import IMAGES
-from fewstep.recipe import MAX_STEPS
+from fewstep.export.record.arguments import IMAGES
+from fewstep.recipe.recipe import MAX_STEPS
 
 if TYPE_CHECKING:
     from fewstep.export.generator import Generator

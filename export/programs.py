@@ -5,8 +5,9 @@ Forms:
 - ``step``: as the generator's authors wrote them. The networks of the loop take the numbers of the step, and the
   bundle can sample with any schedule.
 - ``table``: the steps of the bundle's schedules are the rows of a table, and the networks of the loop take a row's
-  number: see `fewstep.export.static`.
-- ``specialized``: the same programs, of which backends compile one graph for each row: see `fewstep.export.row`.
+  number: see `fewstep.export.specialize.hoist`.
+- ``specialized``: the same programs, of which backends compile one graph for each row: see
+  `fewstep.export.specialize.at_step`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.contract import LOOP, STEP, ComponentSpec, Contract, called_in_step, step_numbers
-from fewstep.export.counts import Removed, removed
-from fewstep.export.dependence import user_inputs
+from fewstep.bundle.contract import LOOP, STEP, ComponentSpec, Contract, called_in_step, step_numbers
+from fewstep.bundle.manifest import Artifact
+from fewstep.bundle.program import Program
+from fewstep.bundle.samples import Sample, StepFeed
+from fewstep.bundle.schedule import Schedule
 from fewstep.export.describe import Description
-from fewstep.export.fold import fold, parameter_reader
 from fewstep.export.generator import Generator
-from fewstep.export.static import Static, specialize
-from fewstep.export.wiring import digest, trace
-from fewstep.feeds import Sample, StepFeed
-from fewstep.manifest import Artifact
-from fewstep.program import Program
-from fewstep.recipe import Recipe
-from fewstep.schedule import Schedule
+from fewstep.export.specialize.constant_fold import fold, parameter_reader
+from fewstep.export.specialize.counts import Removed, removed
+from fewstep.export.specialize.dependencies import user_inputs
+from fewstep.export.specialize.hoist import Static, specialize
+from fewstep.export.trace.component_module import digest, trace
+from fewstep.recipe.recipe import Recipe
 
 # With more steps than this, tables are not small, and a user may well want another number of steps.
 _FEW = 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.optimize.fp16_weights import RoundWeights
 from fewstep.optimize.passes import Pass, PassNote, optimize
-from fewstep.optimize.round_weights import RoundWeights
 
 __all__ = ["Pass", "PassNote", "RoundWeights", "optimize"]

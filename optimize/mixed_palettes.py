@@ -11,25 +11,25 @@ import numpy as np
 import torch
 from torch.fx import GraphModule
 
+from fewstep.bundle.contract import BEFORE
+from fewstep.bundle.samples import Sample
 from fewstep.calibration import SampleRequest, record_samples
-from fewstep.contract import BEFORE
 from fewstep.disk import scratch
 from fewstep.errors import QuantizationError
 from fewstep.export import Generator, Programs, describe, programs_of, write_tokenizers
-from fewstep.feeds import Sample
-from fewstep.optimize.palettes import GROUPS, palettized, row_groups, worth_a_palette
-from fewstep.optimize.quantize.allocate import Item, allocate
+from fewstep.optimize.palettize import GROUPS, palettized, row_groups, worth_a_palette
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
-from fewstep.optimize.quantize.mixed import Candidate, measure
-from fewstep.optimize.quantize.options import Option, Weight
-from fewstep.optimize.quantize.pictures import Pictures
+from fewstep.optimize.quantize.mixed_precision.candidates import Option, Weight
+from fewstep.optimize.quantize.mixed_precision.ilp import Item, allocate
+from fewstep.optimize.quantize.mixed_precision.image_damage import Pictures
+from fewstep.optimize.quantize.mixed_precision.search import Candidate, measure
 from fewstep.optimize.quantize.plan import Array
-from fewstep.optimize.quantize.sites import Site
+from fewstep.optimize.quantize.quantizable_ops import Site
 from fewstep.progress import Progress
-from fewstep.quantization import Quantization
-from fewstep.recipe import Recipe
-from fewstep.runtimes.sampler import open_tokenizers
+from fewstep.recipe.quantization import Quantization
+from fewstep.recipe.recipe import Recipe
+from fewstep.runtimes.sampling.sampler import open_tokenizers
 
 _BITS = (2, 4, 6, 8)
 # Samples whose pictures a weight's damage is measured in, and of these, whose calls.

@@ -10,7 +10,7 @@ import torch
 
 from fewstep.errors import ExportError
 from fewstep.export.generator import Generator
-from fewstep.recipe import Recipe
+from fewstep.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def check_in_memory(generator: Generator, why: str) -> None:
 
 def optimize(generator: Generator, recipe: Recipe) -> tuple[Generator, list[PassNote]]:
     """Returns the generator after every pass of the recipe, with their notes in order."""
-    from fewstep.optimize.palettes import Palettize
-    from fewstep.optimize.round_weights import RoundWeights
-    from fewstep.optimize.sparse import Sparsify
+    from fewstep.optimize.fp16_weights import RoundWeights
+    from fewstep.optimize.palettize import Palettize
+    from fewstep.optimize.sparsify import Sparsify
 
     passes: list[Pass] = []
     if recipe.weights == "fp16":

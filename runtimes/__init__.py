@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
-from fewstep.runtimes import coreml, litert, ort, tensorrt_adapter, xnnpack
 from fewstep.runtimes.base import Runtime
+from fewstep.runtimes.coreml import runtime as coreml
+from fewstep.runtimes.executorch import runtime as xnnpack
+from fewstep.runtimes.litert import runtime as litert
+from fewstep.runtimes.onnxruntime import runtime as ort
+from fewstep.runtimes.tensorrt import runtime as tensorrt_adapter
 
 RUNTIMES: dict[str, Runtime] = {
     ort.NAME: ort.RUNTIME,

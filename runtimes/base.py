@@ -12,10 +12,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.contract import ComponentSpec
+from fewstep.bundle.contract import ComponentSpec
+from fewstep.bundle.manifest import Artifact
+from fewstep.bundle.program import Program
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.manifest import Artifact
-from fewstep.program import Program
 from fewstep.progress import Progress
 
 Array = npt.NDArray[Any]

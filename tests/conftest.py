@@ -34,7 +34,7 @@ def repository() -> Path:
 @pytest.fixture
 def copy_bundle(tmp_path: Path) -> Callable[[str], Path]:
     """Returns a function that copies a tiny bundle, for tests that spoil it."""
-    from tests.bundles import built
+    from tests.support.bundles import built
 
     def copy(kind: str) -> Path:
         return shutil.copytree(built(kind).bundle.path, tmp_path / f"{kind}-copy")
@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
     found = [value for report in reports for name, value in report.user_properties if name == "family"]
     if found:
-        from tests.families import Row, table
+        from tests.support.families import Row, table
 
         terminalreporter.section("families")
         terminalreporter.write(table([Row.of(values) for values in found]))

@@ -23,8 +23,8 @@ LICENCES = {
 
 def generator() -> Generator:
     """Returns the generator of the committed weights."""
-    from fewstep.export.load import from_folder  # needs torch, which importing fewstep does not
-    from fewstep.source import SourceInfo
+    from fewstep.bundle.source import SourceInfo
+    from fewstep.export.source.load import from_folder  # needs torch, which importing fewstep does not
 
     loaded = from_folder(WEIGHTS)
     source = SourceInfo("stickers", "built-in", loaded.source.sha256)

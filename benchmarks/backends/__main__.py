@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.backends.rows import RECIPES, Row, measure
 from benchmarks.backends.table import markdown, measured
 from benchmarks.scale.table import describe_machine
-from fewstep.replay import MINUTES
+from fewstep.pipeline.replay import MINUTES
 from fewstep.runtimes import RUNTIMES
 from fewstep.runtimes.executors import EXECUTORS
 

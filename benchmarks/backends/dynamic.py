@@ -17,15 +17,15 @@ from typing import Any
 from benchmarks.backends.__main__ import RESULTS, WORK
 from benchmarks.backends.rows import bundle_of
 from benchmarks.quant.latency import CALLS, in_turn
-from fewstep.bundle import Bundle
-from fewstep.contract import ComponentSpec
-from fewstep.feeds import Sample
-from fewstep.metrics import sqnr_db
-from fewstep.references import golden_samples
-from fewstep.runtimes import litert
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.contract import ComponentSpec
+from fewstep.bundle.samples import Sample
+from fewstep.numerics.metrics import sqnr_db
+from fewstep.pipeline.references import golden_samples
 from fewstep.runtimes.base import CheckedSession, Runtime
-from fewstep.runtimes.parity import agreement_db, mean_db
-from fewstep.runtimes.sampler import Sampler, open_sampler
+from fewstep.runtimes.litert import runtime as litert
+from fewstep.runtimes.parity.harness import agreement_db, mean_db
+from fewstep.runtimes.sampling.sampler import Sampler, open_sampler
 
 
 @dataclass(frozen=True)

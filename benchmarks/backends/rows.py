@@ -15,12 +15,12 @@ import numpy.typing as npt
 import fewstep
 from benchmarks.quant import latency
 from fewstep.errors import FewstepError
-from fewstep.references import golden_samples
-from fewstep.replay import replay
+from fewstep.pipeline.references import golden_samples
+from fewstep.pipeline.replay import replay
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.executors import NATIVE
-from fewstep.runtimes.parity import label
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.runtimes.parity.harness import label
+from fewstep.runtimes.sampling.sampler import open_sampler
 
 Array = npt.NDArray[Any]
 

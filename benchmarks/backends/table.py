@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.backends.rows import ORIGINAL, RECIPES, pictures_of
-from fewstep.metrics import psnr_db
+from fewstep.numerics.metrics import psnr_db
 from fewstep.runtimes.executors import NATIVE
 
 PYTORCH = "PyTorch"
@@ -107,8 +107,8 @@ def _matrix(recipe: str, rows: Sequence[dict[str, Any]], agreements: Mapping[str
 
 
 def _golden(bundle: Path) -> Pictures:
-    from fewstep.feeds import load_samples
-    from fewstep.runtimes.parity import label
+    from fewstep.bundle.samples import load_samples
+    from fewstep.runtimes.parity.harness import label
 
     return {label(sample): sample.output for sample in load_samples(bundle / "golden")}
 

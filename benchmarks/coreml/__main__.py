@@ -21,9 +21,9 @@ import fewstep
 from benchmarks.coreml.table import Row, markdown, points
 from benchmarks.quant.cells import Cells
 from benchmarks.quant.plot import scatter
-from fewstep.compiling import versions
-from fewstep.recipe import Recipe, load_recipe, parse_recipe
-from fewstep.runtimes.parity import COMPRESSION, LOWERING, LOWERING_FP16
+from fewstep.pipeline.compile import versions
+from fewstep.recipe.recipe import Recipe, load_recipe, parse_recipe
+from fewstep.runtimes.parity.harness import COMPRESSION, LOWERING, LOWERING_FP16
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, SEEDS = 4, 1

@@ -14,8 +14,8 @@ def convert(folder: str, out: str, latent: int) -> dict[str, Any]:
     ``latent`` is the height and width of the latent: 64 for pictures of 512.
     """
     from benchmarks.scale.networks import CASES, tensors
-    from fewstep.export.fake_trace import stored_program
-    from fewstep.runtimes import coreml_lower
+    from fewstep.export.trace.fake_trace import stored_program
+    from fewstep.runtimes.coreml.compile import lower as coreml_lower
 
     described = CASES[CASE][COMPONENT]
     arguments = {**described.arguments, "sample": (described.arguments["sample"][0], (1, 4, latent, latent))}
@@ -29,7 +29,7 @@ def evaluate(package: str) -> dict[str, Any]:
     """Returns the largest magnitude of the outputs of one call on random inputs, rounding to fp16."""
     import numpy as np
 
-    from fewstep.runtimes.mil import Evaluator, open_package
+    from fewstep.runtimes.coreml.mil import Evaluator, open_package
 
     program = open_package(Path(package))
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.coreml.large import convert, evaluate
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,11 +22,11 @@ from benchmarks.quant.prompts import CALIBRATION, HELD_OUT, HELD_OUT_SEEDS, chec
 from benchmarks.quant.rows import Row, rows
 from benchmarks.quant.table import DEFAULT_FORM, markdown, points
 from benchmarks.scale.table import describe_machine
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
 from fewstep.cache import code_sha256
 from fewstep.errors import FewstepError
 from fewstep.hashing import value_sha256
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", Path("build/quant")

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fewstep.bundle import Bundle
-from fewstep.runtimes.measure import profile
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.bundle.bundle import Bundle
+from fewstep.runtimes.profiling import profile
+from fewstep.runtimes.sampling.sampler import open_sampler
 
 CALLS, PICTURES, WARM_UP = 50, 15, 5
 

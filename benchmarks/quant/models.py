@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.quant import environments
 from benchmarks.quant.rows import Method
-from fewstep.bundle import Bundle, write_manifest, writing
+from fewstep.bundle.bundle import Bundle, write_manifest, writing
 from fewstep.errors import ContractError
 
 PEERS = Path(__file__).parent / "peers"
@@ -110,7 +110,7 @@ def build_recipe(recipe: str, out: str, form: str | None = "step") -> dict[str, 
         FewstepError: there is no such recipe, its own limits are not kept, or it says to quantize and nothing was.
     """
     import fewstep
-    from fewstep.recipe import load_recipe
+    from fewstep.recipe.recipe import load_recipe
 
     started = time.perf_counter()
     options = fewstep.Options(prompts=2, seeds=1, profile=False)

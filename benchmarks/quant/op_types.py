@@ -18,8 +18,8 @@ from benchmarks.quant import models
 from benchmarks.quant.cells import Cells, sources_sha256
 from benchmarks.quant.reference import ALL
 from benchmarks.quant.rows import Method
-from fewstep.bundle import Bundle
-from fewstep.isolated import run_isolated
+from fewstep.bundle.bundle import Bundle
+from fewstep.run_in_subprocess import run_isolated
 
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", Path("build/quant")
@@ -47,9 +47,9 @@ def compare(model: str, base: str, samples: str) -> dict[str, Any]:
     """Returns the SQNR of a denoiser at each step, in dB, and its latency over that of ``base``, called in turn."""
     import onnxruntime
 
-    from fewstep.contract import DENOISER
-    from fewstep.feeds import load_samples
-    from fewstep.metrics import sqnr_db
+    from fewstep.bundle.contract import DENOISER
+    from fewstep.bundle.samples import load_samples
+    from fewstep.numerics.metrics import sqnr_db
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

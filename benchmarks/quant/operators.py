@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quant.cells import Cells, sources_sha256
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.samples import load_samples
 from fewstep.errors import BundleError
-from fewstep.feeds import load_samples
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", Path("build/quant")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fewstep.calibration.samplers import prompt_order
 from fewstep.errors import SourceError
-from fewstep.quantization import Quantization
+from fewstep.recipe.quantization import Quantization
 from fewstep.stickers.prompts import CALIBRATION_PROMPTS, HELD_OUT_PROMPTS
 
 STEPS = 4

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quant.reference import draw
-from fewstep.bundle import Bundle
-from fewstep.feeds import Sample, load_samples
-from fewstep.runtimes.parity import Check, compare_components, compare_samples
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.samples import Sample, load_samples
+from fewstep.runtimes.parity.harness import Check, compare_components, compare_samples
+from fewstep.runtimes.sampling.sampler import open_sampler
 
 
 def measure(bundle: str, reference: str, pictures: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quant.prompts import CALIBRATION_SEED, STEPS, held_out_requests
-from fewstep.bundle import Bundle
-from fewstep.feeds import Sample, save_samples
-from fewstep.runtimes.sampler import Sampler, open_sampler
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.samples import Sample, save_samples
+from fewstep.runtimes.sampling.sampler import Sampler, open_sampler
 
 ALL, FIRST = "all", "first"
 

@@ -15,11 +15,11 @@ from benchmarks.quant.orderings import ORDERINGS, Claim, Ordering, Variant
 from benchmarks.quant.prompts import HELD_OUT
 from benchmarks.quant.table import paired
 from benchmarks.scale.table import describe_machine
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
 from fewstep.cache import code_sha256
 from fewstep.errors import FewstepError
 from fewstep.hashing import value_sha256
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", Path("build/quant")

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.scale.networks import CASES
 from benchmarks.scale.table import describe_machine, markdown
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("build/scale")

@@ -10,7 +10,7 @@ from typing import Any
 
 def compile_all(source: str, out: str, steps: int) -> dict[str, Any]:
     """Returns the sizes of a generator's artifacts, compiled with fp16 weights."""
-    from fewstep import stages
+    from fewstep.pipeline import stages
     from fewstep.progress import Silent
 
     paths = stages.compile(
@@ -22,7 +22,7 @@ def compile_all(source: str, out: str, steps: int) -> dict[str, Any]:
 def compile_timed(source: str, out: str, recipe: str, cache: str) -> dict[str, Any]:
     """Returns the sizes of a generator's artifacts and the CPU seconds of this process, with an empty stage cache."""
     os.environ["FEWSTEP_CACHE"] = cache
-    from fewstep import stages
+    from fewstep.pipeline import stages
     from fewstep.progress import Silent
 
     paths = stages.compile(

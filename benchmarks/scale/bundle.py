@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.scale.builds import build_and_verify, compile_all
 from benchmarks.scale.folder import write_folder
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 ROOT = Path("build/scale")
 RESULTS = Path(__file__).parent / "results"

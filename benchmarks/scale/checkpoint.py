@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.scale.networks import Component
-from fewstep.export.weights import meta_module
+from fewstep.export.source.lazy_weights import meta_module
 
 _CHUNK = 1 << 22
 

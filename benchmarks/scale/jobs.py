@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import ContractError
-from fewstep.isolated import peak_bytes
+from fewstep.run_in_subprocess import peak_bytes
 
 
 def compile_component(case: str, component: str, folder: str, out: str, weights: str) -> dict[str, Any]:
     """Returns seconds of each stage, the peak of memory after it, and sizes."""
     stages = Stages()
     from benchmarks.scale.networks import CASES, tensors
-    from fewstep.export.fake_trace import stored_program
-    from fewstep.runtimes import ort_lower
+    from fewstep.export.trace.fake_trace import stored_program
+    from fewstep.runtimes.onnxruntime.compile import lower as ort_lower
 
     described = CASES[case][component]
     stages.done("import")

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.scale.networks import FLUX
 from benchmarks.scale.planned import plan_component
 from benchmarks.scale.table import describe_machine
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 RESULTS = Path(__file__).parent / "results"
 _MIB, _GIB = 1 << 20, 1 << 30

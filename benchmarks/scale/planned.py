@@ -75,13 +75,13 @@ class _NoValues(Mapping[str, torch.Tensor]):
 def plan_component(name: str) -> dict[str, Any]:
     """Returns a component's sizes, and seconds and peaks of memory of tracing and translating it."""
     from benchmarks.scale.jobs import Stages
-    from fewstep.contract import ComponentSpec, TensorSpec
-    from fewstep.export.fake_trace import fake_call, unglued
-    from fewstep.export.fakes import fake_trace
-    from fewstep.export.weights import meta_module
-    from fewstep.export.wiring import WiredModule
-    from fewstep.program import Program
-    from fewstep.runtimes import ort_lower
+    from fewstep.bundle.contract import ComponentSpec, TensorSpec
+    from fewstep.bundle.program import Program
+    from fewstep.export.source.lazy_weights import meta_module
+    from fewstep.export.trace.component_module import WiredModule
+    from fewstep.export.trace.fake_tensors import fake_trace
+    from fewstep.export.trace.fake_trace import fake_call, unglued
+    from fewstep.runtimes.onnxruntime.compile import lower as ort_lower
 
     component, stages = FLUX[name], Stages()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,8 @@ def compile_shapes(folder: str, out: str) -> dict[str, Any]:
     import torch
 
     from benchmarks.scale.networks import CASES, tensors
-    from fewstep.export.fake_trace import stored_program
-    from fewstep.runtimes import ort_lower
+    from fewstep.export.trace.fake_trace import stored_program
+    from fewstep.runtimes.onnxruntime.compile import lower as ort_lower
 
     described = CASES["sd15"]["denoiser"]
 

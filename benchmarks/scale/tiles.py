@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fewstep.isolated import peak_bytes
-from fewstep.tiles import Tiles
+from fewstep.bundle.tiles import Tiles
+from fewstep.run_in_subprocess import peak_bytes
 
 # Picture and tile in pixels; None: whole.
 CASES: tuple[tuple[int, int | None], ...] = ((512, None), (512, 256), (1024, None), (1024, 512), (1024, 256))
@@ -32,9 +32,9 @@ def compile_decoder(folder: str, out: str, pixels: int, tile: int | None) -> dic
 
     from benchmarks.scale.networks import CASES as NETWORKS
     from benchmarks.scale.networks import tensors
-    from fewstep.export.fake_trace import stored_program
-    from fewstep.runtimes import ort_lower
-    from fewstep.runtimes.tiled import tile_variant
+    from fewstep.export.trace.fake_trace import stored_program
+    from fewstep.runtimes.onnxruntime.compile import lower as ort_lower
+    from fewstep.runtimes.sampling.tiled_decoder import tile_variant
 
     described = NETWORKS["sd15"]["decoder"]
     side = pixels // _SCALE
@@ -61,11 +61,11 @@ def decode(out: str, pixels: int, tile: int | None) -> dict[str, Any]:
     import numpy as np
     import onnxruntime  # noqa: F401  # its own memory is no part of decoding
 
-    from fewstep import noise
-    from fewstep.contract import ComponentSpec, TensorSpec
-    from fewstep.runtimes import ort
+    from fewstep.bundle.contract import ComponentSpec, TensorSpec
+    from fewstep.numerics import noise
     from fewstep.runtimes.base import CheckedSession
-    from fewstep.runtimes.tiled import TiledSession, tile_spec, tile_variant
+    from fewstep.runtimes.onnxruntime import runtime as ort
+    from fewstep.runtimes.sampling.tiled_decoder import TiledSession, tile_spec, tile_variant
 
     side = pixels // _SCALE
     folder = Path(out) / "vae_decoder"

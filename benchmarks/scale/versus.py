@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.scale.builds import compile_timed
 from benchmarks.scale.folder import write_folder
 from benchmarks.scale.table import describe_machine
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 ROOT = Path("build/scale")
 RESULTS = Path(__file__).parent / "results"

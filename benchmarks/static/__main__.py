@@ -18,7 +18,7 @@ from benchmarks.static import latency, step_bits, step_grids, stickers
 from benchmarks.static.jobs import count
 from benchmarks.static.networks import STATIC
 from benchmarks.static.table import markdown
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("build/static")

@@ -8,22 +8,22 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.quant.prompts import CALIBRATION, CALIBRATION_SEED, HELD_OUT
+from fewstep.bundle.contract import BEFORE, DENOISER
+from fewstep.bundle.program import Program
+from fewstep.bundle.samples import Sample
 from fewstep.calibration import CalibrationSet, SampleRequest, collect
 from fewstep.calibration.ranges import StepRanges
-from fewstep.contract import BEFORE, DENOISER
 from fewstep.export import Programs, describe, load, programs_of, write_tokenizers
-from fewstep.feeds import Sample
-from fewstep.metrics import psnr_db
+from fewstep.numerics.metrics import psnr_db
 from fewstep.optimize.quantize import ComponentPlan
 from fewstep.optimize.quantize.planner import calls_of, plan_component
-from fewstep.profiles import get_profile
-from fewstep.program import Program
-from fewstep.quantization import Quantization
-from fewstep.recipe import load_recipe
+from fewstep.recipe.quantization import Quantization
+from fewstep.recipe.recipe import load_recipe
+from fewstep.recipe.target_profiles import get_profile
 from fewstep.runtimes.base import CheckedSession
-from fewstep.runtimes.pytorch_reference import open_program
-from fewstep.runtimes.sampler import Sampler, open_tokenizers
-from fewstep.tokens import Tokenizer
+from fewstep.runtimes.pytorch.reference import open_program
+from fewstep.runtimes.sampling.sampler import Sampler, open_tokenizers
+from fewstep.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

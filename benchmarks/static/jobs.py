@@ -14,14 +14,14 @@ import torch
 
 from benchmarks.scale.networks import Component, tensors
 from benchmarks.static.networks import STATIC, Case
-from fewstep.contract import LOOP, ComponentSpec, TensorSpec
-from fewstep.export.counts import removed
-from fewstep.export.fake_trace import fake_call, unglued
-from fewstep.export.fakes import fake_trace
-from fewstep.export.static import specialize
-from fewstep.export.weights import meta_module
-from fewstep.export.wiring import WiredModule, normalise
-from fewstep.program import Program
+from fewstep.bundle.contract import LOOP, ComponentSpec, TensorSpec
+from fewstep.bundle.program import Program
+from fewstep.export.source.lazy_weights import meta_module
+from fewstep.export.specialize.counts import removed
+from fewstep.export.specialize.hoist import specialize
+from fewstep.export.trace.component_module import WiredModule, normalise
+from fewstep.export.trace.fake_tensors import fake_trace
+from fewstep.export.trace.fake_trace import fake_call, unglued
 
 
 def count(case: str, steps: int) -> dict[str, Any]:

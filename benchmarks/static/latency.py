@@ -11,9 +11,9 @@ from typing import Any
 import onnxruntime
 
 from benchmarks.static.memory import random_feeds
-from fewstep.isolated import run_isolated
-from fewstep.program import Program
-from fewstep.runtimes.ort import session_options
+from fewstep.bundle.program import Program
+from fewstep.run_in_subprocess import run_isolated
+from fewstep.runtimes.onnxruntime.runtime import session_options
 
 # The form's programs that are timed: of the table form, what runs in a step and what runs once.
 PARTS = ("step", "table", "once")
@@ -37,7 +37,7 @@ def measure(case: str, steps: int, work: Path, *, runs: int = 2) -> dict[str, An
 
 def compile_part(case: str, steps: int, part: str, folder: str) -> str | None:
     """Returns the path of the model of a part, None where the network has no such part."""
-    from fewstep.runtimes.ort_lower import lower  # needs torch, whose memory is not that of a device
+    from fewstep.runtimes.onnxruntime.compile.lower import lower  # needs torch, whose memory is not that of a device
 
     program = _program(case, steps, part)
     return None if program is None else str(Path(folder) / lower(program, Path(folder), "fp16").path)
@@ -58,7 +58,7 @@ def time_part(path: str, runs: int) -> float:
 def _program(case: str, steps: int, part: str) -> Program | None:
     from benchmarks.static.jobs import program_of
     from benchmarks.static.networks import STATIC
-    from fewstep.export.static import specialize
+    from fewstep.export.specialize.hoist import specialize
 
     program = program_of(STATIC[case])
     if part == "step":

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from fewstep.isolated import run_isolated
+from fewstep.run_in_subprocess import run_isolated
 
 # What is tried: a name, what it is, and the function of ONNX Runtime's session options that it differs by.
 WAYS = {
@@ -75,7 +75,7 @@ def hold(paths: list[str], way: str) -> dict[str, float]:
 
 
 def _session(path: str, way: str, values: Mapping[str, Any] | None = None) -> onnxruntime.InferenceSession:
-    from fewstep.runtimes.ort import session_options
+    from fewstep.runtimes.onnxruntime.runtime import session_options
 
     options = session_options(threads=1, mapped=way == "mapped")
     if way in ("unpacked", "shared values"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.scale.networks import CASES, Component
-from fewstep.contract import LATENT, TIMESTEP
+from fewstep.bundle.contract import LATENT, TIMESTEP
 from fewstep.export.generator import Part
 
 _TRANSFORMER = Part("transformer", "forward", "transformer")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.static.drawing import Drawing, psnrs
-from fewstep.contract import DENOISER
+from fewstep.bundle.contract import DENOISER
 from fewstep.optimize.quantize import quantize
-from fewstep.quantization import Quantization
+from fewstep.recipe.quantization import Quantization
 from fewstep.runtimes.base import Array, CheckedSession
-from fewstep.runtimes.pytorch_reference import open_program
-from fewstep.runtimes.rows import row_call
+from fewstep.runtimes.pytorch.reference import open_program
+from fewstep.runtimes.sampling.step_graphs import row_call
 
 # What most steps compute with, and what one step computes with in its place.
 PAIRS = (("w8a8", "w8"), ("w4a8", "w4"), ("w4a8", "w8a8"))

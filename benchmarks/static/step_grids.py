@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.static.drawing import Drawing, psnrs
+from fewstep.bundle.contract import DENOISER
 from fewstep.calibration.ranges import StepRanges
-from fewstep.contract import DENOISER
 from fewstep.export import Programs
 from fewstep.optimize.quantize import ComponentPlan, quantize
-from fewstep.optimize.quantize.step_grids import StepGrids
-from fewstep.profiles import get_profile
-from fewstep.quantization import STEP_GRIDS, Quantization
-from fewstep.runtimes.pytorch_reference import open_program
+from fewstep.optimize.quantize.per_step_qparams import StepGrids
+from fewstep.recipe.quantization import STEP_GRIDS, Quantization
+from fewstep.recipe.target_profiles import get_profile
+from fewstep.runtimes.pytorch.reference import open_program
 
 # Bits of weights, with those of activations that they are tried with.
 BITS = {8: (8, 6, 4), 4: (8, 6, 4)}

@@ -10,9 +10,9 @@ from typing import Any
 
 import fewstep
 from benchmarks.static import memory
-from fewstep import stages
+from fewstep.pipeline import stages
 from fewstep.progress import Silent
-from fewstep.runtimes.sampler import Sampler, open_sampler
+from fewstep.runtimes.sampling.sampler import Sampler, open_sampler
 
 # Name of a bundle, with recipe and form.
 BUNDLES = {"step": ("fp32", "step"), "table": ("fp32", "table"), "int8": ("w8a8", "table")}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from fewstep.optimize.quantize.apply import quantize
-from fewstep.optimize.quantize.correct import corrected_schedules
+from fewstep.optimize.quantize.corrected_schedules import corrected_schedules
+from fewstep.optimize.quantize.integer_table import integer_table, table_checks, write_table
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan
 from fewstep.optimize.quantize.planner import make_plan
-from fewstep.optimize.quantize.programs import QuantizedPrograms
+from fewstep.optimize.quantize.quantizable_ops import Site, find_sites
+from fewstep.optimize.quantize.quantized_programs import QuantizedPrograms
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
-from fewstep.optimize.quantize.sites import Site, find_sites
-from fewstep.optimize.quantize.table import integer_table, table_checks, write_table
 
 __all__ = [
     "ComponentPlan",

@@ -10,20 +10,20 @@ import torch
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from fewstep.contract import STEP
+from fewstep.bundle.contract import STEP
+from fewstep.bundle.program import Program
 from fewstep.errors import QuantizationError
-from fewstep.optimize.quantize.each_call import find_grids
+from fewstep.optimize.quantize.dynamic import find_grids
 from fewstep.optimize.quantize.plan import ComponentPlan, network_sha256
+from fewstep.optimize.quantize.quantizable_ops import Site, find_sites
 from fewstep.optimize.quantize.quantizer import PlanQuantizer
-from fewstep.optimize.quantize.sites import Site, find_sites
-from fewstep.optimize.quantize.split import split_concatenations
-from fewstep.program import Program
+from fewstep.optimize.quantize.split_concat import split_concatenations
 
 
 def float_graph(program: Program, *, split: bool = False) -> tuple[GraphModule, tuple[Site, ...]]:
     """Returns a program's graph with its parameters as attributes, and its sites.
 
-    ``split`` gives every part of a concatenation a site of its own: see `fewstep.optimize.quantize.split`.
+    ``split`` gives every part of a concatenation a site of its own: see `fewstep.optimize.quantize.split_concat`.
 
     Raises:
         QuantizationError: the program's weights are not in memory.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fewstep.optimize.quantize.sites import Site
-from fewstep.profiles import TargetProfile
-from fewstep.program import Program
-from fewstep.quantization import FLOAT_BITS, Quantization
+from fewstep.bundle.program import Program
+from fewstep.optimize.quantize.quantizable_ops import Site
+from fewstep.recipe.quantization import FLOAT_BITS, Quantization
+from fewstep.recipe.target_profiles import TargetProfile
 
 # Below this many values a scale for each channel costs more than the bits save.
 SMALLEST_WEIGHT = 256

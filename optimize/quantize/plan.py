@@ -18,12 +18,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fewstep.bundle.manifest import INTEGERS, Artifact
+from fewstep.bundle.manifest import PLAN as PLAN
 from fewstep.errors import QuantizationError
 from fewstep.hashing import value_sha256
-from fewstep.manifest import INTEGERS, Artifact
-from fewstep.manifest import PLAN as PLAN
 from fewstep.optimize.quantize.plan_schema import HINT, check_plan
-from fewstep.optimize.quantize.sites import Site
+from fewstep.optimize.quantize.quantizable_ops import Site
 from fewstep.strict import read_json
 
 ARRAYS = "plan.safetensors"
@@ -108,7 +108,7 @@ class ComponentPlan:
         computes: sites that multiply whole numbers (the others dequantize their weight and compute in float).
         dynamic: of those, the sites whose data each call puts onto a grid for each of its rows, and none is planned.
         outputs: of those, the sites whose result goes onto a grid of its own at once.
-        split: whether operations on concatenations are split first, see `fewstep.optimize.quantize.split`.
+        split: whether operations on concatenations are split first, see `fewstep.optimize.quantize.split_concat`.
         float_bias: whether sites that multiply whole numbers add a bias in float; else it is on their products' grid.
         reasons: why a tensor stays in float, by parameter or node name.
     """

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep.errors import QuantizationError
-from fewstep.profiles import PROFILES
+from fewstep.recipe.target_profiles import PROFILES
 from fewstep.strict import validator
 
 Array = npt.NDArray[Any]

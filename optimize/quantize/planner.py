@@ -11,27 +11,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import GraphModule
 
+from fewstep.bundle.contract import BEFORE, LOOP, called_in_step
+from fewstep.bundle.program import Program
 from fewstep.calibration.observe import observe
 from fewstep.calibration.ranges import StepRanges
-from fewstep.contract import BEFORE, LOOP, called_in_step
 from fewstep.export import Programs
 from fewstep.optimize.quantize.apply import float_graph
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.decisions import Decision, decide, granularity
-from fewstep.optimize.quantize.grids import weight_grid
-from fewstep.optimize.quantize.mixed import Bought, Candidate, share_out
-from fewstep.optimize.quantize.options import Option, Weight, gather
-from fewstep.optimize.quantize.pictures import Pictures
+from fewstep.optimize.quantize.mixed_precision.candidates import Option, Weight, gather
+from fewstep.optimize.quantize.mixed_precision.float_fallback import kept_in_float
+from fewstep.optimize.quantize.mixed_precision.image_damage import Pictures
+from fewstep.optimize.quantize.mixed_precision.search import Bought, Candidate, share_out
+from fewstep.optimize.quantize.per_step_qparams import SHARED, StepGrids
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid, QuantPlan, network_sha256
-from fewstep.optimize.quantize.precision import kept_in_float
-from fewstep.optimize.quantize.rounding import round_weights, some
-from fewstep.optimize.quantize.sites import Site
-from fewstep.optimize.quantize.step_grids import SHARED, StepGrids
-from fewstep.profiles import TargetProfile, get_profile
-from fewstep.program import Program
+from fewstep.optimize.quantize.qparams import weight_grid
+from fewstep.optimize.quantize.quantizable_ops import Site
+from fewstep.optimize.quantize.weight_rounding import round_weights, some
 from fewstep.progress import Progress, Silent
-from fewstep.quantization import FLOAT_BITS, Quantization
-from fewstep.tokens import Tokenizer
+from fewstep.recipe.quantization import FLOAT_BITS, Quantization
+from fewstep.recipe.target_profiles import TargetProfile, get_profile
+from fewstep.text.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from fewstep.calibration import CalibrationSet

@@ -14,7 +14,7 @@ from torchao.quantization.quant_primitives import MappingType
 from fewstep.errors import QuantizationError
 from fewstep.optimize.quantize.attributes import attribute
 from fewstep.optimize.quantize.plan import ComponentPlan, Grid
-from fewstep.optimize.quantize.sites import Site
+from fewstep.optimize.quantize.quantizable_ops import Site
 
 _DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int32": torch.int32}
 _ops = torch.ops.quantized_decomposed

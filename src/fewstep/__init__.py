@@ -13,18 +13,18 @@ Importing it loads neither torch nor any runtime.
 
 from __future__ import annotations
 
-from fewstep.build import Options, build
-from fewstep.bundle import Bundle
-from fewstep.contract import Contract
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.contract import Contract
+from fewstep.bundle.manifest import Artifact, Manifest
+from fewstep.bundle.samples import Sample, StepFeed
+from fewstep.bundle.schedule import Schedule
+from fewstep.bundle.source import Lora, Replacement, SourceSpec
 from fewstep.errors import FewstepError
-from fewstep.feeds import Sample, StepFeed
-from fewstep.manifest import Artifact, Manifest
-from fewstep.recipe import Limits, Recipe, load_recipe
-from fewstep.runtimes.measure import Profile, profile
-from fewstep.runtimes.parity import Check, ParityReport
-from fewstep.schedule import Schedule
-from fewstep.source import Lora, Replacement, SourceSpec
-from fewstep.verify import Verification, verify
+from fewstep.pipeline.build import Options, build
+from fewstep.pipeline.verify import Verification, verify
+from fewstep.recipe.recipe import Limits, Recipe, load_recipe
+from fewstep.runtimes.parity.harness import Check, ParityReport
+from fewstep.runtimes.profiling import Profile, profile
 
 __version__ = "0.1.0"
 

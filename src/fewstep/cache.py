@@ -29,7 +29,7 @@ from fewstep.disk import begin, discard, remove, sync_names
 from fewstep.errors import RecipeError, StorageError
 from fewstep.faults import Place, writing_to
 from fewstep.hashing import folder_sha256, value_sha256
-from fewstep.quantization import parse_size
+from fewstep.recipe.quantization import parse_size
 
 _LIMIT = "FEWSTEP_CACHE_LIMIT"
 _DEFAULT_LIMIT = "64GB"
@@ -71,13 +71,28 @@ def default_limit() -> int | None:
 def code_sha256() -> str:
     """Returns the hash of fewstep's own source, so that a changed compiler never reuses an old result."""
     root = Path(__file__).resolve().parent
-    folders = [root, *(root / name for name in ("export", "calibration", "optimize", "runtimes"))]
-    return value_sha256([folder_sha256(f, f.resolve().glob("*.py")) if f is root else _linked(f) for f in folders])
+    # Links among the folders are followed; the command line and the report decide no stage's result.
+    return value_sha256([_python_sha256(root / name) for name in ("", *_CODE)])
 
 
-def _linked(folder: Path) -> str:
+# Folders whose code decides what a stage gives.
+_CODE = (
+    "bundle",
+    "calibration",
+    "export",
+    "numerics",
+    "optimize",
+    "pipeline",
+    "proof",
+    "recipe",
+    "runtimes",
+    "text",
+)
+
+
+def _python_sha256(folder: Path) -> str:
     folder = folder.resolve()
-    return folder_sha256(folder, folder.rglob("*.py"))
+    return folder_sha256(folder, folder.glob("*.py") if folder.name == "fewstep" else folder.rglob("*.py"))
 
 
 class StageCache:

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from fewstep import disk
-from fewstep.contract import CLASS, InputSpec, OutputSpec
+from fewstep.bundle.contract import CLASS, InputSpec, OutputSpec
+from fewstep.bundle.samples import Sample
 from fewstep.errors import ContractError
-from fewstep.feeds import Sample
-from fewstep.inputs import check_inputs, check_names
-from fewstep.output import frames_of
+from fewstep.numerics.inputs import check_inputs, check_names
+from fewstep.numerics.outputs import frames_of
 from fewstep.report import images
 
 Array = npt.NDArray[Any]
@@ -109,7 +109,7 @@ def write_output(path: Path, values: Array, output: OutputSpec, rate: int | None
     Args:
         path: ``.npy`` for anything; ``.png`` for a picture, 16-bit grey for depth, animated for video; ``.gif`` for
             video; ``.wav`` for sound, 16 bits, clipped to [-1, 1].
-        values: as `fewstep.output.to_output` returns it.
+        values: as `fewstep.numerics.outputs.to_output` returns it.
         output: what it is.
         rate: samples a second of a sound; None takes the bundle's.
 

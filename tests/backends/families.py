@@ -17,13 +17,13 @@ from tempfile import TemporaryDirectory
 from fewstep.calibration import SampleRequest, record_samples
 from fewstep.errors import FewstepError
 from fewstep.export import describe, programs_of
-from fewstep.metrics import sqnr_db
-from fewstep.recipe import Limits, Recipe
+from fewstep.numerics.metrics import sqnr_db
+from fewstep.recipe.recipe import Limits, Recipe
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import Runtime
-from tests import zoo
-from tests.families import REFUSED, generator_of
-from tests.zoo.family import Family
+from tests.support import zoo
+from tests.support.families import REFUSED, generator_of
+from tests.support.zoo.family import Family
 
 
 @dataclass(frozen=True)

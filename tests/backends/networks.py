@@ -6,10 +6,10 @@ import functools
 
 import torch
 
+from fewstep.bundle.program import Program
 from fewstep.optimize.quantize import quantize
-from fewstep.program import Program
-from fewstep.quantization import Quantization
-from tests.quantized import calls_of, plan_of, program_of, random
+from fewstep.recipe.quantization import Quantization
+from tests.support.quantized import calls_of, plan_of, program_of, random
 
 
 class Net(torch.nn.Module):

@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep.bundle.program import Program
 from fewstep.errors import ContractError, ExportError
-from fewstep.metrics import sqnr_db
+from fewstep.numerics.metrics import sqnr_db
 from fewstep.optimize.quantize import quantize
-from fewstep.program import Program
-from fewstep.recipe import Limits
+from fewstep.recipe.recipe import Limits
 from fewstep.runtimes import get_runtime
-from fewstep.runtimes.integers import QUANTIZE
+from fewstep.runtimes.passes.quantized_weights import QUANTIZE
 from tests.backends.networks import INPUTS, net
-from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
+from tests.support.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
 if util.find_spec("executorch") is None:
     pytest.skip("executorch is not installed: `make test-backends` runs these tests", allow_module_level=True)
 
-from fewstep.runtimes.xnnpack_lower import convert, prepared
+from fewstep.runtimes.executorch.compile.lower import convert, prepared
 
 EXECUTORCH = get_runtime("executorch")
 

@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.bundle.program import Program
 from fewstep.errors import ContractError, ExportError
-from fewstep.metrics import sqnr_db
+from fewstep.numerics.metrics import sqnr_db
 from fewstep.optimize.quantize import quantize
-from fewstep.program import Program
-from fewstep.quantization import Quantization, SiteChoice
-from fewstep.recipe import Limits
+from fewstep.recipe.quantization import Quantization, SiteChoice
+from fewstep.recipe.recipe import Limits
 from fewstep.runtimes import get_runtime
 from fewstep.runtimes.base import PointResult
-from fewstep.runtimes.remote import Guest, Launch, remote_runtime
+from fewstep.runtimes.executors.remote import Guest, Launch, remote_runtime
 from tests.backends.networks import INPUTS, net
-from tests.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
+from tests.support.quantized import W8A8, calls_of, feeds, plan_of, program_of, random, run
 
 if util.find_spec("litert_torch") is None:
     pytest.skip("litert-torch is not installed: `make test-backends` runs these tests", allow_module_level=True)
 
-from fewstep.runtimes.litert_lower import lower
-from fewstep.runtimes.litert_model import LiteRTModel
-from fewstep.runtimes.litert_pack import ROWS
+from fewstep.runtimes.litert.compile.flatbuffer import LiteRTModel
+from fewstep.runtimes.litert.compile.int_weights import ROWS
+from fewstep.runtimes.litert.compile.lower import lower
 
 LITERT = get_runtime("litert")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
 from fewstep.errors import FewstepError
-from fewstep.verify import Verification, verify
+from fewstep.pipeline.verify import Verification, verify
 from tests.faults.bundles import PAINTER, ROOT, STICKERS, WORK, folder_of
 from tests.faults.edits import Folder
 from tests.faults.seeded import FAULTS, W8A8, Fault
@@ -107,7 +107,7 @@ def _live(path: Path, against: str) -> Verification:
 
 
 def _golden(path: Path) -> Verification:
-    module = sys.modules[verify.__module__]  # `fewstep.verify` is the function
+    module = sys.modules[verify.__module__]  # `fewstep.pipeline.verify` is the function
     with mock.patch.object(module, "usable_source", lambda *_: (None, "it is not asked for")):
         return verify(Bundle.open(path))
 
@@ -116,7 +116,7 @@ def _golden(path: Path) -> Verification:
 def remembered() -> Iterator[None]:
     """Computes once, for the length of a block, what depends on the source alone and not on a bundle with a fault."""
     from fewstep import calibration, export
-    from fewstep.runtimes import ort_bisect
+    from fewstep.runtimes.onnxruntime.debug import bisect as ort_bisect
 
     known: dict[Any, Any] = {}
 

@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 
 import fewstep
-from fewstep.bundle import MANIFEST
-from fewstep.recipe import load_recipe
-from tests.quantized import small
+from fewstep.bundle.bundle import MANIFEST
+from fewstep.recipe.recipe import load_recipe
+from tests.support.quantized import small
 
 ROOT = Path(__file__).parents[2]
 WORK = Path(os.environ.get("FEWSTEP_FAULTS", ROOT / "build" / "faults"))
 PROMPTS, SEEDS = 2, 1
 
 
-STICKERS, PAINTER = "stickers", "tests.quantized:painter"
+STICKERS, PAINTER = "stickers", "tests.support.quantized:painter"
 
 
 def folder_of(recipe: str, source: str = STICKERS) -> Path:

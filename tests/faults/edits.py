@@ -13,10 +13,10 @@ import onnx_ir as ir
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from fewstep.bundle import MANIFEST, write_manifest
+from fewstep.bundle.bundle import MANIFEST, write_manifest
+from fewstep.bundle.manifest import Manifest
 from fewstep.errors import FewstepError
-from fewstep.manifest import Manifest
-from fewstep.runtimes.stored_parity import digest
+from fewstep.runtimes.parity.stored_integers import digest
 
 Array = np.ndarray[Any, Any]
 Values = dict[str, Any]

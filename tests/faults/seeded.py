@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fewstep.runtimes.stored_parity import digest
+from fewstep.runtimes.parity.stored_integers import digest
 from tests.faults.edits import Array, Folder, Values, change, half_of_plan, initializer, own, products, swapped, times
 from tests.faults.edits import weight as of
 
@@ -100,9 +100,9 @@ def _last(model: ir.Model) -> list[ir.Value]:
 
 def _agreeing(folder: Folder, seed: Callable[[Folder], object]) -> None:
     """Seeds a fault and records the golden pack again from the artifacts that have it."""
-    from fewstep.bundle import Bundle
-    from fewstep.feeds import load_samples, save_samples
-    from fewstep.runtimes.sampler import open_sampler
+    from fewstep.bundle.bundle import Bundle
+    from fewstep.bundle.samples import load_samples, save_samples
+    from fewstep.runtimes.sampling.sampler import open_sampler
 
     seed(folder)
     folder.rehash()
@@ -176,7 +176,7 @@ def _one_value(arrays: dict[str, Array], head: Values) -> None:
 
 def _other(folder: Folder) -> None:
     """Puts another sample's arrays behind the head of the first golden sample."""
-    from fewstep.feeds import load_sample, save_sample
+    from fewstep.bundle.samples import load_sample, save_sample
 
     first, second = sorted((folder.path / "golden").glob("*.safetensors"))[:2]
     a, b = load_sample(first), load_sample(second)

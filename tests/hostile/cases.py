@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.bundle import Bundle, write_seal
+from fewstep.bundle.bundle import Bundle, write_seal
 from fewstep.hashing import file_sha256
-from fewstep.recipe import load_recipe
-from fewstep.references import golden_samples, usable_source
-from fewstep.runtimes.sampler import open_tokenizers
+from fewstep.pipeline.references import golden_samples, usable_source
+from fewstep.recipe.recipe import load_recipe
+from fewstep.runtimes.sampling.sampler import open_tokenizers
 from tests.hostile.mutate import CANARY, VALUES, changed, flipped, not_a_file, text_of
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ class Cases:
 
     def _reference(self, chance: random.Random, folder: Path) -> Case:
         """A bundle that names another source, which verifying it would load."""
+        from fewstep.pipeline.references import load_original
         from fewstep.progress import Silent
-        from fewstep.references import load_original
 
         name = chance.choice(sorted(self._bundles))
         _copy(self._bundles[name], folder)
@@ -236,7 +236,7 @@ def _use(folder: Path) -> None:
     golden_samples(bundle, "")
     inputs = None
     if not bundle.manifest.contract.takes_text:
-        from fewstep.inputs import example_inputs
+        from fewstep.numerics.inputs import example_inputs
 
         inputs = example_inputs(bundle.manifest.contract.inputs, 0)
     bundle.generate("red apple" if bundle.manifest.contract.takes_text else "", seed=3, inputs=inputs)

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.bundles import built, plain
+from tests.support.bundles import built, plain
 
 
 def main(folder: Path) -> None:

@@ -18,8 +18,8 @@ import torch
 from optimum.onnxruntime import ORTLatentConsistencyModelPipeline, ORTPipelineForText2Image
 
 import fewstep
-from fewstep import noise
-from fewstep.metrics import psnr_db
+from fewstep.numerics import noise
+from fewstep.numerics.metrics import psnr_db
 
 BUNDLE = Path(os.environ.get("FEWSTEP_BUNDLE", "build/stickers-step"))
 

@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 
 import fewstep
 from fewstep.export import load
-from tests import loras, tiny
+from tests.support import loras, tiny
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import copy
 import json
 from typing import Any
 
-from fewstep.contract import ComponentSpec, Contract, Guidance, InputSpec, TensorSpec
-from fewstep.manifest import Artifact, FileEntry, Manifest, TokenizerSpec
-from fewstep.schedule import Schedule
-from fewstep.seal import seal_of, signature_of
-from fewstep.source import SourceInfo
+from fewstep.bundle.contract import ComponentSpec, Contract, Guidance, InputSpec, TensorSpec
+from fewstep.bundle.manifest import Artifact, FileEntry, Manifest, TokenizerSpec
+from fewstep.bundle.schedule import Schedule
+from fewstep.bundle.seal import seal_of, signature_of
+from fewstep.bundle.source import SourceInfo
 
 _FILE = FileEntry("0" * 64, 1)
 

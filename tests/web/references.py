@@ -6,8 +6,8 @@ import json
 
 from safetensors.numpy import save_file
 
-from fewstep.bundle import Bundle
-from fewstep.runtimes.sampler import open_sampler
+from fewstep.bundle.bundle import Bundle
+from fewstep.runtimes.sampling.sampler import open_sampler
 
 
 def write(bundle: str, out: str, *, prompts: int = 8, seeds: int = 2) -> None:

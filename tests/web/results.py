@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fewstep.bundle import Bundle
-from fewstep.contract import DENOISER
-from fewstep.devices import content_id
-from fewstep.feeds import load_samples
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.contract import DENOISER
+from fewstep.bundle.samples import load_samples
+from fewstep.pipeline.device_checks import content_id
 
 
 def result_of(bundle: Bundle, value: float = 130.0) -> dict[str, Any]:

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.manifest import INTEGERS
+from fewstep.bundle.samples import load_samples
 from fewstep.cli import cli
-from fewstep.devices import MOST_BYTES, content_id, device_report, read_device_report
 from fewstep.errors import ContractError
-from fewstep.feeds import load_samples
-from fewstep.manifest import INTEGERS
-from fewstep.runtimes.parity import Agreement, ParityReport
-from fewstep.runtimes.quantized_parity import floor_limit
-from fewstep.verify import FLOOR_SAMPLES
-from tests.bundles import built
-from tests.quantized import painted
+from fewstep.pipeline.device_checks import MOST_BYTES, content_id, device_report, read_device_report
+from fewstep.pipeline.verify import FLOOR_SAMPLES
+from fewstep.runtimes.parity.harness import Agreement, ParityReport
+from fewstep.runtimes.parity.quantized import floor_limit
+from tests.support.bundles import built
+from tests.support.quantized import painted
 from tests.web.results import result_of
 
 
@@ -47,9 +47,9 @@ def test_good_result_is_one_more_executor(bundle: Bundle, tmp_path: Path) -> Non
 def test_compares_what_verify_compares_with_the_golden_pack(bundle: Bundle, precision: str) -> None:
     """Against an oracle that shares no code with the list of what is expected: the checks of a real verification."""
     bundle = bundle if precision == "fp32" else painted("w8a8").bundle
-    from fewstep.feeds import load_samples
-    from fewstep.recipe import Limits
-    from fewstep.verify import verify_against
+    from fewstep.bundle.samples import load_samples
+    from fewstep.pipeline.verify import verify_against
+    from fewstep.recipe.recipe import Limits
 
     golden = load_samples(bundle.path / "golden")
     checks = verify_against(bundle, golden, None, Limits(**bundle.manifest.recipe["limits"])).report.checks
@@ -126,7 +126,7 @@ def test_file_that_is_no_result(bundle: Bundle, tmp_path: Path) -> None:
 def test_content_does_not_depend_on_reports(bundle: Bundle) -> None:
     from dataclasses import replace
 
-    from fewstep.manifest import FileEntry
+    from fewstep.bundle.manifest import FileEntry
 
     other = FileEntry("0" * 64, 1)
     files = bundle.manifest.files

@@ -20,12 +20,12 @@ from click.testing import CliRunner
 
 from fewstep.app import AppServer, Certificate, Collector, Site, write_site
 from fewstep.app.site import HEADERS, STATIC
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
 from fewstep.cli import cli
-from fewstep.devices import MOST_BYTES
 from fewstep.errors import BundleError, ContractError
 from fewstep.hashing import file_sha256
-from tests.bundles import built
+from fewstep.pipeline.device_checks import MOST_BYTES
+from tests.support.bundles import built
 from tests.web.results import result_of
 
 

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fewstep import noise
-from fewstep.contract import Guidance
-from fewstep.guidance import combine, guidance_embedding, guidance_value
-from fewstep.manifest import TokenizerSpec
-from fewstep.recipe import Limits
-from fewstep.runtimes.parity import Floor, trajectory_limits
-from fewstep.runtimes.quantized_parity import agreement_of, floor_checks_of
-from fewstep.schedule import Schedule, sample_loop
-from fewstep.text_operations import OPERATIONS, apply_operations
-from fewstep.texts import odd_texts
-from fewstep.tokens import Tokenizer
+from fewstep.bundle.contract import Guidance
+from fewstep.bundle.manifest import TokenizerSpec
+from fewstep.bundle.schedule import Schedule, sample_loop
+from fewstep.numerics import noise
+from fewstep.numerics.guidance import combine, guidance_embedding, guidance_value
+from fewstep.recipe.recipe import Limits
+from fewstep.runtimes.parity.harness import Floor, trajectory_limits
+from fewstep.runtimes.parity.quantized import agreement_of, floor_checks_of
+from fewstep.text.operations import OPERATIONS, apply_operations
+from fewstep.text.probe_texts import odd_texts
+from fewstep.text.tokens import Tokenizer
 from tests.web.hostile import PATTERNS, hostile_manifests, signature_vectors
 
 REPOSITORY = Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def text_vectors() -> dict[str, Any]:
         made = [apply_operations(operations, text) for text in every]
         differing = [m if m != t else None for m, t in zip(made, every, strict=True)]
         cases.append({"operations": operations, "texts": differing})
-    return {"about": "fewstep.text_operations", "texts": every, "cases": cases}
+    return {"about": "fewstep.text.operations", "texts": every, "cases": cases}
 
 
 def entities() -> dict[str, Any]:
@@ -274,7 +274,7 @@ def schedule_vectors() -> dict[str, Any]:
         draw = functools.partial(_step_noise, seed, shape)
         sample_loop(schedule, x_init, denoise, draw, on_step, anchor=anchor)
         cases.append({"name": name, "seed": str(seed), "schedule": schedule.to_json(), "latents": latents})
-    return {"about": "fewstep.schedule.sample_loop on [1, 2, 3, 5]: float32, little-endian hex.", "cases": cases}
+    return {"about": "fewstep.bundle.schedule.sample_loop on [1, 2, 3, 5]: float32, little-endian hex.", "cases": cases}
 
 
 def _step_noise(seed: int, shape: tuple[int, ...], k: int) -> npt.NDArray[np.float32]:
@@ -350,7 +350,7 @@ def floor_vectors() -> dict[str, Any]:
     latents = [noise.normal(5, k, (1, 16)) * np.float32(size) for k, size in enumerate((1.8, 0.6, 0.1))]
     starts = [(start, trajectory_limits(80.0, latents, start)) for start in (1.0, 14.6, 4096.0)]
     return {
-        "about": "fewstep.runtimes.quantized_parity.floor_checks_of, a value of null is NaN; parity.trajectory_limits.",
+        "about": "fewstep.runtimes.parity.quantized.floor_checks_of, a value of null is NaN; parity.trajectory_limits.",
         "cases": cases,
         "trajectories": [
             {"start": start, "latents": [_hex(x) for x in latents], "limits": limits} for start, limits in starts

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 
-from fewstep.bundle import Bundle
-from fewstep.devices import MOST_BYTES, parse_result
+from fewstep.bundle.bundle import Bundle
 from fewstep.disk import write_whole
 from fewstep.errors import FewstepError, StorageError
+from fewstep.pipeline.device_checks import MOST_BYTES, parse_result
 
 
 @dataclass(frozen=True)

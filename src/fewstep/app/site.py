@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fewstep.bundle import Bundle
-from fewstep.devices import WEB_RUNTIME
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.seal import UNLISTED
 from fewstep.disk import replacing
 from fewstep.errors import BundleError, ContractError
 from fewstep.hashing import file_sha256, value_sha256
-from fewstep.seal import UNLISTED
-from fewstep.tokens import FILE as TOKENIZER
+from fewstep.pipeline.device_checks import WEB_RUNTIME
+from fewstep.text.tokens import FILE as TOKENIZER
 
 STATIC = Path(__file__).parent / "static"
 SERVICE_WORKER = "sw.js"

@@ -10,7 +10,9 @@ from rich.table import Table
 
 import fewstep
 from fewstep import app as web
-from fewstep import media, seal, stages
+from fewstep import media
+from fewstep.bundle import seal
+from fewstep.bundle.source import SourceSpec
 from fewstep.cli.console import ERR, OUT, print_json, print_parity, progress_bars
 from fewstep.cli.options import (
     adapter_options,
@@ -23,14 +25,14 @@ from fewstep.cli.options import (
     steps_option,
     targets_option,
 )
-from fewstep.devices import read_device_report
-from fewstep.executed import stand_in_notes
-from fewstep.guidance import guidance_text, unguided_notes
-from fewstep.inputs import example_inputs
-from fewstep.quantization import parse_size, with_budget
-from fewstep.recipe import FORMS, load_recipe
-from fewstep.replay import MINUTES, replay
-from fewstep.source import SourceSpec
+from fewstep.numerics.guidance import guidance_text, unguided_notes
+from fewstep.numerics.inputs import example_inputs
+from fewstep.pipeline import stages
+from fewstep.pipeline.device_checks import read_device_report
+from fewstep.pipeline.execution_notes import stand_in_notes
+from fewstep.pipeline.replay import MINUTES, replay
+from fewstep.recipe.quantization import parse_size, with_budget
+from fewstep.recipe.recipe import FORMS, load_recipe
 
 
 @click.command()

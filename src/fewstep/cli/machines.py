@@ -12,10 +12,10 @@ from rich.table import Table
 from fewstep.cli.console import OUT, print_json, progress_bars, yes_or_no
 from fewstep.cli.options import json_option
 from fewstep.errors import RuntimeMissingError
+from fewstep.pipeline.selftest import Trial, self_test
 from fewstep.runtimes import RUNTIMES, get_runtime
 from fewstep.runtimes.base import Availability, ExecutorState
 from fewstep.runtimes.executors import EXECUTORS
-from fewstep.selftest import Trial, self_test
 
 
 @click.command()

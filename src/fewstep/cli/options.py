@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from fewstep.call_options import parse_options
-from fewstep.source import Lora, Replacement, SourceSpec
+from fewstep.bundle.source import Lora, Replacement, SourceSpec
+from fewstep.recipe.call_options import parse_options
 
 
 def parse_steps(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...] | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from fewstep import stages
-from fewstep.bundle import Bundle
+from fewstep.bundle.bundle import Bundle
+from fewstep.bundle.source import SourceSpec
 from fewstep.cli.console import ERR, OUT, print_json, print_paths, progress_bars
 from fewstep.cli.options import (
     guidance_option,
@@ -19,7 +19,7 @@ from fewstep.cli.options import (
     steps_option,
     targets_option,
 )
-from fewstep.source import SourceSpec
+from fewstep.pipeline import stages
 
 
 @click.command()

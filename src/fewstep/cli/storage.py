@@ -15,7 +15,7 @@ from fewstep.cache_entries import Entry, entries, size_bytes
 from fewstep.cli.console import OUT, print_json
 from fewstep.cli.options import json_option
 from fewstep.errors import StorageError
-from fewstep.quantization import parse_size
+from fewstep.recipe.quantization import parse_size
 
 _DAY_S = 86400
 

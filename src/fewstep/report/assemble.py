@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.feeds import Sample
-from fewstep.guidance import guidance_text
-from fewstep.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
+from fewstep.bundle.manifest import PLAN, PLAN_FOLDER, Artifact, Manifest
+from fewstep.bundle.samples import Sample
+from fewstep.bundle.schedule import Schedule
+from fewstep.numerics.guidance import guidance_text
+from fewstep.pipeline.verify import Verification
 from fewstep.report import images
 from fewstep.report.bought import Account, bought_of
 from fewstep.report.charts import CurveChart, CurveSeries
@@ -22,13 +24,11 @@ from fewstep.report.page import write_report
 from fewstep.report.quantized import quantization_facts
 from fewstep.report.removed import removed_of
 from fewstep.report.rows import CheckRow, LatencyRow, PictureRow, ReportData, ScheduleTable, Section, SizeRow
-from fewstep.runtimes.measure import Latency, Profile
-from fewstep.runtimes.parity import Check, agreement_db, label
-from fewstep.schedule import Schedule
-from fewstep.verify import Verification
+from fewstep.runtimes.parity.harness import Check, agreement_db, label
+from fewstep.runtimes.profiling import Latency, Profile
 
 if TYPE_CHECKING:
-    from fewstep.export.counts import Removed
+    from fewstep.export.specialize.counts import Removed
     from fewstep.optimize.quantize import QuantizedPrograms
 
 _SHOWN_PICTURES = 16

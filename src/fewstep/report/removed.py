@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fewstep.report.bought import Account
 
 if TYPE_CHECKING:
-    from fewstep.export.counts import Removed
+    from fewstep.export.specialize.counts import Removed
 
 _COLUMNS = (
     "network", "parameters before", "in every step", "once a picture", "folded", "numbers of the tables",

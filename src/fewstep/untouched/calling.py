@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fewstep import call_options
+from fewstep.recipe import call_options
 from fewstep.untouched.loading import Subject
 from fewstep.untouched.randomness import Draws, in_pipelines
 from fewstep.untouched.request import Request, UserCall

@@ -149,8 +149,8 @@ def _lay_loras_over(pipeline: Any, source: Source) -> None:
 
 def _by_the_loader(source: Source, why: str) -> Subject:
     """Returns what fewstep's own loader makes of a source: its reading of the files is not put to the test then."""
+    from fewstep.bundle.source import Lora, Replacement, SourceSpec
     from fewstep.export import load  # the one import of the compiler, told in the report
-    from fewstep.source import Lora, Replacement, SourceSpec
 
     loras = tuple(Lora(path, scale) for path, scale in source.loras)
     replacements = tuple(Replacement(name, path) for name, path in source.components.items())

@@ -13,14 +13,14 @@ from unittest import mock
 
 import torch
 
-from fewstep import noise
+from fewstep.numerics import noise
 
 
 class Draws:
     """A seed's noise, an offset for each draw of a call: 0 before the first step, 1 + k for step k's.
 
-    What else is drawn gets an offset of its own, as `fewstep.noise.draw_offset` counts them. A step begins with the
-    call of ``step_begins``.
+    What else is drawn gets an offset of its own, as `fewstep.numerics.noise.draw_offset` counts them. A step begins
+    with the call of ``step_begins``.
     """
 
     def __init__(self, seed: int) -> None:

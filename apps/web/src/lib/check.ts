@@ -58,7 +58,7 @@ export interface CheckProgress {
 // Half an 8-bit level: a picture whose values spread less than this is one flat colour on every screen.
 const FLAT = 0.5 / 255;
 
-// A mean over a picture hides one value that is wrong: the rule of `fewstep.runtimes.parity`.
+// A mean over a picture hides one value that is wrong: the rule of `fewstep.runtimes.parity.harness`.
 const LARGEST = 8;
 const HALF_LEVEL = 0.5 / 255;
 

@@ -1,7 +1,7 @@
 /**
  * The noise floor: what two right executions of a network agree to that computes with whole numbers.
  *
- * The rule is that of `fewstep.runtimes.quantized_parity`, and both are tested with the same numbers.
+ * The rule is that of `fewstep.runtimes.parity.quantized`, and both are tested with the same numbers.
  */
 
 import { FewstepError } from "./errors.js";
@@ -100,7 +100,7 @@ export function median(values: readonly number[]): number {
 /**
  * Returns the limit of the latent after each step: the given one, or what float32 lets the reference itself keep.
  *
- * As `fewstep.runtimes.parity.trajectory_limits`: of a latent that is thousands of times larger than the next, float32
+ * As `fewstep.runtimes.parity.harness.trajectory_limits`: of a latent that is thousands of times larger than the next, float32
  * keeps 2^-24. `start` is how large the first latent's noise is.
  */
 export function trajectoryLimits(limit: number | null, latents: readonly Float32Array[], start: number): (number | null)[] {

@@ -1,4 +1,4 @@
-/** Prompt and seed in, picture out: the counterpart of `fewstep.runtimes.sampler` in Python. */
+/** Prompt and seed in, picture out: the counterpart of `fewstep.runtimes.sampling.sampler` in Python. */
 
 import { FewstepError } from "./errors.js";
 import { checkGuidance, combine, replacedOrigins, twoPasses } from "./guidance.js";
@@ -248,7 +248,7 @@ export class Sampler {
   }
 }
 
-/** Returns the first result of a batch as the contract says; see `fewstep.output.to_output`. */
+/** Returns the first result of a batch as the contract says; see `fewstep.numerics.outputs.to_output`. */
 function toOutput(decoded: Tensor, { output }: Contract): Tensor {
   const f32 = Math.fround;
   const [, ...shape] = decoded.shape;

@@ -12,7 +12,7 @@ let host: StaticHost;
 let url: string;
 
 beforeAll(async () => {
-  const made = "from tests.bundles import built; print(built('lcm').bundle.path)";
+  const made = "from tests.support.bundles import built; print(built('lcm').bundle.path)";
   const bundle = process.env.FEWSTEP_MICRO_BUNDLE ?? (await runPython(made)).trim().split("\n").at(-1)!;
   site = await writeSite(bundle);
   host = new StaticHost(site);

@@ -1,0 +1,1 @@
+"""A scheduler as a table: probed, solved for its coefficients, checked."""

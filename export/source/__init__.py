@@ -1,0 +1,1 @@
+"""Where a generator comes from: folders, single files, the hub; weights, LoRAs and other parts laid over it."""

@@ -1,0 +1,1 @@
+"""Components as traced programs, in real numbers."""

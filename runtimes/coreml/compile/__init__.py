@@ -1,0 +1,1 @@
+"""Traced programs to Core ML packages."""

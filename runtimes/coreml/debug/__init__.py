@@ -1,0 +1,1 @@
+"""Values inside a Core ML package: bisection, and comparison tensor by tensor."""

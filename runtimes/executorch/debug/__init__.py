@@ -1,0 +1,1 @@
+"""Values inside an ExecuTorch program, compared tensor by tensor."""

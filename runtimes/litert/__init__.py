@@ -1,0 +1,1 @@
+"""LiteRT: its session; `compile` writes the flatbuffers, `debug` looks inside them."""

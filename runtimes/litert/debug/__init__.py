@@ -1,0 +1,1 @@
+"""Values inside a LiteRT model, compared tensor by tensor."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime: its session; `compile` writes the graphs, `debug` looks inside them."""

@@ -1,0 +1,1 @@
+"""Traced programs to ONNX graphs as ONNX Runtime computes them fastest."""

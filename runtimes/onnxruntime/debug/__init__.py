@@ -1,0 +1,1 @@
+"""Values inside an ONNX graph: bisection, and comparison tensor by tensor."""

@@ -1,0 +1,1 @@
+"""Rewrites of traced graphs that several compilers share."""

@@ -1,0 +1,1 @@
+"""TensorRT: engines and their session; `compile` writes the networks that it parses."""

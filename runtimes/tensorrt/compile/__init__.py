@@ -1,0 +1,1 @@
+"""Traced programs to strongly typed ONNX networks for TensorRT, and what its parser takes."""

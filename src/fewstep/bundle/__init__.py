@@ -1,0 +1,1 @@
+"""What a bundle is: its folder, manifest, contract, schedule, samples and where it came from. Needs no torch."""

@@ -1,0 +1,1 @@
+"""What tests share: tiny networks, bundles, the zoo of families."""
