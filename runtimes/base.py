@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from fewstep.bundle.manifest import Artifact
 from fewstep.bundle.program import Program
 from fewstep.errors import ContractError, RuntimeMissingError
 from fewstep.progress import Progress
+
+if TYPE_CHECKING:
+    from fewstep.bundle.bundle import Bundle
 
 Array = npt.NDArray[Any]
 RunModel = Callable[[Path, Mapping[str, Array], Sequence[str]], dict[str, Array]]
@@ -69,6 +72,24 @@ class Availability:
 
 
 @dataclass(frozen=True)
+class OpenLoop:
+    """One file that samples, ready to run: the shapes of its inputs by name, and what computes the picture of them."""
+
+    inputs: Mapping[str, Sequence[int]]
+    run: Callable[[Mapping[str, Array]], Array]
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """How a runtime has a whole generator in one file, its steps unrolled."""
+
+    write: Callable[[Bundle, Path, int], Path]
+    """(bundle, path, steps) -> the file."""
+    open: Callable[[Path], OpenLoop]
+    """The file with fp32 arithmetic."""
+
+
+@dataclass(frozen=True)
 class Runtime:
     """A backend: one line in the table of `fewstep.runtimes`."""
 
@@ -98,6 +119,8 @@ class Runtime:
     """(artifact path, inputs, quantized tensors to give to their readers, names of those wanted) -> these by name."""
     session_settings: Callable[[Path], Mapping[str, str]] = lambda _: {}
     """(artifact path) -> settings of a session that computes its integers exactly, by the runtime's names."""
+    single_file: SingleFile | None = None
+    """How it samples with one file, where it can."""
     image_outputs: bool = False
     """Whether artifacts can give pictures of 8 bits in place of arrays (`Program.picture`)."""
 

@@ -11,15 +11,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from fewstep.bundle.contract import OutputSpec, TensorSpec
 from fewstep.errors import BundleError
 from fewstep.runtimes.base import Array
 from fewstep.runtimes.coreml.mil import MilProgram, Operation
 from fewstep.runtimes.coreml.mil.program import Feature
 
-LEVELS = 255
 # The key in a package's metadata under which it says how levels and the decoder's output belong together.
 METADATA = "fewstep.picture"
 # What is appended to an output's name for its value before it becomes a picture.
@@ -56,18 +53,6 @@ def image_features(program: MilProgram) -> tuple[Feature, ...]:
 def fits(feature: Feature, tensor: TensorSpec) -> bool:
     """Returns whether an image is one of a tensor [1, channels, height, width]."""
     return tensor.shape[:1] + tensor.shape[2:] == (1, *feature.shape) and LAYOUTS.get(tensor.shape[1]) == feature.image
-
-
-def to_levels(values: Array, picture: OutputSpec) -> Array:
-    """Returns the levels of a decoder's output, uint8 of its shape."""
-    shown = np.clip(values * np.float32(picture.scale) + np.float32(picture.shift), 0, 1)
-    return np.asarray(np.rint(LEVELS * shown), dtype=np.uint8)
-
-
-def from_levels(levels: Array, picture: OutputSpec) -> Array:
-    """Returns what a decoder would have to give for levels, float32."""
-    values = (levels.astype(np.float64) / LEVELS - picture.shift) / picture.scale
-    return values.astype(np.float32)
 
 
 class Unrounded:

@@ -9,23 +9,37 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewstep.bundle.contract import ComponentSpec, OutputSpec, TensorSpec
 from fewstep.bundle.manifest import Artifact
 from fewstep.bundle.program import Program
-from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, Runtime, Stored
-from fewstep.runtimes.coreml.image_outputs import Unrounded, fits, from_levels, from_metadata, image_features
+from fewstep.errors import BundleError, ContractError, RuntimeMissingError
+from fewstep.numerics.outputs import from_levels
+from fewstep.runtimes.base import (
+    Array,
+    Availability,
+    CheckedSession,
+    OpenLoop,
+    PointResult,
+    Runtime,
+    SingleFile,
+    Stored,
+)
+from fewstep.runtimes.coreml.image_outputs import Unrounded, fits, from_metadata, image_features
 from fewstep.runtimes.coreml.mil import Evaluator, MilProgram, Precision, open_package
 from fewstep.runtimes.coreml.mil.program import Block, Feature
 from fewstep.runtimes.sampling.int32_feeds import narrow
 
+if TYPE_CHECKING:
+    from fewstep.bundle.bundle import Bundle
+
 NAME = "coreml"
 # The file of a package that the manifest of a bundle lists as its artifact: a package is a folder.
 ENTRY = "Manifest.json"
+_PACKAGE = ".mlpackage"
 COMPUTE_UNITS = ("ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
 _COMPILER_PACKAGES = ("torch", "coremltools")
 # Core ML has no 64-bit whole numbers at its interface.
@@ -280,6 +294,22 @@ def _constants(block: Block) -> Iterator[tuple[str, Array]]:
             yield from _constants(inner)
 
 
+def _write_loop(bundle: Bundle, path: Path, steps: int) -> Path:
+    if path.suffix != _PACKAGE:
+        raise BundleError(f"{path.name} is to be a Core ML package, expected a name in {_PACKAGE}", hint="rename it")
+    from fewstep.runtimes.coreml.compile import single_file  # needs coremltools
+
+    return single_file.write_loop(bundle, path, steps=steps)
+
+
+def _open_loop(path: Path) -> OpenLoop:
+    """Returns a package of the whole loop on the evaluator."""
+    program = open_package(path)
+    evaluator = Evaluator(program, precision="fp32")
+    shapes = {feature.name: feature.shape for feature in program.inputs[program.default]}
+    return OpenLoop(shapes, lambda feeds: next(iter(evaluator.run(to_interface(feeds)).values())))
+
+
 def _at_function(function: str) -> Runtime:
     return replace(
         RUNTIME,
@@ -301,5 +331,6 @@ RUNTIME = Runtime(
     at_function=_at_function,
     executor=executor,
     stored=_stored,
+    single_file=SingleFile(_write_loop, _open_loop),
     image_outputs=True,
 )

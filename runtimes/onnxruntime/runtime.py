@@ -13,11 +13,22 @@ from fewstep.bundle.manifest import Artifact
 from fewstep.bundle.program import Program
 from fewstep.disk import scratch
 from fewstep.errors import ContractError, RuntimeMissingError
-from fewstep.runtimes.base import Array, Availability, CheckedSession, PointResult, RunModel, Runtime
+from fewstep.runtimes.base import (
+    Array,
+    Availability,
+    CheckedSession,
+    OpenLoop,
+    PointResult,
+    RunModel,
+    Runtime,
+    SingleFile,
+)
 from fewstep.runtimes.onnxruntime import onnx_file
 
 if TYPE_CHECKING:
     import onnxruntime
+
+    from fewstep.bundle.bundle import Bundle
 
 NAME = "onnxruntime"
 # Processors with AVX2 and without VNNI add two products of unsigned by signed bytes in 16 bits, where they saturate:
@@ -187,6 +198,22 @@ def _run_cut(
     return dict(zip(wanted, results, strict=True))
 
 
+def _write_loop(bundle: Bundle, path: Path, steps: int) -> Path:
+    from fewstep.runtimes.onnxruntime.compile import single_file  # needs onnx_ir, which running a bundle does not
+
+    return single_file.write_loop(bundle, path, runtime=NAME, steps=steps)
+
+
+def _open_loop(path: Path) -> OpenLoop:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(path), session_options(None, path=path), providers=["CPUExecutionProvider"]
+    )
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    return OpenLoop(shapes, lambda feeds: session.run(None, dict(feeds))[0])
+
+
 RUNTIME = Runtime(
     NAME,
     availability,
@@ -199,4 +226,5 @@ RUNTIME = Runtime(
     stored=onnx_file.stored,
     run_cut=_run_cut,
     session_settings=session_settings,
+    single_file=SingleFile(_write_loop, _open_loop),
 )

@@ -8,8 +8,8 @@ import numpy as np
 
 from fewstep.bundle.contract import OutputSpec
 from fewstep.bundle.samples import Sample
+from fewstep.numerics.outputs import to_levels
 from fewstep.runtimes.base import Session
-from fewstep.runtimes.coreml.image_outputs import to_levels
 from fewstep.runtimes.parity.harness import LOWERING_FP16, Check, label
 
 # The limit of a component in fp16 is 50 dB: an error of 0.2 levels in a picture of usual contrast. A level that is off

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,69 +10,46 @@ import numpy as np
 from fewstep.bundle.bundle import Bundle
 from fewstep.bundle.contract import GUIDANCE, INPUT, MASK, NOISE, TOKENS
 from fewstep.bundle.manifest import Manifest
-from fewstep.errors import BundleError, RuntimeMissingError
+from fewstep.errors import RuntimeMissingError
 from fewstep.numerics import noise
 from fewstep.numerics.guidance import guidance_value
-from fewstep.runtimes.base import Array
-from fewstep.runtimes.coreml import runtime as coreml
-from fewstep.runtimes.onnxruntime import runtime as ort
+from fewstep.runtimes import RUNTIMES, get_runtime
+from fewstep.runtimes.base import Array, OpenLoop, SingleFile
 from fewstep.runtimes.sampling.unrolled_graph import input_name
 from fewstep.text.tokens import Tokenizer
 
 Feeds = Mapping[str, Array]
-_PACKAGE = ".mlpackage"
-_RUNTIMES = (ort.NAME, coreml.NAME)
-
-
-@dataclass(frozen=True)
-class OpenLoop:
-    """One file that samples, ready to run: the shapes of its inputs by name, and what computes the picture of them."""
-
-    inputs: Mapping[str, Sequence[int]]
-    run: Callable[[Feeds], Array]
 
 
 def write_loop(bundle: Bundle, path: Path, *, runtime: str, steps: int) -> Path:
     """Returns the path of one file that samples with a bundle's networks: an ONNX model, or a Core ML package.
 
     Raises:
-        BundleError: a Core ML package has to be called one.
+        BundleError: the file has to be called otherwise.
         ContractError: see `fewstep.runtimes.sampling.unrolled_graph.check_unrolls`.
         RuntimeMissingError: the runtime's artifacts cannot be put into one file.
     """
-    if runtime not in _RUNTIMES:
-        raise RuntimeMissingError(
-            f"{runtime} has no file that samples on its own, expected one of {', '.join(_RUNTIMES)}",
-            hint="name one of the bundle's runtimes with --runtime, or build it for one",
-        )
-    if runtime == ort.NAME:
-        from fewstep.runtimes.onnxruntime.compile import (
-            single_file as ort_loop,  # needs onnx_ir, which running a bundle does not
-        )
-
-        return ort_loop.write_loop(bundle, path, runtime=runtime, steps=steps)
-    if path.suffix != _PACKAGE:
-        raise BundleError(f"{path.name} is to be a Core ML package, expected a name in {_PACKAGE}", hint="rename it")
-    from fewstep.runtimes.coreml.compile import single_file as coreml_loop  # needs coremltools
-
-    return coreml_loop.write_loop(bundle, path, steps=steps)
+    return _single_file(runtime).write(bundle, path, steps)
 
 
 def open_loop(path: Path, runtime: str) -> OpenLoop:
-    """Returns one file that samples, opened; a Core ML package on the evaluator, in fp32."""
-    if runtime == ort.NAME:
-        import onnxruntime
+    """Returns one file that samples, opened, with fp32 arithmetic.
 
-        options = ort.session_options(None, path=path)
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        shapes = {value.name: value.shape for value in session.get_inputs()}
-        return OpenLoop(shapes, lambda feeds: session.run(None, dict(feeds))[0])
-    from fewstep.runtimes.coreml.mil import Evaluator, open_package
+    Raises:
+        RuntimeMissingError: as above.
+    """
+    return _single_file(runtime).open(path)
 
-    program = open_package(path)
-    evaluator = Evaluator(program, precision="fp32")
-    shapes = {feature.name: feature.shape for feature in program.inputs[program.default]}
-    return OpenLoop(shapes, lambda feeds: next(iter(evaluator.run(coreml.to_interface(feeds)).values())))
+
+def _single_file(runtime: str) -> SingleFile:
+    able = get_runtime(runtime).single_file
+    if able is None:
+        those = ", ".join(name for name, known in RUNTIMES.items() if known.single_file is not None)
+        raise RuntimeMissingError(
+            f"{runtime} has no file that samples on its own, expected one of {those}",
+            hint="name one of the bundle's runtimes with --runtime, or build it for one",
+        )
+    return able
 
 
 def loop_feeds(

@@ -9,7 +9,8 @@ from coremltools.converters.mil.mil import Program as MilProgram
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
-from fewstep.runtimes.coreml.image_outputs import LEVELS, UNROUNDED
+from fewstep.numerics.outputs import LEVELS
+from fewstep.runtimes.coreml.image_outputs import UNROUNDED
 
 PASS = "fewstep::picture_output"
 

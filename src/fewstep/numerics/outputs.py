@@ -10,6 +10,8 @@ import numpy.typing as npt
 from fewstep.bundle.contract import OutputSpec
 
 Array = npt.NDArray[Any]
+# The largest value of an image of 8 bits.
+LEVELS = 255
 
 
 def to_output(decoded: Array, spec: OutputSpec) -> npt.NDArray[np.float32]:
@@ -32,6 +34,18 @@ def picture_of(output: Array, kind: str) -> npt.NDArray[np.float32]:
         return _waveform(output.reshape(-1))
     flat = output.reshape(-1, *output.shape[-2:])[:1] if output.shape[-1] != 1 else output.transpose(2, 0, 1)
     return _stretched(flat.transpose(1, 2, 0))
+
+
+def to_levels(values: Array, picture: OutputSpec) -> Array:
+    """Returns the levels of a decoder's output, uint8 of its shape."""
+    shown = np.clip(values * np.float32(picture.scale) + np.float32(picture.shift), 0, 1)
+    return np.asarray(np.rint(LEVELS * shown), dtype=np.uint8)
+
+
+def from_levels(levels: Array, picture: OutputSpec) -> Array:
+    """Returns what a decoder would have to give for levels, float32."""
+    values = (levels.astype(np.float64) / LEVELS - picture.shift) / picture.scale
+    return values.astype(np.float32)
 
 
 def frames_of(video: Array) -> Array:

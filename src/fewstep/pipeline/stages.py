@@ -31,7 +31,7 @@ from fewstep.runtimes.sampling.sampler import open_sampler, open_tokenizers
 
 if TYPE_CHECKING:
     from fewstep.calibration.sets import CalibrationSet
-    from fewstep.runtimes.sampling.single_file import OpenLoop
+    from fewstep.runtimes.base import OpenLoop
 
 Array = npt.NDArray[Any]
 _ELSEWHERE = "free some space there, or choose another -o file"

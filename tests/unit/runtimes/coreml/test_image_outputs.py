@@ -19,10 +19,11 @@ from fewstep.bundle.contract import ComponentSpec, OutputSpec, TensorSpec
 from fewstep.bundle.program import Program
 from fewstep.errors import BundleError, ContractError, ExportError, RecipeError, RuntimeMissingError
 from fewstep.numerics.metrics import sqnr_db
+from fewstep.numerics.outputs import LEVELS, from_levels, to_levels
 from fewstep.recipe.recipe import PRESETS, Recipe, parse_recipe
 from fewstep.runtimes.coreml import runtime as coreml
 from fewstep.runtimes.coreml.compile.lower import lower, quiet_coremltools
-from fewstep.runtimes.coreml.image_outputs import LEVELS, from_levels, from_metadata, to_levels
+from fewstep.runtimes.coreml.image_outputs import from_metadata
 from fewstep.runtimes.coreml.mil import Evaluator, open_package
 from fewstep.runtimes.coreml.mil.program import MilProgram
 from fewstep.runtimes.parity.harness import LOWERING_FP16
