@@ -27,7 +27,7 @@ from fewstep.recipe import call_options
 from fewstep.recipe.recipe import Recipe, parse_recipe
 from tests.support import tiny
 from tests.support.bundles import plain_generator
-from tests.unit.cli.test_errors import Run, refused, run
+from tests.support.command import Run, refused, run
 
 __all__ = ["run"]  # the fixture
 

@@ -39,8 +39,8 @@ from fewstep.runtimes.parity.quantized import (
     floor_of,
     mean_check,
 )
+from tests.support.checks import PICTURE, check, sample
 from tests.support.quantized import painted, painter, small
-from tests.unit.runtimes.test_harness import PICTURE, check, sample
 
 RECIPES = ("w8", "w8a8", "w4", "w4a8")
 

@@ -32,7 +32,7 @@ from fewstep.runtimes.sampling.sampler import open_sampler
 from fewstep.runtimes.sampling.step_graphs import RowSession
 from tests.support.bundles import STEPS, built
 from tests.support.quantized import painter, small
-from tests.unit.export.specialize.test_hoist import ROWS, Everything, feeds_of, onnx_time_path, program_of
+from tests.support.time_paths import ROWS, Everything, feeds_of, onnx_time_path, program_of
 
 
 def test_a_row_of_a_table_is_a_program_of_its_own() -> None:

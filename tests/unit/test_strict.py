@@ -15,7 +15,7 @@ from fewstep.recipe.recipe import load_recipe
 from fewstep.strict import parse_json
 from fewstep.text.patterns import pattern_problem, tokenizer_problem
 from tests.support.bundles import built
-from tests.unit.cli.test_errors import Run, run
+from tests.support.command import Run, run
 from tests.web import hostile
 from tests.web.vectors import FOLDER
 

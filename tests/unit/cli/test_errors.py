@@ -7,54 +7,25 @@ import os
 import pickle  # noqa: TID251 - to show that nothing unpickles
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fewstep import cli
 from fewstep.bundle.bundle import write_seal
 from fewstep.cli import machines
 from fewstep.errors import ExportError
 from fewstep.export import describe, load
 from fewstep.pipeline.selftest import Trial
 from tests.support.bundles import built
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the command line in this process and returns its status, stdout and stderr."""
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "stage-cache"))
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewstep", *(str(a) for a in arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capfd.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
+from tests.support.command import Run, refused
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A tiny checkpoint to spoil."""
     return shutil.copytree(built("lcm").source, tmp_path / "source")
-
-
-def refused(run: Run, source: str | Path, tmp_path: Path, *options: str) -> str:
-    """Builds, expects exit status 2 with a hint and no bundle or rest of one, and returns what was said."""
-    out = tmp_path / "out" / "bundle"
-    status, stdout, stderr = run("build", source, "-o", out, *options)
-    assert status == 2, stderr
-    assert "hint: " in stderr
-    assert stdout == ""
-    assert not out.parent.exists() or list(out.parent.iterdir()) == []
-    return " ".join(stderr.split())
 
 
 def test_missing_component(run: Run, source: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fewstep.runtimes.executorch import runtime as xnnpack
 from fewstep.runtimes.litert import runtime as litert
 from fewstep.runtimes.sampling.int32_feeds import narrow
 from tests.support.quantized import W8A8, calls_of, plan_of, program_of, random, sites_of
-from tests.unit.runtimes.passes.test_quantized_weights import Net
+from tests.support.quantized_net import Net
 
 SPEC = ComponentSpec((), (), {}, "loop")
 

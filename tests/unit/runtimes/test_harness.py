@@ -9,22 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fewstep.bundle.samples import Sample
 from fewstep.recipe.recipe import Limits
-from fewstep.runtimes.parity.harness import LOWERING, Check, ParityReport, compare_samples, trajectory_limits
+from fewstep.runtimes.parity.harness import ParityReport, compare_samples, trajectory_limits
+from tests.support.checks import PICTURE, check, sample
 
 LIMITS = Limits()
-
-
-def sample(picture_HWC: np.ndarray) -> Sample:
-    return Sample("cat", 0, 1, 0.0, (), (np.ones((1, 4, 2, 2), np.float32),), picture_HWC.astype(np.float32))
-
-
-def check(value: float, limit: float | None = 100.0) -> Check:
-    return Check(LOWERING, "component", "denoiser", 0, "cat #0", "out_sample", "SQNR dB", value, limit)
-
-
-PICTURE = np.random.default_rng(0).random((8, 8, 3))
 
 
 def test_nothing_compared_is_a_failure() -> None:

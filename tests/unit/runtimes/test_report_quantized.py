@@ -15,7 +15,7 @@ from fewstep.report import PictureRow, Section, render
 from fewstep.report.quantized import quantization_facts
 from fewstep.report.rows import CoverageRow, PlanRow, QuantizationFacts, ReasonRow
 from tests.support.quantized import painted
-from tests.unit.report.test_page import HOSTILE, PASSED, Page, empty_report, full_report, picture
+from tests.support.reports import HOSTILE, PASSED, Page, empty_report, full_report, picture
 
 
 def grid(bits: int, *, channels: int | None = None, group_size: int | None = None) -> Grid:

@@ -18,7 +18,7 @@ from fewstep.errors import SourceError
 from fewstep.export import load
 from fewstep.export.source.load import missing
 from tests.support.bundles import built
-from tests.unit.cli.test_errors import Run, refused, run
+from tests.support.command import Run, refused, run
 
 __all__ = ["run"]  # the fixture
 

@@ -16,7 +16,7 @@ from fewstep.export import load
 from fewstep.hashing import file_sha256
 from tests.support import loras
 from tests.support.bundles import built
-from tests.unit.cli.test_errors import Run, refused, run
+from tests.support.command import Run, refused, run
 
 __all__ = ["run"]  # the fixture
 

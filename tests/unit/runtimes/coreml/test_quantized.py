@@ -31,8 +31,8 @@ from fewstep.runtimes.coreml.mil import open_package
 from fewstep.runtimes.coreml.mil.program import Constant
 from fewstep.runtimes.parity.harness import ParityReport
 from fewstep.runtimes.parity.quantized import operation_checks
+from tests.support.coreml_packages import SPECIFICATION, WEIGHTS, change, ct, faulty
 from tests.support.quantized import W8A8, calls_of, feeds, painter, plan_of, program_of, random, run, small
-from tests.unit.runtimes.coreml.test_runtime import SPECIFICATION, WEIGHTS, change, ct, faulty
 
 with quiet_coremltools():
     from fewstep.runtimes.coreml.compile.mil_pass_int_weights import block_scale

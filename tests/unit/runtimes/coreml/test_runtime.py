@@ -27,13 +27,11 @@ from fewstep.runtimes.coreml.mil import open_package
 from fewstep.runtimes.coreml.mil.program import Constant
 from fewstep.runtimes.parity.harness import COMPRESSION, LOWERING, LOWERING_FP16
 from tests.support import tiny
+from tests.support.coreml_packages import SPECIFICATION, WEIGHTS, change, faulty
 
 with quiet_coremltools() as ct:
     from fewstep.runtimes.coreml.compile.mil_pass_compress import pack
     from fewstep.runtimes.coreml.debug.bisect import bisect
-
-SPECIFICATION = "Data/com.apple.CoreML/model.mlmodel"
-WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 
 
 class Network(torch.nn.Module):
@@ -223,25 +221,6 @@ def test_the_runtime_is_in_the_table() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- faults
-
-
-def faulty(package: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / package.parent.name
-    for file in (f for f in package.parent.rglob("*") if f.is_file()):
-        target = copy / file.relative_to(package.parent)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
-    return copy / coreml.ENTRY
-
-
-def change(package: Path, edit: Callable[[Any], None]) -> None:
-    """Edits the operations of a package with coremltools' own protobuf classes."""
-    model = ct.proto.Model_pb2.Model()
-    path = package.parent / SPECIFICATION
-    model.ParseFromString(path.read_bytes())
-    function = model.mlProgram.functions["main"]
-    edit(function.block_specializations[function.opset].operations)
-    path.write_bytes(model.SerializeToString())
 
 
 def blob_of(package: Path, wanted: str) -> tuple[int, int]:
