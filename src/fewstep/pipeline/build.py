@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.bundle.bundle import Bundle, check_writable, write_manifest, writing
-from fewstep.bundle.manifest import PLAN_FOLDER, Manifest
+from fewstep.bundle.manifest import Artifact, Manifest
 from fewstep.bundle.samples import Sample, save_samples
 from fewstep.bundle.source import Lora, SourceSpec, source_notes
 from fewstep.cache import StageCache
@@ -27,19 +27,24 @@ from fewstep.pipeline.compile import (
     record_reference,
     versions,
 )
-from fewstep.pipeline.shape_and_batch import Further, further_programs
-from fewstep.progress import Progress, Silent, stage
+from fewstep.pipeline.prepare import Prepared, prepare, quantize_programs
+from fewstep.pipeline.shape_and_batch import Further
+from fewstep.pipeline.verify import Verification, verify_targets, with_calls
+from fewstep.progress import Progress, Silent
 from fewstep.proof.checks import recorded_checks
 from fewstep.proof.golden_tokens import write_tokens
-from fewstep.proof.user_calls import Told, UserCalls
+from fewstep.proof.user_calls import UserCalls
 from fewstep.recipe.quantization import for_targets
-from fewstep.recipe.recipe import Recipe, check_batch, check_form, check_steps, load_recipe, parse_shapes
+from fewstep.recipe.recipe import Recipe, check_batch, check_form, load_recipe, parse_shapes
+from fewstep.report.assemble import write_bundle_report
+from fewstep.runtimes import get_runtime
 from fewstep.runtimes.parity.golden_operations import save_operations
+from fewstep.runtimes.profiling import profile
 from fewstep.runtimes.sampling.sampler import open_tokenizers
 
 if TYPE_CHECKING:
     from fewstep.calibration import SampleRequest
-    from fewstep.export import Description, Generator, Programs
+    from fewstep.export import Description, Generator
     from fewstep.optimize.quantize import QuantizedPrograms
 
 PROMPTS, SEEDS = 8, 2
@@ -113,203 +118,183 @@ def build(
     Raises:
         FewstepError: by kind, see `fewstep.errors`; a ParityError leaves its evidence in ``<out>.failed``.
     """
-    # torch is needed to compile a bundle, not to run one: `import fewstep` must work without it.
-    from fewstep.export import (
-        check_counts,
-        describe,
-        diffusers_files,
-        lay_over,
-        load,
-        programs_of,
-        recorded_source,
-        write_tokenizers,
-    )
-    from fewstep.optimize import optimize
-    from fewstep.optimize.mixed_palettes import choose_palettes
-    from fewstep.pipeline.verify import verify_targets, with_calls
-    from fewstep.report.assemble import write_bundle_report
-    from fewstep.runtimes import get_runtime
-    from fewstep.runtimes.coreml.compile.swift_resources import write_resources
-    from fewstep.runtimes.profiling import profile
-
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     options, progress, out = options or Options(), progress or Silent(), Path(out)
     check_writable(out)
     check_targets(targets)
+    given: dict[str, Any] = {
+        "shape": None if shape is None else parse_shapes(shape, "shape"),
+        "decoder_tile": decoder_tile,
+        "batch": None if batch is None else check_batch(batch, "batch"),
+        "form": None if form is None else check_form(form, "form"),
+        "image_output": image_output,
+        "guidance": guidance,
+    }
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     recipe = replace(recipe, quantization=for_targets(recipe.quantization, targets))
-    if shape is not None:
-        recipe = replace(recipe, shape=parse_shapes(shape, "shape"))
-    if decoder_tile is not None:
-        recipe = replace(recipe, decoder_tile=decoder_tile)
-    if batch is not None:
-        recipe = replace(recipe, batch=check_batch(batch, "batch"))
-    if form is not None:
-        recipe = replace(recipe, form=check_form(form, "form"))
-    if image_output is not None:
-        recipe = replace(recipe, image_output=image_output)
     check_graphs(targets, recipe)
-    if guidance is not None:
-        recipe = replace(recipe, guidance=guidance)
     check_images(targets, recipe)
+    merged = tuple(Lora.of(lora) for lora in loras)
+    over = SourceSpec("", merged, decoder, options=dict(pipeline_options or {}), inputs=tuple(inputs))
+    return _build(prepare(source, recipe, over, steps, progress), targets, out, options, progress)
+
+
+def _build(prepared: Prepared, targets: Sequence[str], out: Path, options: Options, progress: Progress) -> Bundle:
+    """Quantize, record, compile, write, verify, report: the bundle appears when all of it is done."""
     cache = StageCache(options.cache_root)
-
-    over = tuple(Lora.of(lora) for lora in loras)
-    given = SourceSpec("", over, decoder, options=dict(pipeline_options or {}), inputs=tuple(inputs))
-    with stage(progress, f"load {source if isinstance(source, (str, SourceSpec)) else source.name}"):
-        w = recipe.guidance
-        if isinstance(source, (str, SourceSpec)):
-            spec = given.otherwise(SourceSpec.of(source)).otherwise(recipe.adapters)
-            # Recipes that look at every weight several times hold them all.
-            original = load(spec, guidance=w, eager=recipe.whole)
-        else:
-            original = load(lay_over(source, given.otherwise(recipe.adapters)), guidance=w)
-        original = sized(original, recipe)
-    recipe = choose_palettes(original, recipe, progress)
-    with stage(progress, "optimize and read the contract"):
-        optimized, notes = optimize(original, recipe)
-        counts = check_steps(steps or recipe.steps or original.steps, "steps")
-        check_counts(original, counts)
-        optimized = replace(optimized, default_steps=_default_steps(original.default_steps, counts))
-        described = describe(optimized, counts)
-        programs = programs_of(optimized, described, recipe)
-        others = further_programs(programs, recipe)
-
-    told = Told.of(described.contract, optimized.default_steps, described.schedules, original)
-    called = spec if isinstance(source, (str, SourceSpec)) else original
-    with closing(UserCalls.of(called, told)) as calls, writing(out) as folder:
-        write_tokenizers(optimized, described.tokenizers, folder)
-        quantized = quantize_programs(programs, recipe, folder, cache, progress)
+    # The user's own calls run beside the compiler.
+    with closing(UserCalls.of(prepared.source, prepared.told())) as calls, writing(out) as folder:
+        _write_tokenizers(prepared, folder)
+        quantized = quantize_programs(prepared.programs, prepared.recipe, folder, cache, progress)
         check_comparable(targets, quantized)
-        changed = quantized is not None or any(note.modified for note in notes)
-
-        def reference(at: Further, requests: Sequence[SampleRequest]) -> tuple[list[Sample], list[Sample] | None]:
-            generator, told, uncompressed = at.alone.generator, at.alone.described, None
-            if changed:
-                before, plain = Recipe("original"), at.plain(original)
-                uncompressed = record_reference(plain, told, requests, before, cache, progress)
-            if quantized is not None:
-                return list(quantized.samples(requests)), uncompressed
-            return at.restate(record_reference(generator, told, requests, recipe, cache, progress)), uncompressed
-
-        first = Further(programs, programs, None)
-        lowered_from, uncompressed = reference(first, _requests(optimized, described, options, quantized is None))
-        shown = lowered_from[:COMPILE_SAMPLES]
-        artifacts = compile_targets(
-            quantized or programs,
-            recipe,
-            targets,
-            folder,
-            cache,
-            progress,
-            {name: at.programs for name, at in others.items()},
-            samples=shown,
+        references = _record(prepared, quantized, options, cache, progress)
+        artifacts = _compile(prepared, quantized, targets, folder, cache, progress, references[""].expected)
+        _write_parts(prepared, quantized, targets, folder, references)
+        manifest = write_manifest(folder, _manifest(prepared, quantized, artifacts))
+        verified = _verify(prepared, quantized, Bundle(folder, manifest), references, options, progress)
+        verified = with_calls(
+            verified, calls, Bundle(folder, manifest), manifest.runtimes, prepared.recipe.limits, progress
         )
-        check_size(artifacts, recipe)
-        if "onnxruntime" in targets and programs.contract.form == "step":
-            _write_layout(diffusers_files(optimized), described.tokenizers, folder)
-        if "coreml" in targets:
-            write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
-        write_unconditional(described.contract.guidance, described.guided.values, folder)
-        _write_golden(lowered_from, folder / "golden")
-        write_tokens(folder, open_tokenizers(folder, described.tokenizers))
-        save_operations(() if quantized is None else quantized.operations(lowered_from[0]), folder)
-        beside = {name: reference(at, at.requests()) for name, at in others.items()}
-        for name, (samples, _) in beside.items():
-            _write_golden(samples, folder / "golden" / name, least=len(samples))
-        manifest = Manifest(
-            name=optimized.name,
-            source=recorded_source(optimized, counts),
-            pipeline=type(optimized.pipeline).__name__,
-            contract=programs.contract,
-            components=programs.components,
-            tokenizers=described.tokenizers,
-            schedules=described.schedules if quantized is None else quantized.schedules,
-            default_steps=optimized.default_steps,
-            artifacts=tuple(artifacts),
-            recipe={**recipe.to_json(), "notes": [asdict(note) for note in notes]},
-            prompts=optimized.prompts,
-            licences=optimized.licences,
-            versions=versions(),
-            shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
-            shapes={name: at.shaped() for name, at in others.items()},
-        )
-        manifest = write_manifest(folder, manifest)
-        caveats = _caveats(optimized, described, lowered_from, recipe, options)
-        verified = verify_targets(
-            Bundle(folder, manifest),
-            lowered_from,
-            uncompressed,
-            recipe.limits,
-            quantized=quantized,
-            caveats=caveats,
-            progress=progress,
-        )
-        verified = verified.with_checks(recorded_checks(Bundle(folder, manifest), lowered_from))
-        for name, references in beside.items():
-            found = verify_targets(Bundle(folder, manifest.shaped(name)), *references, recipe.limits, progress=progress)
-            verified = verified.and_at(name, found)
-        verified = with_calls(verified, calls, Bundle(folder, manifest), manifest.runtimes, recipe.limits, progress)
         timed = [t for t in targets if get_runtime(t).availability().runs] if options.profile else []
         profiles = [profile(Bundle(folder, manifest), runtime=t, runs=5) for t in timed]
         manifest = replace(manifest, parity=verified.report.summary(), caveats=tuple(verified.caveats))
-        write_bundle_report(folder / "report", manifest, verified, profiles, quantized, programs.removed)
+        write_bundle_report(folder / "report", manifest, verified, profiles, quantized, prepared.programs.removed)
         manifest = write_manifest(folder, manifest)
         if not verified.report:
             raise _refused(out, folder, verified.report.failures[0].where)
     return Bundle(out, manifest)
 
 
-def sized(generator: Generator, recipe: Recipe) -> Generator:
-    """Returns a generator that draws at a recipe's first shape and decodes in its tiles."""
-    generator = generator if recipe.decoder_tile is None else generator.tiled(recipe.decoder_tile)
-    return generator.shaped(*recipe.shape[0]) if recipe.shape else generator
+@dataclass(frozen=True)
+class _References:
+    """Samples that a bundle is held to, and those of the network before the recipe changed it."""
+
+    expected: Sequence[Sample]
+    uncompressed: Sequence[Sample] | None
 
 
-def quantize_programs(
-    programs: Programs, recipe: Recipe, folder: Path, cache: StageCache, progress: Progress
-) -> QuantizedPrograms | None:
-    """Returns programs quantized by a plan made from the generator's own trajectories; None for a recipe in float.
+def _write_tokenizers(prepared: Prepared, folder: Path) -> None:
+    from fewstep.export import write_tokenizers
 
-    The plan is written to a folder of ``folder``, where the tokenizers are.
-    """
-    if recipe.quantization is None:
-        return None
-    from fewstep.calibration import collect, trajectory_key
-    from fewstep.optimize.quantize import QuantizedPrograms, corrected_schedules, make_plan, write_table
+    write_tokenizers(prepared.generator, prepared.described.tokenizers, folder)
 
-    q, generator, described = recipe.quantization, programs.generator, programs.described
-    # All that tells its shards from others': builds at the same time would remove each other's from one folder.
-    key = {
-        **trajectory_key(described, generator.default_steps),
-        "prompts": generator.calibration_prompts or generator.prompts,
-        "guidance": generator.guidance,
-        "sampler": q.sampler,
-        "samples": q.samples,
-        "seed": q.seed,
-    }
-    calls = collect(
-        generator,
-        described,
-        q.sampler,
-        generator.calibration_prompts or generator.prompts,
-        size=q.samples * generator.default_steps,
-        seed=q.seed,
-        steps=generator.default_steps,
-        guidance=generator.guidance,
-        folder=cache.folder("calibration", key),
-        progress=progress,
+
+def _record(
+    prepared: Prepared,
+    quantized: QuantizedPrograms | None,
+    options: Options,
+    cache: StageCache,
+    progress: Progress,
+) -> dict[str, _References]:
+    """Returns the references of the bundle's own shape by the name ``""``, and of the others by theirs."""
+    programs, recipe = prepared.programs, prepared.recipe
+    changed = quantized is not None or prepared.modified
+
+    def of(at: Further, requests: Sequence[SampleRequest]) -> _References:
+        uncompressed = None
+        if changed:
+            plain = at.plain(prepared.original)
+            uncompressed = record_reference(plain, at.alone.described, requests, Recipe("original"), cache, progress)
+        if quantized is not None:
+            return _References(list(quantized.samples(requests)), uncompressed)
+        recorded = record_reference(at.alone.generator, at.alone.described, requests, recipe, cache, progress)
+        return _References(at.restate(recorded), uncompressed)
+
+    requests = _requests(prepared.generator, prepared.described, options, quantized is None)
+    first = of(Further(programs, programs, None), requests)
+    return {"": first, **{name: of(at, at.requests()) for name, at in prepared.others.items()}}
+
+
+def _compile(
+    prepared: Prepared,
+    quantized: QuantizedPrograms | None,
+    targets: Sequence[str],
+    folder: Path,
+    cache: StageCache,
+    progress: Progress,
+    samples: Sequence[Sample],
+) -> Sequence[Artifact]:
+    others = {name: at.programs for name, at in prepared.others.items()}
+    artifacts = compile_targets(
+        quantized or prepared.programs,
+        prepared.recipe,
+        targets,
+        folder,
+        cache,
+        progress,
+        others,
+        samples=samples[:COMPILE_SAMPLES],
     )
-    tokenizers = open_tokenizers(folder, described.tokenizers)
-    plan = make_plan(programs, q, calls, progress, tokenizers=tokenizers)
-    plan.save(folder / PLAN_FOLDER)
-    quantized = QuantizedPrograms(programs, plan, tokenizers, described.schedules, calls)
-    write_table({name: quantized.make(name) for name in quantized.components}, folder)
-    schedules = corrected_schedules(programs, plan, calls) if q.correction else described.schedules
-    return replace(quantized, schedules=schedules)
+    check_size(artifacts, prepared.recipe)
+    return artifacts
 
 
-def _default_steps(wanted: int, counts: Sequence[int]) -> int:
-    return wanted if wanted in counts else min(counts, key=lambda n: (abs(n - wanted), n))
+def _write_parts(
+    prepared: Prepared,
+    quantized: QuantizedPrograms | None,
+    targets: Sequence[str],
+    folder: Path,
+    references: Mapping[str, _References],
+) -> None:
+    """Writes what lies in a bundle beside its networks and its manifest."""
+    from fewstep.export import diffusers_files
+    from fewstep.runtimes.coreml.compile.swift_resources import write_resources
+
+    described, expected = prepared.described, references[""].expected
+    if "onnxruntime" in targets and prepared.programs.contract.form == "step":
+        _write_layout(diffusers_files(prepared.generator), described.tokenizers, folder)
+    if "coreml" in targets:
+        write_resources(folder / "coreml", [folder / name for name in described.tokenizers])
+    write_unconditional(described.contract.guidance, described.guided.values, folder)
+    write_tokens(folder, open_tokenizers(folder, described.tokenizers))
+    save_operations(() if quantized is None else quantized.operations(expected[0]), folder)
+    for name, of in references.items():
+        least = len(of.expected) if name else GOLDEN_WITH_FEEDS
+        _write_golden(of.expected, folder / "golden" / name, least=least)
+
+
+def _manifest(prepared: Prepared, quantized: QuantizedPrograms | None, artifacts: Sequence[Artifact]) -> Manifest:
+    from fewstep.export import recorded_source
+
+    generator, described, recipe = prepared.generator, prepared.described, prepared.recipe
+    return Manifest(
+        name=generator.name,
+        source=recorded_source(generator, prepared.counts),
+        pipeline=type(generator.pipeline).__name__,
+        contract=prepared.programs.contract,
+        components=prepared.programs.components,
+        tokenizers=described.tokenizers,
+        schedules=described.schedules if quantized is None else quantized.schedules,
+        default_steps=generator.default_steps,
+        artifacts=tuple(artifacts),
+        recipe={**recipe.to_json(), "notes": [asdict(note) for note in prepared.notes]},
+        prompts=generator.prompts,
+        licences=generator.licences,
+        versions=versions(),
+        shape="{}x{}".format(*recipe.shape[0]) if recipe.shape else None,
+        shapes={name: at.shaped() for name, at in prepared.others.items()},
+    )
+
+
+def _verify(
+    prepared: Prepared,
+    quantized: QuantizedPrograms | None,
+    bundle: Bundle,
+    references: Mapping[str, _References],
+    options: Options,
+    progress: Progress,
+) -> Verification:
+    limits, own = prepared.recipe.limits, references[""]
+    caveats = _caveats(prepared.generator, prepared.described, own.expected, prepared.recipe, options)
+    verified = verify_targets(
+        bundle, own.expected, own.uncompressed, limits, quantized=quantized, caveats=caveats, progress=progress
+    )
+    verified = verified.with_checks(recorded_checks(bundle, own.expected))
+    for name in prepared.others:
+        at, of = Bundle(bundle.path, bundle.manifest.shaped(name)), references[name]
+        found = verify_targets(at, of.expected, of.uncompressed, limits, progress=progress)
+        verified = verified.and_at(name, found)
+    return verified
 
 
 def _requests(generator: Generator, described: Description, options: Options, in_float: bool) -> list[SampleRequest]:

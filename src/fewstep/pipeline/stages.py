@@ -21,9 +21,8 @@ from fewstep.errors import BundleError, ParityError
 from fewstep.faults import naming_packages
 from fewstep.numerics.inputs import example_inputs
 from fewstep.numerics.metrics import psnr_db
-from fewstep.pipeline.build import quantize_programs, sized
 from fewstep.pipeline.compile import check_images, check_targets, compile_targets
-from fewstep.pipeline.shape_and_batch import further_programs
+from fewstep.pipeline.prepare import prepare, quantize_programs
 from fewstep.progress import Progress, stage
 from fewstep.recipe.quantization import for_targets
 from fewstep.recipe.recipe import Limits, check_steps, load_recipe
@@ -206,35 +205,27 @@ def compile(
     progress: Progress,
 ) -> list[Path]:
     """Writes tokenizers and the artifacts of every target without verifying them, and returns the artifacts' paths."""
-    from fewstep.export import describe, load, programs_of, write_tokenizers
-    from fewstep.optimize import optimize as apply
+    from fewstep.export import write_tokenizers
 
     check_targets(targets)
     chosen = load_recipe(recipe)
     check_images(targets, chosen)
     chosen = replace(chosen, quantization=for_targets(chosen.quantization, targets))
+    if guidance is not None:
+        chosen = replace(chosen, guidance=guidance)
     with _new_folder(out) as folder:
-        spec = SourceSpec.of(source).otherwise(chosen.adapters)
-        with stage(progress, f"load {spec}"):
-            w = chosen.guidance if guidance is None else guidance
-            original = sized(load(spec, guidance=w, eager=chosen.whole), chosen)
-            generator, _ = apply(original, chosen)
-            counts = check_steps(steps or chosen.steps or generator.steps, "--steps")
-            default = generator.default_steps if generator.default_steps in counts else counts[-1]
-            generator = replace(generator, default_steps=default)
-            described = describe(generator, counts)
-            write_tokenizers(generator, described.tokenizers, folder)
+        prepared = prepare(source, chosen, SourceSpec(""), steps, progress)
+        write_tokenizers(prepared.generator, prepared.described.tokenizers, folder)
         cache = StageCache()
-        programs = programs_of(generator, described, chosen)
-        quantized = quantize_programs(programs, chosen, folder, cache, progress)
+        quantized = quantize_programs(prepared.programs, prepared.recipe, folder, cache, progress)
         artifacts = compile_targets(
-            quantized or programs,
-            chosen,
+            quantized or prepared.programs,
+            prepared.recipe,
             targets,
             folder,
             cache,
             progress,
-            {name: at.programs for name, at in further_programs(programs, chosen).items()},
+            {name: at.programs for name, at in prepared.others.items()},
         )
     return [out / artifact.path for artifact in artifacts]
 
