@@ -1,0 +1,1 @@
+"""LiteRT and ExecuTorch, each in an environment of its own."""

@@ -135,3 +135,11 @@ def test_tests_of_the_parity_page_exist() -> None:
             assert f"\ndef {function}(" in code, name
             case = rest.partition("[")[2].removesuffix("]")
             assert not case or f'id="{case}"' in code, name
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_paths_of_the_page_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:src|runtimes|export|optimize|calibration|tests|apps|docs|benchmarks)/[\w./-]*)`", text)
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -74,6 +74,22 @@ def test_no_module_is_named_like_a_dependency(name: str) -> None:
     )
 
 
+def test_no_test_imports_another() -> None:
+    importing = re.compile(r"^ *(?:from|import) tests\.[\w.]*\btest_\w+", re.M)
+    files = (REPOSITORY / "tests").rglob("*.py")
+    found = [path.relative_to(REPOSITORY).as_posix() for path in files if importing.search(path.read_text("utf-8"))]
+    assert not found, "what tests share is in tests/support"
+
+
+def test_folders_are_small_and_say_what_they_hold() -> None:
+    tops = [REPOSITORY / name for name in ("src/fewstep", "tests", *STAGES)]
+    folders = sorted({path.parent for top in tops for path in top.rglob("__init__.py")})
+    crowded = {f.relative_to(REPOSITORY).as_posix() for f in folders if len(list(f.glob("*.py"))) > 19}  # with __init__
+    assert not crowded, "split the folder"
+    silent = [f for f in folders if not (f / "__init__.py").read_text("utf-8").startswith('"""')]
+    assert not silent, "the docstring of a folder says what lives there"
+
+
 def python(code: str, *arguments: str) -> object:
     """Returns what ``code`` prints as JSON, run in a fresh interpreter."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)

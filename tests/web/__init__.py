@@ -1,0 +1,1 @@
+"""The web app and its library against Python: vectors, browser, server."""

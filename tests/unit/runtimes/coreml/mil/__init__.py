@@ -1,0 +1,1 @@
+"""Tests of the evaluator of Core ML's programs."""
