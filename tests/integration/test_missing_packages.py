@@ -39,7 +39,7 @@ package, path, out, calls = sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.lo
 sys.modules[package] = None
 NONE = {"steps": None, "guidance": None}
 import fewstep
-from fewstep import selftest, stages
+from fewstep.pipeline import selftest, stages
 from fewstep.progress import Silent
 SILENT = {"progress": Silent()}
 bundle = fewstep.Bundle.open(path)

@@ -190,7 +190,7 @@ def test_bundle_is_verified_with_the_options_it_was_built_with(run: Run, tmp_pat
     assert json.loads(stdout)["parity"]["passed"]
     assert "] load " in stderr and "] compare components" in stderr  # a line for each stage
     manifest = fewstep.Bundle.open(tmp_path / "bundle").manifest
-    assert manifest.caveats == tuple(fewstep.source.source_notes(manifest.source))
+    assert manifest.caveats == tuple(fewstep.bundle.source.source_notes(manifest.source))
     assert len(manifest.caveats) == 2
     assert "would black out" in (tmp_path / "bundle" / "report" / "index.html").read_text(encoding="utf-8")
     assert manifest.source.options == {"sigmas": {"value": [0.9, 0.2]}, "eta": {"value": 0.5}}
@@ -205,7 +205,7 @@ def test_bundle_is_verified_with_the_options_it_was_built_with(run: Run, tmp_pat
     values = json.loads(path.read_text())
     values["source"]["options"]["sigmas"] = {"python": "ndarray"}
     path.write_text(json.dumps(values))
-    fewstep.bundle.write_seal(tmp_path / "bundle")
+    fewstep.bundle.bundle.write_seal(tmp_path / "bundle")
     status, stdout, stderr = run("verify", tmp_path / "bundle", *small, "--json")
     assert status == 0, stderr
     assert "options sigmas were given in Python" in json.loads(stdout)["caveats"][0]
@@ -412,7 +412,7 @@ def test_no_tensor_is_made_up(tmp_path: Path, part: str, stored: bool, monkeypat
     save_file({**whole, "lora.up": torch.zeros(1)}, path, metadata={"format": "pt"})
     generator = load(str(source))
     assert generator.source.unused == {part: ("lora.up",)}
-    (note,) = fewstep.source.source_notes(generator.source)
+    (note,) = fewstep.bundle.source.source_notes(generator.source)
     assert "lora.up, for which the network has no place: not used" in note
 
 
@@ -430,7 +430,7 @@ def test_components_that_are_left_out_are_told_of(tmp_path: Path) -> None:
     source = with_a_checker(tmp_path / "source")
     generator = load(str(source))
     assert generator.source.left_out == ("safety_checker", "image_encoder")
-    checker, adapter = fewstep.source.source_notes(generator.source)
+    checker, adapter = fewstep.bundle.source.source_notes(generator.source)
     assert "shows images that the pipeline would black out" in checker
     assert "IP-Adapter" in adapter
     with pytest.raises(SourceError, match="a safety checker cannot be compiled yet"):

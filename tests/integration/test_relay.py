@@ -121,4 +121,4 @@ def test_a_network_that_is_none_of_the_loop_is_refused(tmp_path: Path) -> None:
     schedules = {**manifest.schedules, 2: wrong}
     values = dataclasses.replace(manifest, schedules=schedules).to_json()
     with pytest.raises(BundleError, match="schedules/2/networks: 'decoder' is no network of the loop, expected one of"):
-        fewstep.bundle.Manifest.from_json(values, where="manifest.json")
+        fewstep.bundle.manifest.Manifest.from_json(values, where="manifest.json")

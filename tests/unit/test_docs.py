@@ -130,7 +130,7 @@ def test_tests_of_the_parity_page_exist() -> None:
         for name in named:
             path, _, rest = name.rpartition("::")
             function = rest.partition("[")[0] or function
-            file = path or (file if rest.startswith("[") else "test_user_calls.py")
+            file = path or (file if rest.startswith("[") else "integration/test_user_calls.py")
             code = (ROOT / "tests" / file).read_text(encoding="utf-8")
             assert f"\ndef {function}(" in code, name
             case = rest.partition("[")[2].removesuffix("]")

@@ -221,7 +221,7 @@ def signature_vectors() -> dict[str, Any]:
     seal = seal_of(manifest.encode())
     pem = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return {
-        "about": "fewstep.seal: bundle.sha256 of a manifest, and its Ed25519 signature (RFC 8032).",
+        "about": "fewstep.bundle.seal: bundle.sha256 of a manifest, and its Ed25519 signature (RFC 8032).",
         "manifest": manifest,
         "seal": seal.decode(),
         "public_key": key.public_key().public_bytes_raw().hex(),

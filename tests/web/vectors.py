@@ -183,7 +183,7 @@ def tokenizer_vectors() -> dict[str, Any]:
         encoded = [tokenizer(text) for text in texts()]
         ids = [values[0].tolist() for values, _ in encoded]
         cases.append({"name": name, "spec": asdict(spec), "ids": ids, "real": [int(mask.sum()) for _, mask in encoded]})
-    about = "Token ids by fewstep.tokens; `real` counts the ids that are not padding."
+    about = "Token ids by fewstep.text.tokens; `real` counts the ids that are not padding."
     return {"about": about, "texts": texts(), "cases": cases}
 
 
@@ -297,7 +297,7 @@ def guidance_vectors() -> dict[str, Any]:
         for w in (0.0, 0.3, 3.5, 7.1)
     ]
     return {
-        "about": "fewstep.guidance: guidance_embedding, guidance_value, combine; fewstep.contract.Guidance.",
+        "about": "fewstep.numerics.guidance and fewstep.bundle.contract.Guidance.",
         "guidance": asdict(guidance),
         "cases": cases,
         "scalars": told,
@@ -391,7 +391,7 @@ def files() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "hostile-manifests.json", hostile_manifests()
     yield (
         "patterns.json",
-        {"about": "fewstep.patterns: expressions that are run, and that are not.", **PATTERNS},
+        {"about": "fewstep.text.patterns: expressions that are run, and that are not.", **PATTERNS},
     )
     yield "signature.json", signature_vectors()
 

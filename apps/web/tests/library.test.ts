@@ -326,7 +326,7 @@ describe("tensors", () => {
 });
 
 describe("metrics", () => {
-  it("are those of fewstep.metrics", () => {
+  it("are those of fewstep.numerics.metrics", () => {
     expect(sqnrDb([1, 2], [1, 2])).toBe(Infinity);
     expect(sqnrDb([0, 0], [0, 1])).toBe(-Infinity);
     expect(sqnrDb([1, NaN], [1, 1])).toBeNaN();

@@ -11,7 +11,7 @@ A recipe's ``[quantization]`` table::
     rounding = "gptq"           # nearest | gptq | adaround
     ranges = "mse"              # how ranges are chosen: minmax percentile mse lp kl cosine l1 ema
     step_grids = "shared"       # activations of the loop: one grid for all steps, or "grouped", or one for "each"
-    profile = "x86"             # what the target computes well: see fewstep.profiles; some targets bring theirs
+    profile = "x86"             # what the target computes well: see target_profiles; some targets bring theirs
     sampler = "own"             # which network calls calibrate: see fewstep.calibration.samplers
     samples = 32                # prompts (or noise seeds) to calibrate with
     split = true                # each part of a concatenation gets a grid of its own

@@ -183,7 +183,7 @@ def test_a_signal_during_imports_is_one_line(module: str, number: str) -> None:
 def test_a_signal_that_python_would_drop_ends_the_command(tmp_path: Path) -> None:
     code = f"""
 import json, signal, weakref
-from fewstep import stages
+from fewstep.pipeline import stages
 class Thing: pass
 def inspect(_):
     from pathlib import Path

@@ -1,4 +1,4 @@
-/** That the parts of a manifest fit together, which its schema cannot say: `fewstep.consistency` checks the same. */
+/** That the parts of a manifest fit together, which its schema cannot say: `fewstep.bundle.consistency` checks the same. */
 
 import { FewstepError } from "./errors.js";
 import { isDenoiser, networkOf, type Component, type Manifest, type TensorSpec } from "./manifest.js";

@@ -1,4 +1,4 @@
-/** The guidance scale as the network wants it; see `fewstep.guidance`. */
+/** The guidance scale as the network wants it; see `fewstep.numerics.guidance`. */
 
 import { FewstepError } from "./errors.js";
 import type { Guidance } from "./manifest.js";

@@ -1,5 +1,5 @@
 /**
- * How far two results are from each other, as `fewstep.metrics` computes it, in float64.
+ * How far two results are from each other, as `fewstep.numerics.metrics` computes it, in float64.
  *
  * Equal arrays give Infinity; anything that is not finite gives NaN, which is above no limit.
  */

@@ -1,5 +1,5 @@
 /**
- * Normal noise from a seed, the same numbers as `fewstep.noise` in Python.
+ * Normal noise from a seed, the same numbers as `fewstep.numerics.noise` in Python.
  *
  * Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) and Box-Muller: element i of
  * draw `offset` has the counter [offset, 0, i low, i high] and the key [seed low, seed high]. The arithmetic is

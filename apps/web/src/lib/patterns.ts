@@ -1,4 +1,4 @@
-/** Refuses rules of tokenizers that could run for ever: `fewstep.patterns` in Python says why, and refuses the same. */
+/** Refuses rules of tokenizers that could run for ever: `fewstep.text.patterns` in Python says why, and refuses the same. */
 
 const REPEATS = 3;
 const LENGTH = 4_000;

@@ -1,5 +1,5 @@
 /**
- * The sampler as a table of numbers, and the loop that runs it; see `fewstep.schedule`.
+ * The sampler as a table of numbers, and the loop that runs it; see `fewstep.bundle.schedule`.
  *
  *     F   = network(s_k * x, t_k, further times of the step)
  *     x0  = clip(p_k * x + q_k * F)

@@ -1,7 +1,7 @@
 /**
  * What covers a bundle's manifest: `bundle.sha256`, its hash, and `bundle.sig`, an Ed25519 signature of that.
  *
- * The same as `fewstep.seal` in Python, which says why.
+ * The same as `fewstep.bundle.seal` in Python, which says why.
  */
 
 import { FewstepError } from "./errors.js";

@@ -1,5 +1,5 @@
 /**
- * What pipelines do to a text before its tokenizer, by name: `fewstep.text_operations`, character by character.
+ * What pipelines do to a text before its tokenizer, by name: `fewstep.text.operations`, character by character.
  *
  * Python's ideas of a blank and of an HTML entity are not JavaScript's.
  */

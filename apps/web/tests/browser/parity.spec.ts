@@ -122,7 +122,7 @@ describe.each(bundles.map((path) => [basename(path), path]))("%s", (_, bundle) =
     const code = `
 import sys, json, fewstep
 from pathlib import Path
-from fewstep.devices import read_device_report
+from fewstep.pipeline.device_checks import read_device_report
 found = read_device_report(Path(sys.argv[1]), fewstep.Bundle.open(sys.argv[2]))
 print(json.dumps([bool(found.report), len(found.report.checks), found.report.executor]))`;
     const [passed, checks, executor] = JSON.parse(await runPython(code, join(server.results, file!), bundle));
