@@ -99,7 +99,7 @@ test-faults: $(VENV)/.dev ## Seeds faults into verified bundles and writes what 
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults
 
 .PHONY: families
-families: $(VENV)/.dev ## Builds every family of tests/zoo and writes docs/families.md
+families: $(VENV)/.dev ## Builds every family of tests/support/zoo and writes docs/families.md
 	$(BIN)/python -W ignore -m tests.support.families > docs/families.new
 	mv docs/families.new docs/families.md
 
@@ -109,7 +109,7 @@ coreml-operators: $(VENV)/.dev ## Runs coremltools' own tests on our evaluator a
 	mv docs/coreml-operators.new docs/coreml-operators.md
 
 .PHONY: coreml-families
-coreml-families: $(VENV)/.dev ## Compiles every network of tests/zoo for Core ML and writes docs/coreml-families.md (goes on where it was interrupted)
+coreml-families: $(VENV)/.dev ## Compiles every network of tests/support/zoo for Core ML and writes docs/coreml-families.md (goes on where it was interrupted)
 	$(BIN)/python -W ignore -m tests.backends.families coreml > docs/coreml-families.new
 	mv docs/coreml-families.new docs/coreml-families.md
 
@@ -137,7 +137,7 @@ test-litert test-executorch: test-%: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -p no:anyio tests/backends/test_$*.py # an older plugin, whose warnings are errors
 
 .PHONY: litert-families executorch-families
-litert-families executorch-families: %-families: .venv-%/.installed # builds every family of tests/zoo for one of them
+litert-families executorch-families: %-families: .venv-%/.installed # builds every family of tests/support/zoo for one of them
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -W ignore -m tests.backends.families $* > docs/$*-families.new
 	mv docs/$*-families.new docs/$*-families.md
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from fewstep.errors import RuntimeMissingError
 from fewstep.runtimes.base import Runtime
-from fewstep.runtimes.coreml import runtime as coreml
-from fewstep.runtimes.executorch import runtime as xnnpack
-from fewstep.runtimes.litert import runtime as litert
-from fewstep.runtimes.onnxruntime import runtime as ort
-from fewstep.runtimes.tensorrt import runtime as tensorrt_adapter
+from fewstep.runtimes.coreml.runtime import RUNTIME as _COREML
+from fewstep.runtimes.executorch.runtime import RUNTIME as _EXECUTORCH
+from fewstep.runtimes.litert.runtime import RUNTIME as _LITERT
+from fewstep.runtimes.onnxruntime.runtime import RUNTIME as _ONNXRUNTIME
+from fewstep.runtimes.tensorrt.runtime import RUNTIME as _TENSORRT
 
 RUNTIMES: dict[str, Runtime] = {
-    ort.NAME: ort.RUNTIME,
-    coreml.NAME: coreml.RUNTIME,
-    litert.NAME: litert.RUNTIME,
-    xnnpack.NAME: xnnpack.RUNTIME,
-    tensorrt_adapter.NAME: tensorrt_adapter.RUNTIME,
+    runtime.name: runtime for runtime in (_ONNXRUNTIME, _COREML, _LITERT, _EXECUTORCH, _TENSORRT)
 }
 
 

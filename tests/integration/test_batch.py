@@ -66,7 +66,7 @@ def test_each_picture_is_what_its_seed_draws_alone(guided: fewstep.Bundle) -> No
 
 
 def test_the_pipeline_itself_draws_the_same_batch(guided: fewstep.Bundle) -> None:
-    generator = fewstep.export.source.load(str(built("turbo").source), guidance=3.0).batched(2)
+    generator = fewstep.export.load(str(built("turbo").source), guidance=3.0).batched(2)
     theirs = result_tensor(run(generator, PROMPTS, 5, steps=1, guidance=3.0).result)
     ours = guided.generate_batch(PROMPTS, [5, 6])
     for picture_CHW, sample in zip(theirs, ours, strict=True):

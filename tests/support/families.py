@@ -203,7 +203,7 @@ def page(rows: Sequence[Row]) -> str:
     return f"""# Families of generators
 
 Written by `make families`: do not edit. {built} of {len(rows)} kinds of few-step generators build and verify, the
-others are refused with a reason. Each is a tiny one with random weights (`tests/zoo`), run by its own diffusers
+others are refused with a reason. Each is a tiny one with random weights (`tests/support/zoo`), run by its own diffusers
 pipeline or by a sampling loop in plain PyTorch, and the bundle is compared with that run. Figures are the worst of
 all step counts, in dB (limits: 100 for each component on the same inputs, 80 for the output). *Call* is the level that
 knows nothing of the compiler ([parity.md](parity.md#the-call)): the output for the pipeline's default call and, of

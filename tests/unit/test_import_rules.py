@@ -103,6 +103,20 @@ def test_root_package_hides_no_stage() -> None:
     assert hidden == [False] * len(STAGES), "a function of fewstep/__init__.py hides the stage of its name"
 
 
+def test_no_name_of_a_package_hides_a_folder_in_it() -> None:
+    folders = sorted({path.parent for path in (PACKAGE / "runtimes").resolve().rglob("__init__.py")})
+    parts = [folder.relative_to(REPOSITORY).parts for folder in folders]
+    names = [".".join(("fewstep", *part)) for part in parts if part != ("runtimes",)]
+    code = """
+import importlib, json, sys
+importlib.import_module("fewstep.runtimes")
+pairs = [(name.rpartition("."), importlib.import_module(name)) for name in sys.argv[1:]]
+print(json.dumps([m.__name__ for (parent, _, leaf), m in pairs if getattr(sys.modules[parent], leaf) is not m]))
+"""
+    assert len(names) > 10
+    assert python(code, *names) == []
+
+
 @pytest.mark.parametrize("module", ["fewstep", "fewstep.cli", "fewstep.bundle.bundle"])
 def test_import_is_light(module: str) -> None:
     code = "import importlib, json, sys; importlib.import_module(sys.argv[1]); print(json.dumps(sorted(sys.modules)))"

@@ -217,7 +217,7 @@ FAMILIES = (
         _latent_upscale,
         (1, 2),
         {},
-        {"image": Input("image", (1, 3, 16, 16))},
+        {"image": Input("image", (1, 3, 32, 32))},  # the pipeline cuts images to multiples of 32
         note="small picture beside the latents, no text; the decoder quantizes to a codebook",
     ),
     Family(

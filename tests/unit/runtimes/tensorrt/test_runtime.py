@@ -274,8 +274,8 @@ _OBJECTS = {"tensorrt", "builder", "parser", "config", "network", "_engine", "_c
 def used_names(repository: Path) -> set[str]:
     """Returns the names that are looked up on TensorRT's modules and objects."""
     found = set()
-    for name in ("tensorrt_builder.py", "tensorrt_engine.py"):
-        for node in ast.walk(ast.parse((repository / "runtimes" / name).read_text())):
+    for name in ("build_engine.py", "engine.py"):
+        for node in ast.walk(ast.parse((repository / "runtimes" / "tensorrt" / name).read_text())):
             if isinstance(node, ast.Attribute):
                 value = node.value
                 chain = [value.attr] if isinstance(value, ast.Attribute) else []
