@@ -78,8 +78,8 @@ def page(runtime: str, families: Iterable[str], networks: Sequence[Network]) -> 
         "",
         f"Written by `make {runtime}-families`: do not edit. {len(fine)} of {len(networks)} networks of {len(run)} "
         f"families compile and keep {limit:.0f} dB. Each is one of a tiny generator with random weights "
-        "(`tests/support/zoo`), run on the calls of one sample, against PyTorch. Figures are the worst of all calls and "
-        "outputs.",
+        "(`tests/support/zoo`), run on the calls of one sample, against PyTorch. Figures are the worst of all calls "
+        "and outputs.",
         "",
     ]
     if missing:
