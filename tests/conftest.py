@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.support.command import Run
 
 # Set before a test imports torch or a tokenizer. xdist runs one process per core, so each takes one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +43,23 @@ def copy_bundle(tmp_path: Path) -> Callable[[str], Path]:
         return shutil.copytree(built(kind).bundle.path, tmp_path / f"{kind}-copy")
 
     return copy
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the command line in this process and returns its status, stdout and stderr."""
+    from fewstep import cli
+
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "stage-cache"))
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fewstep", *(str(a) for a in arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capfd.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return call
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

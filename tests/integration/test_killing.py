@@ -41,7 +41,7 @@ def pretended_build() -> None:
 
 def killed(before: str, repository: Path, *arguments: str) -> dict[str, Any]:
     """Returns what came of `tests.support.killing` in a process of its own, after some code."""
-    code = f"from tests import killing\n{before}"
+    code = f"from tests.support import killing\n{before}"
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repository)
     assert done.stdout, done.stderr
@@ -51,7 +51,7 @@ def killed(before: str, repository: Path, *arguments: str) -> dict[str, Any]:
 
 _PRETENDED = """
 import fewstep.cli
-from tests import test_killing
+from tests.integration import test_killing
 fewstep.cli.main = test_killing.pretended_build
 """
 _RUN = "killing.main(libraries=False)"

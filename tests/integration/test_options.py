@@ -27,9 +27,7 @@ from fewstep.recipe import call_options
 from fewstep.recipe.recipe import Recipe, parse_recipe
 from tests.support import tiny
 from tests.support.bundles import plain_generator
-from tests.support.command import Run, refused, run
-
-__all__ = ["run"]  # the fixture
+from tests.support.command import Run, refused
 
 JSON_VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),

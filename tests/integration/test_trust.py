@@ -24,9 +24,7 @@ from fewstep.export.source.load import missing
 from fewstep.pipeline.references import load_original, usable_source
 from fewstep.progress import Silent
 from tests.support.bundles import built, plain
-from tests.support.command import Run, run
-
-__all__ = ["run"]  # the fixture
+from tests.support.command import Run
 
 # --- files ------------------------------------------------------------------------------------------------------------
 

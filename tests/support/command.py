@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from fewstep import cli
-
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the command line in this process and returns its status, stdout and stderr."""
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "stage-cache"))
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fewstep", *(str(a) for a in arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capfd.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 def refused(run: Run, source: str | Path, tmp_path: Path, *options: str) -> str:

@@ -48,7 +48,7 @@ def test_error_comes_back_with_its_hint() -> None:
 
 
 def test_process_that_ends_without_a_result_is_an_error() -> None:
-    with pytest.raises(ExportError, match=r"test_isolated.end ended with status 3 and no result"):
+    with pytest.raises(ExportError, match=r"test_run_in_subprocess.end ended with status 3 and no result"):
         run_isolated(end, {"status": 3})
 
 

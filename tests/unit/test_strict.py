@@ -15,11 +15,9 @@ from fewstep.recipe.recipe import load_recipe
 from fewstep.strict import parse_json
 from fewstep.text.patterns import pattern_problem, tokenizer_problem
 from tests.support.bundles import built
-from tests.support.command import Run, run
+from tests.support.command import Run
 from tests.web import hostile
 from tests.web.vectors import FOLDER
-
-__all__ = ["run"]  # the fixture
 
 CORPUS = json.loads((FOLDER / "hostile-manifests.json").read_text(encoding="utf-8"))
 PATTERNS = json.loads((FOLDER / "patterns.json").read_text(encoding="utf-8"))

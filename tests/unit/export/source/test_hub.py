@@ -18,9 +18,7 @@ from fewstep.errors import SourceError
 from fewstep.export import load
 from fewstep.export.source.load import missing
 from tests.support.bundles import built
-from tests.support.command import Run, refused, run
-
-__all__ = ["run"]  # the fixture
+from tests.support.command import Run, refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -16,9 +16,7 @@ from fewstep.export import load
 from fewstep.hashing import file_sha256
 from tests.support import loras
 from tests.support.bundles import built
-from tests.support.command import Run, refused, run
-
-__all__ = ["run"]  # the fixture
+from tests.support.command import Run, refused
 
 
 def lora(path: Path, *, seed: int = 0) -> Path:

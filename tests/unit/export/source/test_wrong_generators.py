@@ -22,9 +22,7 @@ from fewstep.export import load
 from fewstep.runtimes.sampling.sampler import open_sampler
 from tests.support import loras, tiny
 from tests.support.bundles import plain_generator
-from tests.support.command import Run, refused, run
-
-__all__ = ["run"]  # the fixture
+from tests.support.command import Run, refused
 
 
 @pytest.fixture(scope="module")
