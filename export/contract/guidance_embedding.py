@@ -58,7 +58,7 @@ def decided(generator: Generator) -> Generator:
     for shapes in (True, False) if generator.stored is None else (True,):
         try:
             first, second = _low_runs(generator, shapes)
-        except Exception:
+        except Exception:  # without values; the run with values says what is wrong
             continue
         return replace(generator, guidance=own if _made_of_scale({_LOW_SCALES[1]: second}, first) else 0.0)
     return generator

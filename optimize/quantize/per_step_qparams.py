@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fewstep.calibration import CalibrationSet
 
 # Steps share a grid while its squared error is no more than this many times that of a grid for each. It is 0.2 dB, less
-# than half of what parity lets an artifact lose to its reference in the mean (`fewstep.runtimes.parity.quantized`).
+# than half of what parity lets an artifact lose to its reference on average (`fewstep.runtimes.parity.quantized`).
 SHARED_LOSS = 1.05
 
 Rows = Sequence[Sequence[int]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fewstep.bundle.manifest import Manifest
 from fewstep.bundle.source import SourceSpec
 from fewstep.errors import SourceError
 from fewstep.export import describe, load, write_tokenizers
+from fewstep.proof import user_process
 from fewstep.proof.user_calls import CALL, WHOLE, Told, UserCalls, compare_calls, source_of
 from fewstep.proof.user_process import Asked
 from fewstep.recipe.recipe import Limits
@@ -336,3 +338,13 @@ def test_a_textual_inversion_that_is_not_expanded_fails(tmp_path: Path, monkeypa
     found = read_alike(Bundle(tmp_path, _tokenizer(expansions={})(bundle.manifest)), answer, request)
     assert "token ids" in failing(found)
     assert any("<cat>" in str(check.sample) for check in found if not check.passed)
+
+
+def test_the_users_process_leaves_the_compiler_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(user_process.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    user_process._start([], None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    user_process._start([], None)
+    assert [env["OMP_NUM_THREADS"] for env in started] == [str(max((os.cpu_count() or 1) // 2, 1)), "3"]

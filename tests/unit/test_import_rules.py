@@ -128,7 +128,7 @@ def test_import_is_light(module: str) -> None:
 
 def modules_to_run() -> list[str]:
     """Returns every module that takes part in running a bundle."""
-    light = ("bundle", "numerics", "recipe", "report", "runtimes", "text")
+    light = ("bundle", "cli", "numerics", "pipeline", "proof", "recipe", "report", "runtimes", "text")
     folders = [PACKAGE / name for name in light]
     files = [
         *PACKAGE.glob("*.py"),

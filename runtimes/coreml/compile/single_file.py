@@ -32,7 +32,7 @@ _FLOAT, _INT = (MIL_pb2.FLOAT32, "floats"), (MIL_pb2.INT32, "ints")
 def write_loop(bundle: Bundle, path: Path, *, steps: int | None = None) -> Path:
     """Returns the path of a package that samples with one of a bundle's schedules, unrolled.
 
-    Its inputs are named as those of `fewstep.runtimes.onnxruntime.compile.single_file.write_loop`, whole numbers are
+    Its inputs are named as those of `fewstep.runtimes.onnxruntime.compile.single_file.write_loop`, integers are
     int32. Its output ``picture`` is the last component's, scaled and clipped as the contract says, channels first.
 
     Args:

@@ -99,7 +99,7 @@ class Bundle:
         return replace(self, manifest=self.manifest.shaped(shape))
 
     def batched(self, batch: int) -> Bundle:
-        """Returns the bundle for so many pictures at once; `fewstep.bundle.manifest.Manifest.batched` refuses."""
+        """Returns the bundle for a batch of images; `fewstep.bundle.manifest.Manifest.batched` refuses."""
         return replace(self, manifest=self.manifest.batched(batch))
 
     @naming_packages()

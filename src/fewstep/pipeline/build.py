@@ -103,7 +103,7 @@ def build(
         guidance: guidance scale; None takes the recipe's, then the generator's.
         shape: height and width of the pictures such as ``512x768``, or several with commas between them, of which the
             first is the default; None takes the recipe's, then the generator's.
-        decoder_tile: decode in overlapping tiles of so many pixels to a side; None takes the recipe's.
+        decoder_tile: decode in overlapping tiles of N x N pixels; None takes the recipe's.
         batch: how many pictures the bundle can draw at once, beside one; None takes the recipe's.
         form: ``step``, ``table`` or ``specialized``, see `fewstep.export.programs`; None takes the recipe's, then what
             suits the steps.
